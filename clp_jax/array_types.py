@@ -1,0 +1,34 @@
+"""Array annotations used throughout clp_jax.
+
+Shapes are written in the string of a jaxtyping annotation, ``Float[Array, "B T D"]``, with these dimension letters:
+
+====== ==========================   ====== ==========================
+letter dimension                    letter dimension
+====== ==========================   ====== ==========================
+``B``  batch                        ``E``  experts
+``S``  input positions              ``C``  expert capacity
+``T``  target positions             ``V``  vocabulary
+``D``  model                        ``L``  layers
+``F``  feed-forward                 ``R``  adapter rank
+``N``  query heads                  ``K``  objectives
+``G``  key/value heads              ``M``  mixture components
+``H``  head size                    ``P``  packed examples of a row
+====== ==========================   ====== ==========================
+
+The tests import the package through jaxtyping's hook, which checks the annotations at run time with beartype.
+"""
+
+from typing import Any, TypeAlias
+
+from jax import Array
+from jaxtyping import Bool, Float, Int, Key, Num, PRNGKeyArray, PyTree, Shaped, UInt32
+
+# A nested dictionary of arrays keyed by parameter name: what `nnx.split` yields as a pure tree.
+Params: TypeAlias = dict[str, Any]
+
+# Metrics of one step: scalars, still on the device.
+Metrics: TypeAlias = dict[str, Array]
+
+__all__ = [
+    "Array", "Bool", "Float", "Int", "Key", "Metrics", "Num", "PRNGKeyArray", "Params", "PyTree", "Shaped", "UInt32",
+]

@@ -1,0 +1,30 @@
+"""Token embeddings, which may serve as the output head as well."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from clp_jax.array_types import Array, Float, Int
+from clp_jax.nn.linear import normal_parameter
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, one for each token.
+
+    Attributes:
+        embedding: ``[V, D]``.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, vocab_size: int, embed_dim: int, *, stddev: float, dtype: jnp.dtype):
+        self.embedding = normal_parameter(rngs, (vocab_size, embed_dim), ("vocab", "embed"), stddev, dtype)
+
+    def __call__(self, tokens: Int[Array, "*batch"], dtype: jnp.dtype) -> Float[Array, "*batch D"]:
+        """Looks tokens up, in `dtype`; ids outside the vocabulary are clipped to it.
+
+        A gather: a product with one-hot rows, which TPUs once preferred, costs ``V`` times the arithmetic.
+        """
+        return jnp.take(self.embedding[...].astype(dtype), tokens, axis=0, mode="clip")
+
+    def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """The tied head: T5 scales states by ``D**-0.5`` before it; float32."""
+        x = x.astype(jnp.float32) * (x.shape[-1] ** -0.5)
+        return x @ self.embedding[...].astype(jnp.float32).T

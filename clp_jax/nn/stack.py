@@ -1,0 +1,71 @@
+"""Layers stacked on a leading axis and run with `lax.scan`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`num_layers` modules as one, every parameter with a leading ``layers`` axis.
+
+    Args:
+        make: makes one layer.
+        num_layers: at least 1.
+        rngs: each layer gets its own keys.
+    """
+    keys = jax.random.split(rngs.params(), num_layers)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    values = jax.vmap(lambda key: nnx.to_pure_dict(nnx.split(make(nnx.Rngs(params=key)))[1]))(keys)
+
+    state = nnx.map_state(lambda path, v: v.replace(_at(values, path)), abstract)
+    for _, variable in nnx.to_flat_state(state):
+        variable.set_metadata(logical_axes=("layers", *variable.get_metadata("logical_axes")))
+    return nnx.merge(graph, state)
+
+
+def scan_layers(
+    layers: nnx.Module,
+    body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    per_layer: Any = None,
+    *,
+    remat: str = "none",
+    unroll: int = 1,
+) -> tuple[Any, Any]:
+    """Runs stacked layers one after another.
+
+    Args:
+        layers: what `stacked` made.
+        body: ``(layer, carry, slice of per_layer) -> (carry, output)``.
+        carry: what the first layer gets.
+        per_layer: a tree whose leaves lead with the layers.
+        remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
+        unroll: layers in one iteration of the loop.
+
+    Returns:
+        The last carry, and the outputs stacked.
+    """
+    graph, state = nnx.split(layers)
+
+    def step(carry, xs):
+        state, inputs = xs
+        return body(nnx.merge(graph, state), carry, inputs)
+
+    policy = REMAT_POLICIES[remat]
+    if policy is not None:
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, per_layer), unroll=unroll)
+
+
+def _at(tree: dict, path: tuple) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree

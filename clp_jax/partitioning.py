@@ -1,0 +1,195 @@
+"""Where arrays live: the mesh, the logical axis names, and the table that maps one to the other.
+
+Parameters and activations are annotated with logical names; a `Rules` table, one per layout, maps each name to mesh
+axes. Nothing else in the project knows the mesh.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clp_jax.array_types import Array, PyTree
+
+MESH_AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor", "stage")
+
+LOGICAL_AXES: Mapping[str, str] = {
+    # Parameters.
+    "component": "mixture components of conditioned parameters",
+    "layers": "the stacked layers of a scan",
+    "vocab": "vocabulary",
+    "embed": "model dimension of a parameter",
+    "heads": "query heads times head size",
+    "kv_heads": "key/value heads times head size",
+    "qkv": "the fused query, key and value projections",
+    "gate": "the fused gate and up projections",
+    "head_dim": "head size",
+    "mlp": "feed-forward dimension",
+    "buckets": "relative position buckets",
+    "objectives": "reward objectives",
+    "expert": "experts",
+    "rank": "adapter rank",
+    # Activations.
+    "group": "examples that share a preference",
+    "batch": "examples",
+    "length": "positions",
+    "act_embed": "model dimension of an activation",
+    "act_heads": "heads of an activation",
+    "act_mlp": "feed-forward dimension of an activation",
+    "act_vocab": "vocabulary of an activation",
+}
+
+AxisNames: TypeAlias = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A table from logical axis names to mesh axes.
+
+    Attributes:
+        table: pairs of a logical name and a mesh axis, several mesh axes, or None (replicated). A name that is left
+            out is replicated.
+
+    Raises:
+        ValueError: for an unknown logical name or mesh axis, or a name given twice.
+    """
+
+    table: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+        ("batch", ("slice", "data", "fsdp")),
+        ("group", ("slice", "data", "fsdp")),
+    )
+
+    def __post_init__(self):
+        seen = set()
+        for name, axes in self.table:
+            _check_name(name)
+            if name in seen:
+                raise ValueError(f"Rules: logical axis {name!r} is given twice.")
+            seen.add(name)
+            for axis in _as_tuple(axes):
+                if axis not in MESH_AXES:
+                    raise ValueError(f"Rules: {name!r} maps to mesh axis {axis!r}: expected one of {', '.join(MESH_AXES)}.")
+
+    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+        """The partition spec of an array with these logical axes; a mesh axis is used once, by the first that asks."""
+        table = dict(self.table)
+        used: set[str] = set()
+        parts: list[Any] = []
+        for name in axes:
+            if name is None:
+                parts.append(None)
+                continue
+            _check_name(name)
+            mine = tuple(axis for axis in _as_tuple(table.get(name)) if axis not in used)
+            used.update(mine)
+            parts.append(mine if len(mine) > 1 else (mine[0] if mine else None))
+        return PartitionSpec(*parts)
+
+
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, **other: int
+) -> Mesh:
+    """Makes the mesh; every axis of `MESH_AXES` is there, of size 1 unless asked for.
+
+    Args:
+        data: data-parallel replicas; -1 takes the devices that the other axes leave.
+        fsdp: shards of parameters and optimizer state over data-parallel replicas.
+        tensor: tensor-parallel shards.
+        devices: all devices by default.
+        **other: sizes of the other mesh axes, by name.
+
+    Raises:
+        ValueError: for an unknown axis, or sizes whose product is not the number of devices.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in other.items():
+        if name not in sizes:
+            raise ValueError(f"make_mesh: unknown axis {name!r}{_nearest(name, MESH_AXES)}.")
+        sizes[name] = size
+    devices = list(jax.devices() if devices is None else devices)
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        raise ValueError(f"make_mesh({given}): the sizes must multiply to the {len(devices)} devices (one may be -1).")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes[name] for name in MESH_AXES)
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+_active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("clp_jax_mesh", default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Makes `constrain` act on `mesh` by `rules` while functions are traced inside the context."""
+    token = _active.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """States the logical axes of an activation, and shards it by the active rules.
+
+    Args:
+        x: any array.
+        *axes: one logical name, or None, for each dimension.
+
+    Returns:
+        `x`; without an active mesh only the names and the rank are checked.
+
+    Raises:
+        ValueError: for an unknown name or a wrong number of names, with or without a mesh.
+    """
+    if len(axes) != x.ndim:
+        raise ValueError(f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}.")
+    for name in axes:
+        if name is not None:
+            _check_name(name)
+    active = _active.get()
+    if active is None:
+        return x
+    mesh, rules = active
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(axes)))
+
+
+def named_sharding(axes: Sequence[str | None], mesh: Mesh, rules: Rules) -> NamedSharding:
+    """The sharding of an array with these logical axes."""
+    return NamedSharding(mesh, rules.spec(axes))
+
+
+def tree_shardings(logical_axes: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+    """The shardings of a tree whose leaves are tuples of logical names (or None for a replicated leaf)."""
+    return jax.tree.map(
+        lambda axes: named_sharding(axes or (), mesh, rules), logical_axes, is_leaf=lambda x: x is None or is_axes(x)
+    )
+
+
+def is_axes(x: object) -> bool:
+    """Whether `x` is a leaf of a tree of logical axes."""
+    return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _check_name(name: str) -> None:
+    if name not in LOGICAL_AXES:
+        raise ValueError(f"unknown logical axis {name!r}{_nearest(name, LOGICAL_AXES)}. Known: {', '.join(LOGICAL_AXES)}.")
+
+
+def _nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,124 @@
+"""Rollouts: a batch of prompts, completions sampled at given preferences, and their log-probabilities."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
+from clp_jax.models.conditioning import Conditioning
+from clp_jax.models.policy import Policy
+from clp_jax.preferences import Preference
+from clp_jax.sampling.generate import Completions, SamplingConfig, generate
+from clp_jax.sampling.score import score
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Prompts and completions; ``n`` rows a prompt, prompt-major, ``R = B·n`` rows in all.
+
+    Attributes:
+        inputs: ``int32[B, S]`` prompts, padded with 0, without what conditioning adds to them.
+        tokens: ``int32[R, T]`` completions, up to and including the end of sequence, then 0.
+        mask: ``float32[R, T]`` 1 on the completion, 0 on the padding.
+        log_probs: ``float32[R, T]`` of the policy that sampled them, at temperature 1.
+        reference_log_probs: ``float32[R, T]`` of the frozen reference.
+        preference: one for each row: weights ``float32[R, K]``, alpha ``float32[R]``.
+    """
+
+    inputs: Int[Array, "B S"]
+    tokens: Int[Array, "R T"]
+    mask: Float[Array, "R T"]
+    log_probs: Float[Array, "R T"]
+    reference_log_probs: Float[Array, "R T"]
+    preference: Preference
+
+
+def over_groups(function: Callable[..., Any], num_groups: int, mapped: tuple[Any, ...], *shared: Any) -> Any:
+    """Calls ``function(*one_group, *shared)`` for every group of rows.
+
+    Args:
+        function: works on one group: rows ``[rows / num_groups, ...]``.
+        num_groups: divides the leading dimension of every leaf of `mapped`.
+        mapped: trees whose leaves lead with rows, group by group; a one-preference-per-group tree leads with groups.
+        *shared: trees that all groups share.
+
+    Returns:
+        What `function` returns, rows of all groups again in one leading dimension.
+    """
+    if num_groups == 1:  # A vmap of size one would turn every matrix product into a batched one.
+        return function(*mapped, *shared)
+    grouped = jax.tree.map(lambda x: x.reshape(num_groups, x.shape[0] // num_groups, *x.shape[1:]), mapped)
+    outputs = jax.vmap(lambda rows: function(*rows, *shared))(grouped)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutWorker:
+    """Samples completions of a steerable policy and scores them under the reference; pure, for use inside `jit`.
+
+    Attributes:
+        policy: the policy.
+        conditioning: how the preference enters it.
+        config: maximum length and strategy; temperature 1 samples the policy itself.
+        num_samples: completions of each prompt, ``n``.
+        num_groups: preferences in a batch; each is mixed once and serves ``B / num_groups`` prompts.
+    """
+
+    policy: Policy
+    conditioning: Conditioning
+    config: SamplingConfig
+    num_samples: int = 1
+    num_groups: int = 1
+
+    def __post_init__(self):
+        if self.num_samples < 1 or self.num_groups < 1:
+            raise ValueError(
+                f"RolloutWorker: num_samples={self.num_samples}, num_groups={self.num_groups}: expected at least 1."
+            )
+
+    def __call__(
+        self,
+        params: Params,
+        reference: Params,
+        inputs: Int[Array, "B S"],
+        preference: Preference,
+        key: PRNGKeyArray,
+    ) -> Rollout:
+        """Rolls out one batch.
+
+        Args:
+            params: the policy's expanded parameters.
+            reference: the frozen reference's parameters.
+            inputs: ``int32[B, S]`` prompts.
+            preference: one for each group, leading dimension ``[num_groups]``.
+            key: decides the samples; row ``i`` of group ``g`` sees ``fold_in(fold_in(key, g), i)``.
+
+        Raises:
+            ValueError: when the batch does not divide into the groups.
+        """
+        batch = inputs.shape[0]
+        if batch % self.num_groups:
+            raise ValueError(f"a batch of {batch} prompts does not divide into {self.num_groups} preference groups.")
+        rows = batch // self.num_groups
+        per_prompt = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), preference)
+        keys = jax.vmap(lambda g: jax.random.fold_in(key, g))(jnp.repeat(jnp.arange(self.num_groups), rows))
+
+        def one_group(inputs, preference, keys, params, reference) -> Completions:
+            model = self.policy.bind(self.conditioning.mix(params, reference, preference[0]))
+            conditioned = self.conditioning.condition_inputs(inputs, preference)
+            return generate(model, conditioned, key=keys[0], config=self.config, num_samples=self.num_samples)
+
+        out = over_groups(one_group, self.num_groups, (inputs, per_prompt, keys), params, reference)
+        reference_log_probs = score(self.policy.bind(reference), inputs, out.tokens, num_samples=self.num_samples)
+        return Rollout(
+            inputs=inputs,
+            tokens=out.tokens,
+            mask=out.mask,
+            log_probs=out.log_probs,
+            reference_log_probs=reference_log_probs * out.mask,
+            preference=jax.tree.map(lambda x: jnp.repeat(x, self.num_samples, axis=0), per_prompt),
+        )

@@ -1,0 +1,109 @@
+"""Advantage estimators of the policy gradient: what a completion's return is compared with."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray
+from clp_jax.models.heads import ValueHeadConfig
+from clp_jax.models.policy import Policy
+from clp_jax.objectives.advantages import leave_one_out
+from clp_jax.objectives.masking import masked_mean
+from clp_jax.objectives.policy_gradient import value_loss
+from clp_jax.preferences import Preference
+
+
+class AdvantageEstimator(Protocol):
+    """Compares returns with a baseline that may have parameters and a loss of its own."""
+
+    def init(self, key: PRNGKeyArray, embed_dim: int, num_objectives: int) -> Params:
+        """The baseline's own parameters, an empty tree where it has none."""
+
+    def __call__(
+        self,
+        params: Params,
+        hidden: Float[Array, "R T D"],
+        preference: Preference,
+        returns: Float[Array, "R T"],
+        mask: Float[Array, "R T"],
+        num_samples: int,
+    ) -> tuple[Float[Array, "R T"], Float[Array, ""], Metrics]:
+        """Advantages (no gradient flows through them), the baseline's loss summed over rows, and metrics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueBaseline:
+    """A learned value ``V(x, y_<s, w, α)``, regressed on the return to go.
+
+    It reads the policy's own decoder states (no gradient flows back into the policy) and the preference.
+
+    Attributes:
+        hidden_dim: width of its hidden layer.
+        coefficient: weight of its squared error beside the policy's loss; the two share no parameters, so this is a
+            learning-rate factor.
+    """
+
+    hidden_dim: int = 128
+    coefficient: float = 0.5
+
+    def __post_init__(self):
+        if self.hidden_dim < 1 or self.coefficient <= 0:
+            raise ValueError(
+                f"ValueBaseline(hidden_dim={self.hidden_dim}, coefficient={self.coefficient}): expected positive numbers."
+            )
+
+    def init(self, key: PRNGKeyArray, embed_dim: int, num_objectives: int) -> Params:
+        """The value head's parameters."""
+        return self._head(embed_dim, num_objectives).init(key)
+
+    def __call__(
+        self,
+        params: Params,
+        hidden: Float[Array, "R T D"],
+        preference: Preference,
+        returns: Float[Array, "R T"],
+        mask: Float[Array, "R T"],
+        num_samples: int,
+    ) -> tuple[Float[Array, "R T"], Float[Array, ""], Metrics]:
+        """See `AdvantageEstimator`."""
+        features = jnp.concatenate([preference.weights, preference.alpha[:, None]], axis=-1)
+        head = self._head(hidden.shape[-1], preference.num_objectives).bind(params)
+        values = head(jax.lax.stop_gradient(hidden), features)
+        error = value_loss(values, returns, mask)
+        variance = masked_mean(jnp.square(returns - masked_mean(returns, mask)), mask)
+        explained = 1 - masked_mean(jnp.square(returns - values), mask) / jnp.maximum(variance, 1e-8)
+        advantages = jax.lax.stop_gradient(returns - values) * mask
+        metrics = {"value_loss": error, "value_explained_variance": explained}
+        return advantages, self.coefficient * error * hidden.shape[0], metrics
+
+    def _head(self, embed_dim: int, num_objectives: int) -> Policy:
+        features = num_objectives + 1  # The weights and the KL weight.
+        return Policy(ValueHeadConfig(embed_dim=embed_dim, num_features=features, hidden_dim=self.hidden_dim))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaveOneOut:
+    """The mean return of the prompt's other completions; needs several samples of each prompt."""
+
+    def init(self, key: PRNGKeyArray, embed_dim: int, num_objectives: int) -> Params:
+        """No parameters."""
+        return {}
+
+    def __call__(
+        self,
+        params: Params,
+        hidden: Float[Array, "R T D"],
+        preference: Preference,
+        returns: Float[Array, "R T"],
+        mask: Float[Array, "R T"],
+        num_samples: int,
+    ) -> tuple[Float[Array, "R T"], Float[Array, ""], Metrics]:
+        """See `AdvantageEstimator`; the baseline is the mean whole-sequence return of the other samples."""
+        if num_samples < 2:
+            raise ValueError(f"LeaveOneOut compares samples of one prompt: num_samples is {num_samples}, expected >= 2.")
+        whole = returns[:, 0].reshape(-1, num_samples)
+        baseline = (whole - leave_one_out(whole)).reshape(-1, 1)
+        advantages = jax.lax.stop_gradient(returns - baseline) * mask
+        return advantages, jnp.zeros(()), {}

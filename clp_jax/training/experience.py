@@ -1,0 +1,143 @@
+"""From prompts to experience: rollouts on the device, rewards on the host, overlapped.
+
+A batch is rolled out in chunks. All chunks are dispatched at once; while the device generates a chunk, the host scores
+the one before. Every completion of a batch comes from the parameters that the batch will update: overlapping with the
+next batch instead would make rollouts one update stale, and a resumed run would need the rollouts in flight.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
+from clp_jax.data.batch import PromptBatch
+from clp_jax.data.reader import DataSource
+from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.preferences import Preference
+from clp_jax.rewards.protocol import RewardInputs
+from clp_jax.rewards.stack import RewardStack
+from clp_jax.sampling.rollouts import Rollout, RolloutWorker
+
+PreferenceSampler = Callable[[PRNGKeyArray, int], Preference]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """A rollout and what it earned.
+
+    Attributes:
+        rollout: prompts ``[B, ...]`` and completions ``[R, ...]``.
+        rewards: ``float32[R, K]``, standardised, one column for each objective.
+    """
+
+    rollout: Rollout
+    rewards: Float[Array, "R K"]
+
+
+def reward_inputs(
+    vocabulary: Vocabulary,
+    inputs: Int[np.ndarray, "B S"],
+    references: Int[np.ndarray, "B U"],
+    tokens: Int[np.ndarray, "R T"],
+) -> RewardInputs:
+    """What reward functions see of completions, ``n`` rows a prompt: texts and tokens, one row for each completion.
+
+    Args:
+        vocabulary: turns tokens into text.
+        inputs: prompts.
+        references: the reference completions.
+        tokens: completions, prompt-major.
+    """
+    repeats = tokens.shape[0] // inputs.shape[0]
+    prompts = [text for text in vocabulary.decode_batch(inputs) for _ in range(repeats)]
+    expected = [text for text in vocabulary.decode_batch(references) for _ in range(repeats)]
+    return RewardInputs(
+        prompts=prompts,
+        completions=vocabulary.decode_batch(tokens),
+        references=expected,
+        prompt_tokens=np.repeat(inputs, repeats, axis=0),
+        completion_tokens=tokens,
+    )
+
+
+class ExperienceSource:
+    """Yields the experience of one step after another; the position in the data is all its state.
+
+    Args:
+        data: prompts and reference completions.
+        worker: rolls out one chunk.
+        sampler: draws the preferences of a batch.
+        rewards: the reward stack.
+        vocabulary: of the policy.
+        reference: the frozen reference's parameters.
+        num_groups: preferences in a batch.
+        num_chunks: chunks a batch is rolled out in; more overlap more of the host's work.
+        seed: with the step, decides preferences and samples.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: DataSource,
+        worker: RolloutWorker,
+        sampler: PreferenceSampler,
+        rewards: RewardStack,
+        vocabulary: Vocabulary,
+        reference: Params,
+        num_groups: int,
+        num_chunks: int,
+        seed: int,
+    ):
+        self._data = data
+        self._rewards = rewards
+        self._vocabulary = vocabulary
+        self._reference = reference
+        self._num_chunks = num_chunks
+        self._seed = seed
+
+        def roll_out(params: Params, reference: Params, inputs: Array, step: Array, seed: Array, chunk: Array) -> Rollout:
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            preference_key, sample_key = jax.random.split(key)
+            preference = sampler(preference_key, num_groups)
+            if num_groups > 1:
+                per_chunk = num_groups // num_chunks
+                take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=chunk * per_chunk, slice_size=per_chunk)
+                preference = jax.tree.map(take, preference)
+            return worker(params, reference, inputs, preference, jax.random.fold_in(sample_key, chunk))
+
+        self._roll_out = jax.jit(roll_out)
+        self._join = jax.jit(lambda chunks: jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks))
+
+    def next(self, state: Any) -> tuple[Experience, dict[str, float]]:
+        """Rolls out, scores and returns the next batch under the state's parameters."""
+        batch: PromptBatch = self._data.next()
+        policy = state.params["policy"]
+        size = batch.inputs.shape[0] // self._num_chunks
+        chunks, futures = [], []
+        for c in range(self._num_chunks):
+            inputs = jnp.asarray(batch.inputs[c * size : (c + 1) * size])
+            chunks.append(self._roll_out(policy, self._reference, inputs, state.step, np.uint32(self._seed), np.int32(c)))
+        for c, chunk in enumerate(chunks):
+            futures.append(self._submit(batch, chunk, slice(c * size, (c + 1) * size)))
+        rewards = np.concatenate([future.result() for future in futures])
+        rollout = self._join(chunks)
+        return Experience(rollout=rollout, rewards=jnp.asarray(rewards)), {}
+
+    def _submit(self, batch: PromptBatch, chunk: Rollout, rows: slice) -> Future:
+        tokens = np.asarray(chunk.tokens)  # Waits for this chunk only; the device goes on with the next.
+        return self._rewards.submit(reward_inputs(self._vocabulary, batch.inputs[rows], batch.targets[rows], tokens))
+
+    def position(self) -> dict[str, int]:
+        """The position in the data."""
+        return {"examples": self._data.position}
+
+    def restore(self, position: dict[str, int]) -> None:
+        """Goes to a position that `position` gave."""
+        self._data.seek(position["examples"])

@@ -1,0 +1,104 @@
+"""The loss of one policy-gradient update: experience in, a scalar to descend out."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray
+from clp_jax.models.conditioning import Conditioning
+from clp_jax.models.policy import Policy
+from clp_jax.objectives.advantages import return_to_go, scalarize
+from clp_jax.objectives.masking import masked_mean
+from clp_jax.objectives.policy_gradient import reinforce_loss
+from clp_jax.sampling.rollouts import over_groups
+from clp_jax.sampling.score import teacher_force
+from clp_jax.training.estimators import AdvantageEstimator
+from clp_jax.training.experience import Experience
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradientLoss:
+    """REINFORCE on ``(1-α) w·r - α KL`` with per-token return to go (CLP, arXiv 2407.15762, section 4).
+
+    Called as the learner calls every loss: ``(params, frozen, experience, key) -> (sum over rows, rows, metrics)``.
+
+    Attributes:
+        policy: the policy.
+        conditioning: how the preference enters it.
+        estimator: turns returns into advantages.
+        num_samples: completions of each prompt.
+        rows_per_group: consecutive rows that share a preference.
+        objectives: the rewards' names, for the metrics.
+    """
+
+    policy: Policy
+    conditioning: Conditioning
+    estimator: AdvantageEstimator
+    num_samples: int
+    rows_per_group: int
+    objectives: tuple[str, ...]
+
+    def __call__(
+        self, params: Params, frozen: Params, experience: Experience, key: PRNGKeyArray
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Metrics]:
+        """The summed loss of a batch of ``R`` rows, ``R``, and metrics.
+
+        Args:
+            params: ``{"policy": expanded parameters, "baseline": the estimator's}``.
+            frozen: ``{"reference": the frozen reference's parameters}``.
+            experience: the batch, or a slice of it when gradients are accumulated.
+            key: unused; rollouts are scored without dropout, as they were sampled.
+        """
+        rollout = experience.rollout
+        rows = rollout.tokens.shape[0]
+        # Accumulation cuts batches into slices: of several whole groups, or each of one group.
+        num_groups = max(1, rows // self.rows_per_group)
+        prompts = _per_prompt(rollout, self.num_samples)
+
+        def one_group(mapped, policy_params, reference):
+            inputs, preference, tokens = mapped
+            model = self.policy.bind(self.conditioning.mix(policy_params, reference, preference[0]))
+            conditioned = self.conditioning.condition_inputs(inputs, preference)
+            return teacher_force(model, conditioned, tokens, num_samples=self.num_samples)
+
+        tokens = rollout.tokens.reshape(prompts[0].shape[0], self.num_samples, -1)
+        forced = over_groups(
+            lambda inputs, preference, tokens, *shared: one_group(
+                (inputs, preference, tokens.reshape(-1, tokens.shape[-1])), *shared
+            ),
+            num_groups,
+            (*prompts, tokens),
+            params["policy"],
+            frozen["reference"],
+        )
+        log_probs, hidden = forced.log_probs * rollout.mask, forced.hidden
+        kl = (rollout.log_probs - rollout.reference_log_probs) * rollout.mask
+        reward = scalarize(experience.rewards, rollout.preference.weights, rollout.preference.alpha)
+        returns = return_to_go(reward, kl, rollout.preference.alpha, rollout.mask)
+        advantages, baseline_loss, metrics = self.estimator(
+            params["baseline"], hidden, rollout.preference, returns, rollout.mask, self.num_samples
+        )
+        policy_loss, policy_metrics = reinforce_loss(log_probs, advantages, rollout.mask)
+        count = jnp.asarray(rows, jnp.float32)
+        metrics = metrics | policy_metrics | self._metrics(experience, kl, reward)
+        return policy_loss * count + baseline_loss, count, metrics
+
+    def _metrics(self, experience: Experience, kl: Array, reward: Array) -> Metrics:
+        rollout = experience.rollout
+        weights, alpha = rollout.preference.weights, rollout.preference.alpha
+        whole = kl.sum(-1)
+        named = {f"reward/{name}": experience.rewards[:, k].mean() for k, name in enumerate(self.objectives)}
+        return named | {
+            "reward/weighted": (experience.rewards * weights).sum(-1).mean(),
+            "objective": (reward - alpha * whole).mean(),
+            "kl": whole.mean(),
+            "length": rollout.mask.sum(-1).mean(),
+            "finished": masked_mean((rollout.tokens == 1).any(-1).astype(jnp.float32), jnp.ones_like(whole)),
+        }
+
+
+def _per_prompt(rollout: Any, num_samples: int) -> tuple[Array, Any]:
+    """The prompts, and the preference of each prompt."""
+    return rollout.inputs, jax.tree.map(lambda x: x[::num_samples], rollout.preference)
