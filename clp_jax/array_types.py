@@ -20,8 +20,12 @@ The tests import the package through jaxtyping's hook, which checks the annotati
 
 from typing import Any, TypeAlias
 
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key, Num, PRNGKeyArray, PyTree, Shaped, UInt32
+
+# What crosses from the host to the device.
+ArrayLike: TypeAlias = Array | np.ndarray
 
 # A nested dictionary of arrays keyed by parameter name: what `nnx.split` yields as a pure tree.
 Params: TypeAlias = dict[str, Any]
@@ -30,5 +34,5 @@ Params: TypeAlias = dict[str, Any]
 Metrics: TypeAlias = dict[str, Array]
 
 __all__ = [
-    "Array", "Bool", "Float", "Int", "Key", "Metrics", "Num", "PRNGKeyArray", "Params", "PyTree", "Shaped", "UInt32",
+    "Array", "ArrayLike", "Bool", "Float", "Int", "Key", "Metrics", "Num", "PRNGKeyArray", "Params", "PyTree", "Shaped", "UInt32",
 ]

@@ -11,7 +11,7 @@ from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.preferences import Preference
-from clp_jax.sampling.generate import Completions, SamplingConfig, generate
+from clp_jax.sampling.generate import CachedDecoder, Completions, SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
 
 
@@ -95,7 +95,7 @@ class RolloutWorker:
             reference: the frozen reference's parameters.
             inputs: ``int32[B, S]`` prompts.
             preference: one for each group, leading dimension ``[num_groups]``.
-            key: decides the samples; row ``i`` of group ``g`` sees ``fold_in(fold_in(key, g), i)``.
+            key: decides the samples; row ``i`` sees ``fold_in(key, i)``.
 
         Raises:
             ValueError: when the batch does not divide into the groups.
@@ -105,20 +105,22 @@ class RolloutWorker:
             raise ValueError(f"a batch of {batch} prompts does not divide into {self.num_groups} preference groups.")
         rows = batch // self.num_groups
         per_prompt = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), preference)
-        keys = jax.vmap(lambda g: jax.random.fold_in(key, g))(jnp.repeat(jnp.arange(self.num_groups), rows))
+        keys = row_keys(key, batch * self.num_samples)
 
         def one_group(inputs, preference, keys, params, reference) -> Completions:
             model = self.policy.bind(self.conditioning.mix(params, reference, preference[0]))
-            conditioned = self.conditioning.condition_inputs(inputs, preference)
-            return generate(model, conditioned, key=keys[0], config=self.config, num_samples=self.num_samples)
+            inputs = self.conditioning.condition_inputs(inputs, preference)
+            return generate(
+                CachedDecoder(model), inputs, keys=keys, config=self.config, num_samples=self.num_samples
+            )
 
         out = over_groups(one_group, self.num_groups, (inputs, per_prompt, keys), params, reference)
-        reference_log_probs = score(self.policy.bind(reference), inputs, out.tokens, num_samples=self.num_samples)
+        reference_log_probs = score(self.policy.bind(reference), inputs, out.tokens)
         return Rollout(
             inputs=inputs,
             tokens=out.tokens,
             mask=out.mask,
             log_probs=out.log_probs,
-            reference_log_probs=reference_log_probs * out.mask,
+            reference_log_probs=reference_log_probs,
             preference=jax.tree.map(lambda x: jnp.repeat(x, self.num_samples, axis=0), per_prompt),
         )

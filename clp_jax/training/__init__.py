@@ -1,0 +1,1 @@
+"""Training: one learner, one loop, one checkpoint format for every stage."""

@@ -5,25 +5,25 @@ sampler; nothing else differs between them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from clp_jax.array_types import Params
-from clp_jax.data.batch import PromptBatch
-from clp_jax.data.reader import DataSource
+from clp_jax.array_types import Params, PRNGKeyArray
+from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.models.conditioning import Conditioning, PromptConditioning, Unconditioned
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
-from clp_jax.preferences import Preference
+from clp_jax.rewards.learned import LearnedReward
+from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.protocol import RewardFunction
-from clp_jax.rewards.stack import RewardStack
-from clp_jax.sampling.generate import SamplingConfig
+from clp_jax.rewards.stack import RewardStack, objective_names
+from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
 from clp_jax.training.estimators import AdvantageEstimator, ValueBaseline
@@ -31,8 +31,9 @@ from clp_jax.training.experience import ExperienceSource, PreferenceSampler, rew
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.stage import StageSetup
 
-STATISTICS_FILE = "rewards.json"
 REFERENCE_DIRECTORY = "reference"
+
+_STATISTICS_KEY = 2**31  # Tells the statistics' samples from those of the steps.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ConditionalPolicy:
     data_dir: str
     rewards: Sequence[RewardFunction]
     preferences: PreferenceSampler
-    conditioning: Conditioning = Unconditioned()
+    conditioning: "Conditioning | WrittenPreference" = Unconditioned()
     estimator: AdvantageEstimator = ValueBaseline()
     batch_size: int = 64
     num_samples: int = 1
@@ -71,55 +72,152 @@ class ConditionalPolicy:
         for name in ("batch_size", "num_samples", "num_groups", "num_chunks", "max_length", "statistics_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ConditionalPolicy.{name} is {getattr(self, name)}: expected at least 1.")
-        if self.batch_size % (self.num_groups * self.num_chunks // min(self.num_groups, self.num_chunks)):
-            raise ValueError(
-                f"ConditionalPolicy: batch_size={self.batch_size} must divide into num_groups={self.num_groups} and "
-                f"num_chunks={self.num_chunks}."
-            )
+        for name in ("num_groups", "num_chunks"):
+            if self.batch_size % getattr(self, name):
+                raise ValueError(
+                    f"ConditionalPolicy: a batch of {self.batch_size} prompts does not divide into "
+                    f"{name}={getattr(self, name)}."
+                )
         if self.num_groups > 1 and self.num_groups % self.num_chunks:
             raise ValueError(
                 f"ConditionalPolicy: num_groups={self.num_groups} must be 1 or a multiple of num_chunks={self.num_chunks}."
             )
 
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
-        """Loads the reference, fixes the rewards' statistics, and makes the parameters, the loss and the source."""
+        """See `clp_jax.training.stage.Stage`; fixes the rewards' statistics and stores the reference the first time."""
+        names = objective_names(self.rewards)
+        sampled = self.preferences(jax.random.key(0), self.num_groups).num_objectives
+        if sampled != len(names):
+            raise ValueError(
+                f"the preference sampler draws {sampled} weights, but the rewards are {len(names)} objectives: "
+                f"{', '.join(names)}."
+            )
         reference, description, _ = load_params(self.initial_checkpoint)
         policy = Policy(from_json(description["model"]))
         vocabulary = Vocabulary.load(self.data_dir)
-        names = tuple(name for reward in self.rewards for name in reward.names)
-        num_objectives = len(names)
-        sampled = self.preferences(jax.random.key(0), self.num_groups).num_objectives
-        if sampled != num_objectives:
-            raise ValueError(
-                f"the preference sampler draws {sampled} weights, but the rewards have {num_objectives} objectives: "
-                f"{', '.join(names)}."
-            )
+        _check_vocabulary(self, vocabulary, description)
+        conditioning = self.conditioning
+        if isinstance(conditioning, WrittenPreference):
+            conditioning = conditioning.tokenise(names, vocabulary.encode)
         statistics = self._statistics(run_dir, policy, reference, vocabulary, seed)
         save_params(run_dir / REFERENCE_DIRECTORY, reference, description)
-        baseline_key = jax.random.fold_in(jax.random.key(seed), 1)
         params = {
-            "policy": self.conditioning.expand(reference),
-            "baseline": self.estimator.init(baseline_key, policy.config.embed_dim, num_objectives),
+            "policy": conditioning.expand(reference),
+            "baseline": self.estimator.init(
+                jax.random.fold_in(jax.random.key(seed), 1), policy.config.embed_dim, len(names)
+            ),
         }
+        own = {
+            "stage": "clp",
+            "model": description["model"],
+            "conditioning": to_json(conditioning),
+            "rewards": list(names),
+            "max_length": self.max_length,
+            "vocabulary": vocabulary.fingerprint,
+        }
+        axes = policy.logical_axes()
         return StageSetup(
             params=params,
             frozen={"reference": reference},
-            logical_axes={"policy": self.conditioning.logical_axes(policy.logical_axes()), "baseline": None},
+            logical_axes={"policy": conditioning.logical_axes(axes), "baseline": None},
+            frozen_logical_axes={"reference": axes},
             loss_fn=PolicyGradientLoss(
                 policy=policy,
-                conditioning=self.conditioning,
+                conditioning=conditioning,
                 estimator=self.estimator,
                 num_samples=self.num_samples,
                 rows_per_group=self.batch_size * self.num_samples // self.num_groups,
                 objectives=names,
             ),
-            source=self._source(policy, reference, vocabulary, RewardStack(self.rewards, statistics), seed),
-            describe=lambda: {
-                "stage": "clp",
-                "model": description["model"],
-                "conditioning": to_json(self.conditioning),
-                "rewards": list(names),
-                "max_length": self.max_length,
-            },
+            source=self._source(policy, conditioning, reference, vocabulary, statistics, seed),
+            describe=lambda: own,
             tokens_per_batch=self.batch_size * self.num_samples * self.max_length,
+            vocabulary=vocabulary,
         )
+
+    def _data(self, seed: int, batch_size: int) -> DataSource:
+        return DataSource(self.data_dir, "train", batch_size=batch_size, converter=prompt_batch, seed=seed)
+
+    def _source(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        reference: Params,
+        vocabulary: Vocabulary,
+        statistics: RewardStatistics,
+        seed: int,
+    ) -> ExperienceSource:
+        worker = RolloutWorker(
+            policy=policy,
+            conditioning=conditioning,
+            config=SamplingConfig(self.max_length),
+            num_samples=self.num_samples,
+            num_groups=max(1, self.num_groups // self.num_chunks),
+        )
+        return ExperienceSource(
+            data=self._data(seed, self.batch_size),
+            worker=worker,
+            sampler=self.preferences,
+            rewards=RewardStack(self.rewards, statistics),
+            vocabulary=vocabulary,
+            reference=reference,
+            num_groups=self.num_groups,
+            num_chunks=self.num_chunks,
+            seed=seed,
+        )
+
+    def _statistics(
+        self, run_dir: Path, policy: Policy, reference: Params, vocabulary: Vocabulary, seed: int
+    ) -> RewardStatistics:
+        """The rewards' mean and deviation on the reference's samples: read where they are stored, fitted otherwise."""
+        stack = RewardStack(self.rewards)
+        if (run_dir / STATISTICS_FILE).is_file():
+            statistics = RewardStatistics.load(run_dir)
+            RewardStack(self.rewards, statistics)  # Checks the names.
+            return statistics
+        data = self._data(seed + 1, min(self.batch_size, self.statistics_prompts))
+        config = SamplingConfig(self.max_length)
+
+        @jax.jit
+        def sample(params: Params, inputs: Any, key: PRNGKeyArray) -> Any:
+            keys = row_keys(key, inputs.shape[0])
+            return generate(CachedDecoder(policy.bind(params)), inputs, keys=keys, config=config).tokens
+
+        rows = []
+        for index in range(-(-self.statistics_prompts // min(self.batch_size, self.statistics_prompts))):
+            batch = data.next()
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STATISTICS_KEY), index)
+            tokens = np.asarray(sample(reference, batch.inputs, key))
+            rows.append(stack.raw(reward_inputs(vocabulary, batch.inputs, batch.targets, tokens)))
+        statistics = RewardStatistics.fit(stack.names, np.concatenate(rows))
+        statistics.save(run_dir)
+        return statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenPreference:
+    """Asks for prompt conditioning before the vocabulary is known; the stage turns it into `PromptConditioning`.
+
+    Attributes:
+        with_alpha: write the KL weight as well.
+        bins: evenly spaced values in [0, 1]; weights are rounded to the nearest.
+    """
+
+    with_alpha: bool = False
+    bins: int = 21
+
+    def tokenise(self, names: Sequence[str], encode: Callable[[str], list[int]]) -> PromptConditioning:
+        """The conditioning with its texts as tokens."""
+        return PromptConditioning.of(names, encode, with_alpha=self.with_alpha, bins=self.bins)
+
+
+def _check_vocabulary(stage: ConditionalPolicy, vocabulary: Vocabulary, description: dict[str, Any]) -> None:
+    """All parts must mean the same by a token."""
+    if description.get("vocabulary") != vocabulary.fingerprint:
+        raise ValueError(
+            f"{stage.initial_checkpoint} was trained with another vocabulary than {stage.data_dir} was prepared with: "
+            "use the data of the supervised run."
+        )
+    for reward in stage.rewards:
+        if isinstance(reward, LearnedReward) and reward.vocabulary_fingerprint != vocabulary.fingerprint:
+            raise ValueError(f"the reward model {reward.names[0]!r} was trained with another vocabulary than {stage.data_dir}.")

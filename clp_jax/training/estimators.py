@@ -41,17 +41,18 @@ class ValueBaseline:
 
     Attributes:
         hidden_dim: width of its hidden layer.
-        coefficient: weight of its squared error beside the policy's loss; the two share no parameters, so this is a
-            learning-rate factor.
+        output_scale: its output is multiplied by this. A baseline starts from nothing and must follow the policy, which
+            moves little: with Adam or Adafactor, whose steps do not depend on the gradient's size, the factor acts as
+            a learning rate that many times the policy's.
     """
 
     hidden_dim: int = 128
-    coefficient: float = 0.5
+    output_scale: float = 10.0
 
     def __post_init__(self):
-        if self.hidden_dim < 1 or self.coefficient <= 0:
+        if self.hidden_dim < 1 or self.output_scale <= 0:
             raise ValueError(
-                f"ValueBaseline(hidden_dim={self.hidden_dim}, coefficient={self.coefficient}): expected positive numbers."
+                f"ValueBaseline(hidden_dim={self.hidden_dim}, output_scale={self.output_scale}): expected positive numbers."
             )
 
     def init(self, key: PRNGKeyArray, embed_dim: int, num_objectives: int) -> Params:
@@ -70,13 +71,13 @@ class ValueBaseline:
         """See `AdvantageEstimator`."""
         features = jnp.concatenate([preference.weights, preference.alpha[:, None]], axis=-1)
         head = self._head(hidden.shape[-1], preference.num_objectives).bind(params)
-        values = head(jax.lax.stop_gradient(hidden), features)
+        values = head(jax.lax.stop_gradient(hidden), features) * self.output_scale
         error = value_loss(values, returns, mask)
         variance = masked_mean(jnp.square(returns - masked_mean(returns, mask)), mask)
         explained = 1 - masked_mean(jnp.square(returns - values), mask) / jnp.maximum(variance, 1e-8)
         advantages = jax.lax.stop_gradient(returns - values) * mask
         metrics = {"value_loss": error, "value_explained_variance": explained}
-        return advantages, self.coefficient * error * hidden.shape[0], metrics
+        return advantages, error * hidden.shape[0], metrics
 
     def _head(self, embed_dim: int, num_objectives: int) -> Policy:
         features = num_objectives + 1  # The weights and the KL weight.

@@ -1,19 +1,16 @@
 """The loss of one policy-gradient update: experience in, a scalar to descend out."""
 
 import dataclasses
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.objectives.advantages import return_to_go, scalarize
-from clp_jax.objectives.masking import masked_mean
 from clp_jax.objectives.policy_gradient import reinforce_loss
+from clp_jax.sampling.generate import EOS_ID
 from clp_jax.sampling.rollouts import over_groups
-from clp_jax.sampling.score import teacher_force
+from clp_jax.sampling.score import Forced, teacher_force
 from clp_jax.training.estimators import AdvantageEstimator
 from clp_jax.training.experience import Experience
 
@@ -55,25 +52,15 @@ class PolicyGradientLoss:
         rows = rollout.tokens.shape[0]
         # Accumulation cuts batches into slices: of several whole groups, or each of one group.
         num_groups = max(1, rows // self.rows_per_group)
-        prompts = _per_prompt(rollout, self.num_samples)
 
-        def one_group(mapped, policy_params, reference):
-            inputs, preference, tokens = mapped
+        def one_group(inputs, preference, tokens, policy_params, reference) -> Forced:
             model = self.policy.bind(self.conditioning.mix(policy_params, reference, preference[0]))
-            conditioned = self.conditioning.condition_inputs(inputs, preference)
-            return teacher_force(model, conditioned, tokens, num_samples=self.num_samples)
+            conditioned = self.conditioning.condition_inputs(inputs, preference[:: self.num_samples])
+            return teacher_force(model, conditioned, tokens)
 
-        tokens = rollout.tokens.reshape(prompts[0].shape[0], self.num_samples, -1)
-        forced = over_groups(
-            lambda inputs, preference, tokens, *shared: one_group(
-                (inputs, preference, tokens.reshape(-1, tokens.shape[-1])), *shared
-            ),
-            num_groups,
-            (*prompts, tokens),
-            params["policy"],
-            frozen["reference"],
-        )
-        log_probs, hidden = forced.log_probs * rollout.mask, forced.hidden
+        mapped = (rollout.inputs, rollout.preference, rollout.tokens)
+        forced = over_groups(one_group, num_groups, mapped, params["policy"], frozen["reference"])
+        log_probs, hidden = forced.log_probs, forced.hidden
         kl = (rollout.log_probs - rollout.reference_log_probs) * rollout.mask
         reward = scalarize(experience.rewards, rollout.preference.weights, rollout.preference.alpha)
         returns = return_to_go(reward, kl, rollout.preference.alpha, rollout.mask)
@@ -95,10 +82,6 @@ class PolicyGradientLoss:
             "objective": (reward - alpha * whole).mean(),
             "kl": whole.mean(),
             "length": rollout.mask.sum(-1).mean(),
-            "finished": masked_mean((rollout.tokens == 1).any(-1).astype(jnp.float32), jnp.ones_like(whole)),
+            "finished": (rollout.tokens == EOS_ID).any(-1).astype(jnp.float32).mean(),
         }
 
-
-def _per_prompt(rollout: Any, num_samples: int) -> tuple[Array, Any]:
-    """The prompts, and the preference of each prompt."""
-    return rollout.inputs, jax.tree.map(lambda x: x[::num_samples], rollout.preference)

@@ -1,0 +1,324 @@
+"""What is typed after `clp <command>`: flags for the arguments of an entry function, and gin's own flags.
+
+The flags come from the signature and the docstring of the function, read from its source: nothing is imported, so help is
+immediate and mistakes are found at once.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clp_jax.gin_utils.files import ConfigError, suggest
+
+GIN_FLAGS = {
+    "gin_file": "a gin file; repeatable, later files win",
+    "gin_search_paths": "comma-separated directories with more gin files",
+    "gin_bindings": "the same as --gin.NAME=VALUE, with NAME=VALUE as one word; repeatable",
+}
+SWITCHES = {
+    "help": "show this",
+    "debug": "show the whole traceback of an error",
+    "print_config": "print the resolved configuration, and stop",
+}
+HIDDEN = ("config_text",)
+
+_ELEMENTARY = {"str", "int", "float", "bool", "None", "Path", "PathLike"}
+_SEQUENCES = {"Sequence", "list", "tuple", "Iterable", "Collection"}
+_MAPPINGS = {"Mapping", "dict"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """One argument of an entry function.
+
+    Attributes:
+        name: of the argument.
+        annotation: parsed.
+        default: as it stands in the source, or None for a required one.
+        text: what the docstring says of it.
+    """
+
+    name: str
+    annotation: ast.expr | None
+    default: str | None
+    text: str
+
+    @property
+    def expected(self) -> str:
+        """The annotation as it is written."""
+        return ast.unparse(self.annotation) if self.annotation is not None else "anything"
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it can be typed on a command line."""
+        return any(_convertible(member) for member in _members(self.annotation))
+
+
+@dataclasses.dataclass(frozen=True)
+class EntryPoint:
+    """An entry function as its source describes it.
+
+    Attributes:
+        module: that defines it.
+        function: its name.
+        summary: the first sentence of its docstring.
+        description: the rest, up to the arguments.
+        arguments: those that a user may give.
+        takes_config_text: whether it wants the resolved configuration.
+    """
+
+    module: str
+    function: str
+    summary: str
+    description: str
+    arguments: tuple[Argument, ...]
+    takes_config_text: bool
+
+    @classmethod
+    def find(cls, module: str, function: str) -> "EntryPoint | None":
+        """Reads an entry function's source, or returns None where this installation has no such module."""
+        specification = importlib.util.find_spec(module)
+        if specification is None or specification.origin is None:
+            return None
+        tree = ast.parse(Path(specification.origin).read_text("utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == function:
+                return cls._read(module, node)
+        return None
+
+    @classmethod
+    def _read(cls, module: str, node: ast.FunctionDef) -> "EntryPoint":
+        docstring = ast.get_docstring(node) or ""
+        prose, _, sections = docstring.partition("\nArgs:\n")
+        summary, _, description = re.split(r"\n(?:Returns|Raises):", prose)[0].strip().partition("\n\n")
+        texts = _argument_texts(sections)
+        arguments = [
+            Argument(a.arg, a.annotation, None if default is None else ast.unparse(default), texts.get(a.arg, ""))
+            for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        ]
+        return cls(
+            module=module,
+            function=node.name,
+            summary=" ".join(summary.split()),
+            description=description.strip(),
+            arguments=tuple(argument for argument in arguments if argument.name not in HIDDEN),
+            takes_config_text=any(argument.name == "config_text" for argument in arguments),
+        )
+
+
+@dataclasses.dataclass
+class Invocation:
+    """A parsed command line.
+
+    Attributes:
+        arguments: of the entry function, converted.
+        gin_files: in order.
+        gin_bindings: ``NAME=VALUE``, in order.
+        search_paths: for gin files.
+        switches: those of `SWITCHES` that were given.
+    """
+
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    gin_files: list[str] = dataclasses.field(default_factory=list)
+    gin_bindings: list[str] = dataclasses.field(default_factory=list)
+    search_paths: list[str] = dataclasses.field(default_factory=list)
+    switches: set[str] = dataclasses.field(default_factory=set)
+
+
+def parse(words: Sequence[str], entry: EntryPoint) -> Invocation:
+    """Parses the words after the command.
+
+    Raises:
+        ConfigError: for an unknown flag, a missing or a wrong value.
+    """
+    invocation = Invocation()
+    flags = {argument.name: argument for argument in entry.arguments}
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"what is {word!r}? Every argument has a name: --NAME VALUE or --NAME=VALUE.")
+        name, equals, value = word[2:].partition("=")
+        if name.startswith("gin."):
+            if not equals:
+                raise ConfigError(f"{word} has no value: write {word}=VALUE, without spaces.")
+            invocation.gin_bindings.append(f"{name.removeprefix('gin.')}={value}")
+            continue
+        name = name.replace("-", "_")
+        if name in SWITCHES and not equals:
+            invocation.switches.add(name)
+            continue
+        negated = flags.get(re.sub("^no_?", "", name)) if name not in flags else None
+        if negated is not None and _is_boolean(negated) and not equals:
+            invocation.arguments[negated.name] = False
+            continue
+        if name not in flags and name not in GIN_FLAGS:
+            known = [*flags, *GIN_FLAGS, *SWITCHES]
+            raise ConfigError(f"there is no flag --{name}{suggest(name, known)}. Macros are set with --gin.NAME=VALUE.")
+        if not equals:
+            if name in flags and _is_boolean(flags[name]):
+                value = "true"
+            elif not waiting or waiting[0].startswith("--"):
+                raise ConfigError(f"--{name} has no value.")
+            else:
+                value = waiting.pop(0)
+        _store(invocation, name, value, flags)
+    return invocation
+
+
+def convert(text: str, argument: Argument) -> Any:
+    """The value that a word stands for.
+
+    Raises:
+        ConfigError: when it does not fit the argument's annotation.
+    """
+    if not argument.is_flag:
+        raise ConfigError(
+            f"--{argument.name} takes {argument.expected}, which can't be typed here: bind it in a gin file, or with "
+            f"--gin.FUNCTION.{argument.name}=@..."
+        )
+    for member in sorted(_members(argument.annotation), key=lambda m: _name(m) == "str"):
+        if _convertible(member):
+            try:
+                return _convert(text, member)
+            except ValueError:
+                continue
+    raise ConfigError(f"--{argument.name} is {text!r}: expected {argument.expected}{_example(argument)}.")
+
+
+def usage(command: str, entry: EntryPoint) -> str:
+    """The help of a command."""
+    lines = [f"clp {command}: {entry.summary}", ""]
+    if entry.description:
+        lines += [*textwrap.wrap(" ".join(entry.description.split("\n\n")[0].split()), 100), ""]
+    lines += ["Arguments, as flags or in gin:"]
+    for argument in entry.arguments:
+        default = "required" if argument.default is None else f"default {argument.default}"
+        how = "" if argument.is_flag else "; in gin only"
+        lines.append(f"  --{argument.name}  {argument.expected}  ({default}{how})")
+        lines += textwrap.wrap(argument.text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += ["", "Gin:", "  --gin.NAME=VALUE  sets a macro, or an argument of anything the gin files use; repeatable"]
+    lines += [f"  --{name}  {text}" for name, text in GIN_FLAGS.items()]
+    lines += ["", "Also:", *(f"  --{name}  {text}" for name, text in SWITCHES.items())]
+    return "\n".join(lines)
+
+
+def _store(invocation: Invocation, name: str, value: str, flags: dict[str, Argument]) -> None:
+    if name == "gin_file":
+        invocation.gin_files.append(value)
+    elif name == "gin_bindings":
+        invocation.gin_bindings.append(value)
+    elif name == "gin_search_paths":
+        invocation.search_paths += [path for path in value.split(",") if path]
+    else:
+        invocation.arguments[name] = convert(value, flags[name])
+
+
+def _argument_texts(sections: str) -> dict[str, str]:
+    """The entries of an ``Args:`` section, up to the next section."""
+    found: dict[str, str] = {}
+    name = None
+    for line in sections.splitlines():
+        if line and not line[0].isspace():
+            break
+        if match := re.match(r" {4}(\w+)(?: \([^)]*\))?:\s*(.*)", line):
+            name = match[1]
+            found[name] = match[2]
+        elif name is not None:
+            found[name] = f"{found[name]} {line.strip()}".strip()
+    return found
+
+
+def _members(annotation: ast.expr | None) -> list[ast.expr]:
+    """The members of a union."""
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return [*_members(annotation.left), *_members(annotation.right)]
+    if isinstance(annotation, ast.Subscript) and _name(annotation) in ("Optional", "Union"):
+        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        none = [ast.Constant(None)] if _name(annotation) == "Optional" else []
+        return [*(member for item in inner for member in _members(item)), *none]
+    return [] if annotation is None else [annotation]
+
+
+def _name(annotation: ast.expr) -> str:
+    if isinstance(annotation, ast.Subscript):
+        return _name(annotation.value)
+    if isinstance(annotation, ast.Attribute):
+        return annotation.attr
+    if isinstance(annotation, ast.Constant):
+        return "None" if annotation.value is None else str(annotation.value)
+    return annotation.id if isinstance(annotation, ast.Name) else ""
+
+
+def _inner(annotation: ast.expr) -> list[ast.expr]:
+    if not isinstance(annotation, ast.Subscript):
+        return []
+    inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+    return [item for item in inner if not (isinstance(item, ast.Constant) and item.value is ...)]
+
+
+def _convertible(annotation: ast.expr) -> bool:
+    name, inner = _name(annotation), _inner(annotation)
+    if name in _SEQUENCES | _MAPPINGS:
+        return bool(inner) and all(_name(m) in _ELEMENTARY - {"None"} for item in inner for m in _members(item))
+    return name in _ELEMENTARY - {"None"} or name == "Literal"
+
+
+def _is_boolean(argument: Argument) -> bool:
+    return "bool" in [_name(member) for member in _members(argument.annotation)]
+
+
+def _convert(text: str, annotation: ast.expr) -> Any:
+    name, inner = _name(annotation), _inner(annotation)
+    if name in _SEQUENCES:
+        items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
+        if name == "tuple" and len(inner) > 1 and len(inner) != len(items):
+            raise ValueError
+        kinds = inner if len(inner) == len(items) and name == "tuple" else inner[:1] * len(items)
+        converted = [_convert(item, kind) for item, kind in zip(items, kinds, strict=True)]
+        return converted if name == "list" else tuple(converted)
+    if name in _MAPPINGS:
+        pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError
+        return {_convert(key.strip(), inner[0]): _convert(value.strip(), inner[1]) for key, _, value in pairs}
+    if name == "Literal":
+        choices = {str(choice.value): choice.value for choice in inner if isinstance(choice, ast.Constant)}
+        if text not in choices:
+            raise ValueError
+        return choices[text]
+    return _CONVERTERS[name](text)
+
+
+def _boolean(text: str) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in known:
+        raise ValueError
+    return known[text.lower()]
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+_CONVERTERS: dict[str, Callable[[str], Any]] = {
+    "str": str, "Path": str, "PathLike": str, "int": int, "float": _number, "bool": _boolean,
+}  # fmt: skip
+
+
+def _example(argument: Argument) -> str:
+    names = [_name(member) for member in _members(argument.annotation)]
+    if set(names) & _SEQUENCES:
+        return f", as in --{argument.name} A,B"
+    return f", as in --{argument.name} A=1,B=2" if set(names) & _MAPPINGS else ""

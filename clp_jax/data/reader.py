@@ -1,0 +1,144 @@
+"""Disk to device: prepared records by random access through Grain, without TensorFlow.
+
+The position in the data is one number, the global index of the next example. The order is a function of the seed and
+that number alone: resuming costs nothing and is exact, whatever the number of hosts.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from clp_jax.data import packing, records
+from clp_jax.data.batch import Batch, PromptBatch
+from clp_jax.data.manifest import Manifest
+
+# (records, their ids, lengths by feature) -> a batch. An id of -1 stands for an empty row.
+Converter: TypeAlias = Callable[[Sequence[dict[str, np.ndarray]], np.ndarray, dict[str, int]], Any]
+
+
+class DataSource:
+    """Batches of a prepared split, without end.
+
+    Args:
+        directory: of the prepared data.
+        split: its name.
+        batch_size: examples of a global batch.
+        converter: turns records into a batch: `sequence_batch`, `prompt_batch`.
+        seed: decides the order; every epoch has its own.
+        shuffle: read in the order on disk when False.
+        shard_index: this host's number.
+        shard_count: hosts; each reads its slice of every global batch.
+
+    Raises:
+        FileNotFoundError: when the directory is not prepared.
+        ValueError: when a shard is damaged, or the batch is larger than the split or does not divide among the hosts.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        split: str,
+        *,
+        batch_size: int,
+        converter: Converter,
+        seed: int = 0,
+        shuffle: bool = True,
+        shard_index: int = 0,
+        shard_count: int = 1,
+    ):
+        self.manifest = Manifest.load(directory)
+        self.manifest.verify(directory, split)
+        if batch_size < 1 or batch_size % shard_count:
+            raise ValueError(f"batch_size is {batch_size}: expected a positive multiple of the {shard_count} hosts.")
+        self.size = self.manifest.splits[split].records
+        self.position = 0
+        self._paths = [str(Path(directory) / shard.name) for shard in self.manifest.splits[split].shards]
+        self._batch_size = batch_size
+        self._converter = converter
+        self._seed = seed
+        self._shuffle = shuffle
+        self._slice = slice(shard_index * batch_size // shard_count, (shard_index + 1) * batch_size // shard_count)
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        from grain.sources import ArrayRecordDataSource
+
+        return ArrayRecordDataSource(self._paths)
+
+    def example_ids(self, start: int, count: int) -> np.ndarray:
+        """Record numbers of the global example indices from `start` on; each epoch has every record once."""
+        from grain.experimental import index_shuffle
+
+        index = np.arange(start, start + count, dtype=np.int64)
+        epochs, within = index // self.size, index % self.size
+        if not self._shuffle:
+            return within.astype(np.int32)
+        seeds = (self._seed * 1_000_003 + epochs) % 2**32
+        shuffled = [
+            index_shuffle(int(i), max_index=self.size - 1, seed=int(s), rounds=4)
+            for i, s in zip(within, seeds, strict=True)
+        ]
+        return np.asarray(shuffled, np.int32)
+
+    def next(self) -> Any:
+        """This host's part of the next global batch."""
+        ids = self.example_ids(self.position, self._batch_size)[self._slice]
+        self.position += self._batch_size
+        return self._read(ids)
+
+    def seek(self, position: int) -> None:
+        """Goes to a global example index."""
+        if position < 0:
+            raise ValueError(f"position {position}: expected a global example index, 0 or more.")
+        self.position = int(position)
+
+    def epoch_batches(self, max_examples: int | None = None) -> Iterator[Any]:
+        """One pass in the order on disk; rows that fill up the last batch have example id -1."""
+        total = self.size if max_examples is None else min(self.size, max_examples)
+        for start in range(0, total, self._batch_size):
+            ids = np.arange(start, start + self._batch_size, dtype=np.int32)
+            yield self._read(np.where(ids < total, ids, -1)[self._slice])
+
+    def _read(self, ids: np.ndarray) -> Any:
+        raw = iter(self._records.__getitems__([int(i) for i in ids if i >= 0]))
+        rows = [records.decode(next(raw)) if i >= 0 else {} for i in ids]
+        return self._converter(rows, ids.astype(np.int32), self.manifest.lengths)
+
+
+def sequence_batch(rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths: dict[str, int]) -> Batch:
+    """Rows as a `Batch`, packed or not."""
+    laid = {name: _lay_out(rows, name, length) for name, length in lengths.items()}
+    targets, segments, positions = laid["targets"]
+    return Batch(
+        inputs=laid["inputs"][0],
+        input_segments=laid["inputs"][1],
+        input_positions=laid["inputs"][2],
+        decoder_inputs=packing.shift_right(targets, positions),
+        targets=targets,
+        target_segments=segments,
+        target_positions=positions,
+        loss_weights=(segments > 0).astype(np.float32),
+        example_ids=ids,
+    )
+
+
+def prompt_batch(rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths: dict[str, int]) -> PromptBatch:
+    """Rows as a `PromptBatch`.
+
+    Raises:
+        ValueError: when the data is packed: a prompt is one example.
+    """
+    if any(len(row["inputs_ends"]) > 1 for row in rows if row):
+        raise ValueError("these prompts are packed: prepare the data with pack=False for rollouts and evaluation.")
+    inputs, targets = (_lay_out(rows, name, lengths[name])[0] for name in ("inputs", "targets"))
+    return PromptBatch(inputs=inputs, targets=targets, example_ids=ids)
+
+
+def _lay_out(rows: Sequence[dict[str, np.ndarray]], name: str, length: int) -> tuple[np.ndarray, ...]:
+    laid = [
+        packing.lay_out(np.split(row[name], row[f"{name}_ends"][:-1]) if row else [], length) for row in rows
+    ]
+    return tuple(np.stack(column) for column in zip(*laid, strict=True))

@@ -1,0 +1,167 @@
+"""`clp evaluate`: a sweep over reward weights on held-out prompts."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clp_jax.data.reader import DataSource, prompt_batch
+from clp_jax.evaluation.sweep import FILE_NAME, Samples, Sweep, summarise
+from clp_jax.evaluation.tables import print_table
+from clp_jax.preferences import Preference, simplex_lattice
+from clp_jax.rewards.protocol import RewardFunction
+from clp_jax.rewards.stack import RewardStack, objective_names
+from clp_jax.sampling.generate import SamplingConfig
+from clp_jax.sampling.score import score
+from clp_jax.sampling.steering import Steerable
+from clp_jax.training.experience import reward_inputs
+from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_policy, load_soup
+
+_EXAMPLES = 8
+
+
+def evaluate(
+    *,
+    checkpoint: Sequence[str],
+    data_dir: str,
+    rewards: Sequence[RewardFunction],
+    method: str = "checkpoint",
+    name: str | None = None,
+    alpha: float = 0.05,
+    resolution: int | None = None,
+    split: str = "test",
+    num_prompts: int = 256,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    seed: int = 0,
+    output: str | None = None,
+) -> Sweep:
+    """Sweeps reward weights on held-out prompts and writes ``results.json``.
+
+    Every weight sees the same prompts and the same random numbers, so that differences are the weight's. A sweep that was
+    written before with the same settings is not run again.
+
+    Args:
+        checkpoint: a run directory; for ``soup`` and ``mod`` one for each objective, in order.
+        data_dir: prepared prompts and reference completions.
+        rewards: the reward functions of the run.
+        method: ``checkpoint`` (a policy as it was trained), ``soup`` (experts' parameters mixed) or ``mod`` (experts'
+            logits mixed).
+        name: of the method in tables and plots; by default the run directory's.
+        alpha: KL weight of the preference, and of the reported value.
+        resolution: steps per edge of the weights' lattice; by default 10 for two rewards (11 points), 4 for more.
+        split: of the data.
+        num_prompts: at most.
+        batch_size: prompts at a time.
+        max_length: tokens of a completion; by default that of training.
+        seed: of the samples.
+        output: file to write; by default ``results.json`` in the (first) run directory.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        ValueError: for rewards other than the run's, or an unknown method.
+    """
+    paths = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
+    loaded, steerable = _load(method, paths)
+    names = objective_names(rewards)
+    if not loaded.objectives or names != loaded.objectives:
+        raise ValueError(
+            f"{paths[0]} was trained for {', '.join(loaded.objectives) or 'no rewards (it is supervised)'}; "
+            f"the rewards given are {', '.join(names)}: give the run's, in its order."
+        )
+    target = Path(output) if output else loaded.run_dir / FILE_NAME
+    count = len(names)
+    lattice = simplex_lattice(count, resolution or (10 if count == 2 else 4))
+    data = DataSource(data_dir, split, batch_size=min(batch_size, num_prompts), converter=prompt_batch)
+    worker = _Worker(loaded, steerable, RewardStack(rewards, loaded.statistics), data, num_prompts, max_length, seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} weights"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        line = bar.add_task("evaluating", total=len(lattice))
+        samples = []
+        for weights in lattice:
+            samples.append(worker(Preference.of(weights, alpha)))
+            bar.advance(line)
+    sweep = summarise(
+        method=name or loaded.run_dir.name,
+        objectives=names,
+        alpha=alpha,
+        reference_mean=loaded.statistics.mean,
+        reference_std=loaded.statistics.std,
+        samples=samples,
+        prompts=worker.prompts[:_EXAMPLES],
+        references=worker.references[:_EXAMPLES],
+        decode_calls_per_token=steerable.decode_calls_per_token,
+        seed=seed,
+    )
+    sweep.save(target)
+    print_table(sweep, Console())
+    print(f"results: {target}", file=sys.stderr)
+    return sweep
+
+
+def _load(method: str, paths: Sequence[str]) -> tuple[LoadedPolicy, Steerable]:
+    if method == "checkpoint":
+        if len(paths) != 1:
+            raise ValueError(f"{len(paths)} checkpoints: a policy is one; soup and mod take several.")
+        loaded = load_policy(paths[0])
+        return loaded, loaded.steerable()
+    if method == "soup":
+        loaded = load_soup(paths)
+        return loaded, loaded.steerable()
+    if method == "mod":
+        return load_logit_mixture(paths)
+    raise ValueError(f"unknown method {method!r}: expected checkpoint, soup or mod.")
+
+
+class _Worker:
+    """Generates and scores the same prompts at one preference after another, with programs compiled once."""
+
+    def __init__(
+        self,
+        loaded: LoadedPolicy,
+        steerable: Steerable,
+        rewards: RewardStack,
+        data: DataSource,
+        num_prompts: int,
+        max_length: int | None,
+        seed: int,
+    ):
+        self._loaded = loaded
+        self._steerable = steerable
+        self._rewards = rewards
+        self._batches = list(data.epoch_batches(num_prompts))
+        self._config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
+        self._key = jax.random.key(seed)
+        self._score = jax.jit(lambda params, inputs, tokens: score(loaded.policy.bind(params), inputs, tokens))
+        decode = loaded.vocabulary.decode_batch
+        self.prompts = [t for b in self._batches for t in decode(b.inputs[b.example_ids >= 0])]
+        self.references = [t for b in self._batches for t in decode(b.targets[b.example_ids >= 0])]
+
+    def __call__(self, preference: Preference) -> Samples:
+        """Completions at one preference."""
+        rewards, kls, lengths = [], [], []
+        texts: list[str] = []
+        for number, batch in enumerate(self._batches):
+            key = jax.random.fold_in(self._key, number)
+            out = self._steerable.generate(batch.inputs, preference, key, self._config)
+            reference = self._score(self._loaded.reference, batch.inputs, out.tokens)
+            real = batch.example_ids >= 0
+            tokens = np.asarray(out.tokens)
+            inputs = reward_inputs(self._loaded.vocabulary, batch.inputs, batch.targets, tokens)
+            rewards.append(self._rewards(inputs)[real])
+            kls.append(np.asarray((out.log_probs - reference).sum(-1))[real])
+            lengths.append(np.asarray(out.mask.sum(-1))[real])
+            texts += [text for text, kept in zip(inputs.completions, real, strict=True) if kept]
+        return Samples(
+            weights=tuple(float(x) for x in preference.weights),
+            rewards=np.concatenate(rewards),
+            kl=np.concatenate(kls),
+            length=np.concatenate(lengths),
+            completions=tuple(texts[:_EXAMPLES]),
+        )

@@ -1,0 +1,59 @@
+"""What the terminal shows of a sweep."""
+
+import textwrap
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from clp_jax.evaluation.sweep import Sweep
+
+
+def print_table(sweep: Sweep, console: Console) -> None:
+    """The Pareto table: rewards with confidence intervals, KL and length at each weight."""
+    table = Table(title=f"{sweep.method}: {sweep.num_prompts} prompts, rewards in reference standard deviations")
+    for name in sweep.objectives:
+        table.add_column(f"w {name}", justify="right")
+    for name in sweep.objectives:
+        table.add_column(name, justify="right")
+    for name in ("KL", "tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("front", justify="center")
+    for point in sweep.points:
+        rewards = [f"{r.mean:+.2f} ±{(r.high - r.low) / 2:.2f}" for r in (point.rewards[n] for n in sweep.objectives)]
+        table.add_row(
+            *[f"{w:.2f}" for w in point.weights],
+            *rewards,
+            f"{point.kl.mean:.2f}",
+            f"{point.length.mean:.1f}",
+            "●" if point.non_dominated else "",
+        )
+    console.print(table)
+    for name, s in sweep.steerability.items():
+        console.print(f"{name}: rank correlation with its weight {s.rank_correlation:+.2f}, range {s.range:.2f} reference std")
+    console.print(f"hypervolume {sweep.hypervolume:.3f}, mean value {sweep.mean_value:+.3f}")
+
+
+def print_examples(sweep: Sweep, console: Console, *, count: int = 5, index: int = 0) -> None:
+    """One document's completions at a few weights.
+
+    Args:
+        sweep: the sweep.
+        console: where to print.
+        count: weights, evenly spread over the grid.
+        index: of the example.
+    """
+    if not sweep.examples:
+        return
+    example = sweep.examples[index]
+    chosen = np.unique(np.linspace(0, len(sweep.points) - 1, count).round().astype(int))
+    lines = Text()
+    lines.append(textwrap.shorten(example.prompt, 400) + "\n", style="dim")
+    lines.append(f"reference: {example.reference}\n\n", style="italic")
+    for i in chosen:
+        weights = ", ".join(f"{n} {w:.2f}" for n, w in zip(sweep.objectives, sweep.points[i].weights, strict=True))
+        lines.append(f"{weights}: ", style="bold")
+        lines.append((example.completions[i] or "(empty)") + "\n")
+    console.print(Panel(lines, title="One document at several weights"))

@@ -1,0 +1,1 @@
+"""Gin: the only part of clp_jax that knows it. `configuration.configure` is the way in."""

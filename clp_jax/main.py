@@ -1,0 +1,174 @@
+"""`clp <command> ...`: finds the entry function, gives it its configuration, and turns mistakes into one line."""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clp_jax import __version__
+from clp_jax.command_line import EntryPoint, Invocation, parse, usage
+from clp_jax.gin_utils.files import ConfigError, Header, SearchPath, all_files, bindings, read_file, suggest
+
+# In the order they are used. A command whose module this installation lacks is not shown.
+COMMANDS = {
+    "prepare": "clp_jax.prepare.prepare",
+    "train": "clp_jax.train.train",
+    "evaluate": "clp_jax.evaluate.evaluate",
+    "report": "clp_jax.report.report",
+    "sample": "clp_jax.sample.sample",
+    "score": "clp_jax.score.score",
+    "experiment": "clp_jax.experiment.experiment",
+    "convert": "clp_jax.convert.convert",
+    "compile": "clp_jax.compile.compile",
+}
+
+USER_ERROR = 2
+FAILURE = 1
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        words: what was typed after `clp`; this process's own by default.
+
+    Returns:
+        The exit code: 0, 1 for a failure of the machine (a full disk), 2 for a mistake of the user.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"clp_jax {__version__}")
+        return 0
+    command, *rest = words
+    if command not in COMMANDS or _entry_point(command) is None:
+        print(f"clp: error: there is no command {command!r}{suggest(command, _available())}.", file=sys.stderr)
+        return USER_ERROR
+    try:
+        return _run(command, rest)
+    except Exception as error:
+        message, code = _explain(error)
+        if message is None or "--debug" in rest:
+            raise
+        print(f"clp {command}: error: {message}", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        if "--debug" in rest:
+            raise
+        print(f"clp {command}: interrupted.", file=sys.stderr)
+        return 128 + 2
+
+
+def _run(command: str, words: Sequence[str]) -> int:
+    entry = _entry_point(command)
+    assert entry is not None
+    invocation = parse(words, entry)
+    if "help" in invocation.switches:
+        print(usage(command, entry))
+        for text in _files_help(invocation):
+            print(f"\n{text}")
+        return 0
+    # Modules next to the user's own gin files: rewards, tasks.
+    sys.path.append(os.getcwd())
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from clp_jax.gin_utils.configuration import configure
+
+    for name in invocation.gin_files:
+        read_file(name, SearchPath(invocation.search_paths))  # Finds slips before JAX is imported.
+    function = getattr(importlib.import_module(entry.module), entry.function)
+    configuration = configure(
+        function,
+        gin_files=invocation.gin_files,
+        gin_bindings=invocation.gin_bindings,
+        search_paths=invocation.search_paths,
+        arguments=invocation.arguments,
+    )
+    if "print_config" in invocation.switches:
+        print(configuration.text, end="")
+        return 0
+    arguments: dict[str, Any] = configuration.build()
+    if entry.takes_config_text:
+        arguments["config_text"] = configuration.text
+    function(**arguments)
+    return 0
+
+
+def _entry_point(command: str) -> EntryPoint | None:
+    return EntryPoint.find(*COMMANDS[command].rsplit(".", 1))
+
+
+def _available() -> list[str]:
+    return [command for command in COMMANDS if _entry_point(command) is not None]
+
+
+def _overview() -> str:
+    lines = ["clp: steerable language policies on JAX.", "", "usage: clp COMMAND [--gin_file=FILE] [--gin.NAME=VALUE] ...", ""]
+    for command in COMMANDS:
+        entry = _entry_point(command)
+        if entry is not None:
+            lines.append(f"  {command:<12}{entry.summary}")
+    return "\n".join([*lines, "", "clp COMMAND --help tells more, also about the gin files given with it."])
+
+
+def _files_help(invocation: Invocation) -> list[str]:
+    """What the headers of the given gin files say, with the values macros have."""
+    path = SearchPath(invocation.search_paths)
+    texts = []
+    for name in invocation.gin_files:
+        file = read_file(name, path)
+        values = {binding.macro: repr(binding.value) for binding, _ in bindings([file]) if binding.macro}
+        headers = [member.header for member in all_files([file])]
+        merged = Header(
+            file.header.summary,
+            {macro: text for header in headers for macro, text in header.required.items()},
+            {macro: text for header in headers for macro, text in header.overridden.items()},
+        )
+        lines = [f"{name}: {merged.summary}"]
+        still = {macro: text for macro, text in merged.required.items() if values.get(macro) in (None, "%gin.REQUIRED")}
+        for title, macros in (("Required", still), ("Commonly overridden", merged.overridden)):
+            lines += [f"  {title}:"] if macros else []
+            for macro, text in macros.items():
+                value = "VALUE" if macro in still else values.get(macro, "VALUE")
+                lines.append(f"    --gin.{macro}={value}  {text}".rstrip())
+        texts.append("\n".join(lines))
+    return texts
+
+
+def _explain(error: BaseException) -> tuple[str | None, int]:
+    """One line for what a user can mend, and None for what only a programmer can."""
+    if isinstance(error, ConfigError):
+        return str(error), USER_ERROR
+    if isinstance(error, OSError):
+        advice = {
+            errno.ENOSPC: "the disk is full: free some space and run the same command again",
+            errno.EDQUOT: "your disk quota is used up: free some space and run the same command again",
+            errno.EROFS: "the file system is read-only: give another directory",
+            errno.EACCES: "permission denied: change the permissions or give another path",
+        }.get(error.errno or 0)
+        where = f"{error.filename}: " if error.filename else ""
+        if advice is not None:
+            return f"{where}{advice}.", FAILURE
+        if isinstance(error, FileNotFoundError) and error.filename:
+            return f"{where}no such file or directory.", USER_ERROR
+        return str(error), FAILURE
+    if isinstance(error, ValueError) and _is_ours(error):
+        return str(error), USER_ERROR
+    return None, FAILURE
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it, and not a library below: ours say what to do."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return raised_in.startswith(f"{Path(__file__).parent.name}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

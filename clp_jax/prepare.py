@@ -1,0 +1,78 @@
+"""`clp prepare`: a SeqIO task or mixture becomes token ids on disk."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from clp_jax.data.manifest import FILE_NAME, Manifest
+from clp_jax.data.prepare import Request, materialise
+
+
+def prepare(
+    *,
+    task: str,
+    output_dir: str,
+    lengths: Mapping[str, int],
+    modules: Sequence[str] = (),
+    vocabulary_size: int = 4096,
+    vocabulary: str | None = None,
+    splits: Sequence[str] = ("train", "validation", "test"),
+    pack: bool = False,
+) -> Manifest:
+    """Materialises a SeqIO task or mixture into ArrayRecord shards with a manifest.
+
+    A directory that the same request prepared before is checked and left as it is.
+
+    Args:
+        task: name of a registered SeqIO task or mixture with the text features ``inputs`` and ``targets``.
+        output_dir: where the data goes; new, or prepared by the same request.
+        lengths: tokens of a row for ``inputs`` and ``targets``, the end of sequence included.
+        modules: Python modules to import, which register the task.
+        vocabulary_size: tokens of the SentencePiece vocabulary trained on the first split.
+        vocabulary: a SentencePiece model file to use instead of training one.
+        splits: to prepare.
+        pack: put several short examples into one row; for supervised training only.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: for an unknown task, a split without examples, or a directory that holds something else.
+    """
+    console = Console()
+    request = Request(
+        task=task,
+        modules=tuple(modules),
+        lengths=dict(lengths),
+        vocabulary_size=vocabulary_size,
+        vocabulary=vocabulary,
+        splits=tuple(splits),
+        pack=pack,
+    )
+    there = (Path(output_dir) / FILE_NAME).is_file()
+    started = time.monotonic()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,} examples"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        line = bar.add_task("starting", total=None)
+        manifest = materialise(
+            request, Path(output_dir), lambda what, count: bar.update(line, description=what, completed=count)
+        )
+    _print(manifest, console)
+    what = "is prepared already" if there else f"prepared in {time.monotonic() - started:.0f} s"
+    console.print(f"{output_dir}: {what}, fingerprint {manifest.fingerprint[:12]}")
+    return manifest
+
+
+def _print(manifest: Manifest, console: Console) -> None:
+    table = Table(title=f"{manifest.task}: {manifest.vocabulary_size} tokens in the vocabulary")
+    for column in ("split", "examples", "rows", "feature", "mean tokens", "90 %", "maximum", "truncated"):
+        table.add_column(column, justify="left" if column in ("split", "feature") else "right")
+    for name, split in manifest.splits.items():
+        for feature, s in split.statistics.items():
+            cells = (f"{s['mean']:.1f}", f"{s['p90']:.0f}", f"{s['max']:.0f}", f"{s['truncated']:.1%}")
+            table.add_row(name, f"{split.examples:,}", f"{split.records:,}", feature, *cells)
+    console.print(table)

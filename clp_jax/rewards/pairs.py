@@ -1,0 +1,145 @@
+"""Training pairs of reward models: true summaries against summaries of other documents and against corrupted ones.
+
+Everything works on token ids, and is a function of the seed and the example ids alone.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from clp_jax.array_types import Int
+
+PAD_ID, EOS_ID = 0, 1
+
+
+def derangement(count: int, rng: np.random.Generator) -> Int[np.ndarray, "B"]:
+    """A random cyclic permutation: no element stays in place; `count` at least 2."""
+    if count < 2:
+        raise ValueError(f"derangement of {count} elements: expected at least 2.")
+    order = rng.permutation(count)
+    result = np.empty(count, np.int64)
+    result[order] = np.roll(order, 1)
+    return result
+
+
+def content(tokens: Int[np.ndarray, "T"]) -> Int[np.ndarray, "L"]:
+    """The tokens before the end of sequence and the padding."""
+    stop = np.flatnonzero((tokens == EOS_ID) | (tokens == PAD_ID))
+    return tokens[: stop[0]] if stop.size else tokens
+
+
+def finish(tokens: np.ndarray, length: int) -> Int[np.ndarray, "T"]:
+    """A row of `length`: the tokens, cut before the last if need be, an end of sequence, padding."""
+    row = np.full(length, PAD_ID, np.int32)
+    if len(tokens) > length - 1:
+        tokens = np.append(tokens[: length - 2], tokens[-1])
+    row[: len(tokens)] = tokens
+    row[len(tokens)] = EOS_ID
+    return row
+
+
+def truncate(tokens: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The first part, at most 70 % of the tokens."""
+    return tokens[: max(1, int(len(tokens) * rng.uniform(0.1, 0.7)))]
+
+
+def repeat(tokens: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A run of the tokens several times over."""
+    size = int(rng.integers(1, 1 + max(1, len(tokens) // 2)))
+    start = int(rng.integers(0, len(tokens) - size + 1))
+    run = tokens[start : start + size]
+    times = int(rng.integers(2, 5))
+    return np.concatenate([tokens[: start + size], *[run] * times, tokens[start + size :]])
+
+
+def swap(tokens: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A third or more of the tokens replaced by tokens of another summary, as a wrong name would be."""
+    chosen = rng.random(len(tokens)) < rng.uniform(0.34, 0.7)
+    chosen[rng.integers(len(tokens))] = True
+    return np.where(chosen, rng.choice(other, len(tokens)), tokens)
+
+
+def shuffle(tokens: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The tokens in another order."""
+    return rng.permutation(tokens)
+
+
+def ramble(tokens: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The true summary, or its beginning, run on with tokens of another one in any order."""
+    kept = tokens[: max(1, int(len(tokens) * rng.uniform(0.3, 1.0)))]
+    pool = np.concatenate([tokens, other])
+    return np.concatenate([kept, rng.choice(pool, int(rng.integers(3, 15)))])
+
+
+def foreign(tokens: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The summary of another document."""
+    return other
+
+
+CORRUPTIONS = {
+    "foreign": foreign,
+    "swap": swap,
+    "truncate": truncate,
+    "repeat": repeat,
+    "shuffle": shuffle,
+    "ramble": ramble,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrupter:
+    """Makes a bad summary of a good one.
+
+    Attributes:
+        kinds: names in `CORRUPTIONS`, chosen from with equal probability.
+        seed: with the examples' ids decides everything.
+    """
+
+    kinds: tuple[str, ...]
+    seed: int = 0
+
+    def __post_init__(self):
+        unknown = [kind for kind in self.kinds if kind not in CORRUPTIONS]
+        if unknown or not self.kinds:
+            raise ValueError(f"Corrupter.kinds has {unknown or 'nothing'}: expected some of {', '.join(CORRUPTIONS)}.")
+
+    def __call__(
+        self, summaries: Int[np.ndarray, "B T"], example_ids: Sequence[int] | np.ndarray
+    ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+        """A corrupted summary for each true one.
+
+        Args:
+            summaries: true summaries of different documents, at least 2.
+            example_ids: of the examples.
+
+        Returns:
+            Corrupted summaries, and the kind of each as an index into `kinds`.
+        """
+        rng = np.random.default_rng([self.seed, *np.asarray(example_ids).astype(np.int64).tolist()])
+        others = derangement(len(summaries), rng)
+        kinds = rng.integers(0, len(self.kinds), len(summaries))
+        rows = []
+        for row, other, kind in zip(summaries, summaries[others], kinds, strict=True):
+            rows.append(finish(self._corrupt(content(row), content(other), int(kind), rng), summaries.shape[1]))
+        return np.stack(rows).astype(np.int32), kinds
+
+    def _corrupt(self, tokens: np.ndarray, other: np.ndarray, kind: int, rng: np.random.Generator) -> np.ndarray:
+        if len(tokens) < 2 or len(other) < 2:
+            return other
+        # The last token, a full stop more often than not, stays last: a scorer must not learn to look for it alone.
+        bad = CORRUPTIONS[self.kinds[kind]](tokens[:-1], other[:-1], rng)
+        return np.append(bad, tokens[-1])
+
+
+def join(
+    documents: Int[np.ndarray, "B S"], summaries: Int[np.ndarray, "B T"]
+) -> tuple[Int[np.ndarray, "B U"], Int[np.ndarray, "B U"]]:
+    """A scorer's input: document and summary side by side, each with its padding, ``U = S + T``.
+
+    Returns:
+        Tokens, and kinds: 1 on the document, 2 on the summary, 0 on padding.
+    """
+    tokens = np.concatenate([documents, summaries], axis=1)
+    kinds = np.concatenate([(documents != PAD_ID) * 1, (summaries != PAD_ID) * 2], axis=1)
+    return tokens.astype(np.int32), kinds.astype(np.int32)

@@ -1,0 +1,50 @@
+"""Scoring: the log-probabilities of given completions, by the same forward that trains and samples."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clp_jax.array_types import Array, Float, Int
+from clp_jax.objectives.log_probs import token_log_probs
+from clp_jax.objectives.masking import completion_mask
+from clp_jax.sampling.generate import EOS_ID, PAD_ID
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """A model's view of given completions.
+
+    Attributes:
+        log_probs: ``float32[R, T]`` of the tokens; 0 on padding.
+        hidden: ``[R, T, D]`` the states before the head, each from the tokens before it only.
+    """
+
+    log_probs: Float[Array, "R T"]
+    hidden: Float[Array, "R T D"]
+
+
+def shift_right(tokens: Int[Array, "R T"]) -> Int[Array, "R T"]:
+    """Decoder inputs of completions: the start token, then all but the last."""
+    return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+
+
+def teacher_force(model: Any, inputs: Int[Array, "B S"], tokens: Int[Array, "R T"]) -> Forced:
+    """Log-probabilities and states of completions, ``n = R/B`` of each prompt; the encoder runs once a prompt.
+
+    Args:
+        model: a bound encoder-decoder.
+        inputs: prompts, padded with 0.
+        tokens: completions, up to and including the end of sequence, then 0.
+    """
+    segments = (inputs != PAD_ID).astype(jnp.int32)
+    hidden = model.decode(shift_right(tokens), model.encode(inputs, segments), segments)
+    log_probs = token_log_probs(model.logits(hidden), tokens) * completion_mask(tokens, EOS_ID)
+    return Forced(log_probs=log_probs, hidden=hidden)
+
+
+def score(model: Any, inputs: Int[Array, "B S"], tokens: Int[Array, "R T"]) -> Float[Array, "R T"]:
+    """The log-probabilities of `teacher_force`."""
+    return teacher_force(model, inputs, tokens).log_probs

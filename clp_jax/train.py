@@ -1,0 +1,154 @@
+"""Trains any stage: enters the run directory, resumes where it was, runs the loop, saves."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from clp_jax.partitioning import Rules
+from clp_jax.training.checkpoints import Checkpoints, KeepBest
+from clp_jax.training.learner import Learner
+from clp_jax.training.loop import Cadence, TrainLoop
+from clp_jax.training.metrics import MetricWriter, read_metrics
+from clp_jax.training.optimizers import OptimizerConfig
+from clp_jax.training.progress import Progress
+from clp_jax.training.run_directory import RunDirectory, open_run_directory
+from clp_jax.training.signals import StopSignal
+from clp_jax.training.stage import Stage, StageSetup
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a complete run leaves.
+
+    Attributes:
+        run_dir: everything it wrote.
+        step: its last.
+        metrics: the last line of its metrics.
+    """
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, Any]
+
+
+def train(
+    *,
+    run_dir: str | os.PathLike,
+    stage: Stage,
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    seed: int = 0,
+    log_every: int = 10,
+    evaluate_every: int | None = None,
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int = 2,
+    keep_best: KeepBest | None = None,
+    accumulation: int = 1,
+    ema_decay: float | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = Rules(),
+    config_text: str = "",
+) -> TrainResult:
+    """Trains a stage, or goes on where an earlier call in the same run directory was.
+
+    A resumed run is the uninterrupted one, bit for bit. A complete run returns at once. SIGTERM and Ctrl-C save first.
+
+    Args:
+        run_dir: where everything goes; see `clp_jax.training.run_directory`.
+        stage: what to train.
+        optimizer: how.
+        num_steps: updates in all; a finished run goes on when this is raised.
+        seed: decides every random number, in ``[0, 2^32)``.
+        log_every: steps between lines of metrics.
+        evaluate_every: steps between evaluations; None evaluates at the end.
+        checkpoint_every: steps between checkpoints; None saves at the end, and when the process is asked to stop.
+        keep_checkpoints: the last so many are kept.
+        keep_best: the best one is kept too, by this metric.
+        accumulation: micro-batches of a batch, one after another.
+        ema_decay: of a moving average of the parameters, which is then evaluated and served; None keeps none.
+        mesh: all devices, data-parallel, by default.
+        rules: maps logical axes to mesh axes.
+        config_text: the resolved configuration, stored in the run directory; another one is refused there.
+
+    Raises:
+        RunDirectoryError: when the run directory can't be used.
+        CheckpointError: when a checkpoint can't be written or read.
+        NonFiniteLossError: when the loss is NaN or infinite.
+        SystemExit: after a signal, with the code that shells give it, once the state is saved.
+    """
+    cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
+    directory = open_run_directory(run_dir, config_text)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(directory.lock())
+        done = directory.latest_step() or 0
+        if done >= num_steps and directory.description() is not None:
+            _say(f"{directory.path} is complete: {done} of {num_steps} steps. Nothing to do; raise num_steps to train on.")
+            return _result(directory, done)
+        stop = stack.enter_context(StopSignal())
+        setup = stage.setup(directory.path, seed)
+        learner = Learner(
+            setup.loss_fn,
+            optimizer,
+            logical_axes=setup.logical_axes,
+            frozen_logical_axes=setup.frozen_logical_axes,
+            mesh=mesh,
+            rules=rules,
+            accumulation=accumulation,
+            ema_decay=ema_decay,
+        )
+        description = _describe(directory, setup)
+        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_checkpoints, keep_best))
+        start = checkpoints.latest_step() or 0
+        if start:
+            state, position = checkpoints.restore(learner.abstract_state(setup.params))
+            setup.source.restore(position)
+        else:
+            state = learner.init_state(setup.params, seed)
+        name = str(description["stage"])
+        writer = stack.enter_context(MetricWriter(directory, name, start))
+        progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch))
+        if start:
+            progress.message(f"going on from step {start}")
+        loop = TrainLoop(
+            learner=learner,
+            setup=setup,
+            frozen=learner.place_frozen(setup.frozen),
+            cadence=cadence,
+            writer=writer,
+            progress=progress,
+            checkpoints=checkpoints,
+            description=description | {"config": config_text},
+            stop=stop,
+        )
+        state = loop.run(state)
+    step = int(state.step)
+    if step < num_steps:
+        _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
+        raise SystemExit(128 + stop.received)
+    return _result(directory, step)
+
+
+def _describe(directory: RunDirectory, setup: StageSetup) -> dict[str, Any]:
+    description = setup.describe()
+    if "stage" not in description:
+        raise ValueError(f"the stage's description has no 'stage', only {sorted(description)}.")
+    directory.write_description(description)
+    if setup.vocabulary is not None:
+        setup.vocabulary.save(directory.path)
+    return description
+
+
+def _result(directory: RunDirectory, step: int) -> TrainResult:
+    lines = read_metrics(directory.metrics)
+    return TrainResult(directory.path, step, lines[-1] if lines else {})
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,236 @@
+"""The one learner: gradients, accumulation, clipping, the optimizer and the moving average, in one jitted update."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray, PyTree
+from clp_jax.partitioning import Rules, constrain, make_mesh, named_sharding, tree_shardings, use_mesh
+from clp_jax.training.optimizers import OptimizerConfig
+from clp_jax.training.stage import LossFn
+from clp_jax.training.train_state import TrainState, full_axes, new_state
+
+LOSS_KEY = 0  # The purpose of the learner's random key; other purposes belong to the sources.
+
+
+class Learner:
+    """Descends a loss, whatever the stage.
+
+    Args:
+        loss_fn: ``(params, frozen, batch, key) -> (sum, weight, metrics)``; see `clp_jax.training.stage.LossFn`.
+        optimizer: its settings.
+        logical_axes: names for each dimension of each parameter; None is replicated.
+        frozen_logical_axes: the same for the frozen tree.
+        mesh: all devices, data-parallel, by default.
+        rules: maps logical names to mesh axes.
+        accumulation: micro-batches of a batch. Sums of losses and weights add up over them, so the gradient is that of
+            the whole batch to rounding.
+        ema_decay: None keeps no moving average.
+
+    Raises:
+        ValueError: for an accumulation below 1, or a decay outside ``(0, 1)``.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        optimizer: OptimizerConfig,
+        *,
+        logical_axes: PyTree = None,
+        frozen_logical_axes: PyTree = None,
+        mesh: Mesh | None = None,
+        rules: Rules = Rules(),
+        accumulation: int = 1,
+        ema_decay: float | None = None,
+    ):
+        if accumulation < 1:
+            raise ValueError(f"Learner: accumulation is {accumulation}: expected at least 1.")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"Learner: ema_decay is {ema_decay}: expected a number in (0, 1), or None for no average.")
+        self._loss_fn = loss_fn
+        self._optimizer = optimizer
+        self._transformation = optimizer.build(logical_axes)
+        self._axes = logical_axes
+        self._frozen_axes = frozen_logical_axes
+        self._mesh = make_mesh() if mesh is None else mesh
+        self._rules = rules
+        self._accumulation = accumulation
+        self._ema_decay = ema_decay
+        self._jitted: Callable[..., Any] | None = None
+
+    @property
+    def compile_count(self) -> int:
+        """Programs compiled for the update so far; stays at 1 while shapes do."""
+        return 0 if self._jitted is None else self._jitted._cache_size()
+
+    def activate(self) -> contextlib.AbstractContextManager[None]:
+        """Makes what is traced inside, rollouts and evaluations too, follow the learner's mesh and rules."""
+        return use_mesh(self._mesh, self._rules)
+
+    def abstract_state(self, params: Params | Callable[[], Params]) -> TrainState:
+        """Shapes, types and shardings of the state, without making it; what a checkpoint is restored into.
+
+        Args:
+            params: arrays, shapes, or a function that makes them.
+        """
+        shapes = jax.eval_shape(params) if callable(params) else params
+        abstract = jax.eval_shape(functools.partial(self._new_state, seed=0), shapes)
+        shardings = self._state_shardings(abstract)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+    def init_state(self, params: Params | Callable[[], Params], seed: int) -> TrainState:
+        """The state before the first step, each array made where it lives.
+
+        Args:
+            params: a tree of arrays, or a function without arguments that makes one inside `jit`.
+            seed: decides every random number of the learner.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(params))
+        if callable(params):
+            make = jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
+            return make()
+        make = jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
+        return make(params)
+
+    def place_frozen(self, frozen: PyTree) -> PyTree:
+        """The frozen tree on the mesh, by its logical axes."""
+        return jax.device_put(frozen, tree_shardings(full_axes(self._frozen_axes, frozen), self._mesh, self._rules))
+
+    def place_batch(self, batch: PyTree) -> PyTree:
+        """A batch on the mesh, its examples spread over the data-parallel devices.
+
+        Raises:
+            ValueError: when the examples do not divide among micro-batches and devices.
+        """
+        sharding = named_sharding(("batch",), self._mesh, self._rules)
+        shards = len(sharding.device_set) // _replicas(sharding)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            rows = leaf.shape[0] if leaf.ndim else 0
+            if rows == 0 or rows % (self._accumulation * shards):
+                raise ValueError(
+                    f"batch{jax.tree_util.keystr(path)} has shape {leaf.shape}: its leading dimension must divide into "
+                    f"{self._accumulation} micro-batches on {shards} devices. Change the batch size or the accumulation."
+                )
+        return jax.device_put(batch, sharding)
+
+    def update(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+        """One step.
+
+        Args:
+            state: is donated: use the returned one from here on.
+            frozen: what `place_frozen` gave.
+            batch: a pytree of numpy or jax arrays that lead with examples.
+
+        Returns:
+            The next state, and metrics on the device: what the loss reports, and ``loss`` (mean over the weight),
+            ``weight``, ``grad_norm`` (before clipping), ``update_norm``, ``param_norm`` and ``learning_rate``.
+        """
+        batch = self.place_batch(batch)
+        if self._jitted is None:
+            shardings = self._state_shardings(state)
+            replicated = named_sharding((), self._mesh, self._rules)
+            self._jitted = jax.jit(self._update, out_shardings=(shardings, replicated), donate_argnums=0)
+        with self.activate():
+            return self._jitted(state, frozen, batch)
+
+    def _new_state(self, params: Params, seed: int) -> TrainState:
+        # Gradients reach the optimizer in float32, so its slots are float32 from the start.
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        return new_state(params, self._transformation.init(wide), seed, self._ema_decay is not None)
+
+    def _update(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+        loss_sum, weight, metric_sums, grad_sums = self._sums(state.params, frozen, batch, state.key(LOSS_KEY))
+        # A batch without a single target has weight 0 and sums 0: it must not turn parameters into NaN.
+        scale = 1 / jnp.where(weight > 0, weight, 1)
+        grads = jax.tree.map(lambda g: g * scale, grad_sums)
+        updates, opt_state = self._transformation.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: value * scale for name, value in metric_sums.items()} | {
+            "loss": loss_sum * scale,
+            "weight": weight,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": jnp.asarray(self._optimizer.schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, self._average(state.ema, params), state.rng), metrics
+
+    def _sums(
+        self, params: Params, frozen: PyTree, batch: PyTree, key: PRNGKeyArray
+    ) -> tuple[Array, Array, Metrics, Params]:
+        """Loss, weight, metrics and gradients, each summed over the examples, in float32."""
+
+        def one(part: PyTree, index: Array | int) -> tuple[Array, Array, Metrics, Params]:
+            def loss(params):
+                loss_sum, weight, metrics = self._loss_fn(params, frozen, part, jax.random.fold_in(key, index))
+                weight = jax.lax.stop_gradient(weight)
+                sums = {name: value.astype(jnp.float32) * weight for name, value in metrics.items()}
+                return loss_sum, (weight, jax.lax.stop_gradient(sums))
+
+            (loss_sum, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return jax.tree.map(lambda x: x.astype(jnp.float32), (loss_sum, weight, sums, grads))
+
+        if self._accumulation == 1:
+            return one(batch, 0)
+        # Leaves, because a batch of stacked micro-batches is not a valid batch: its dimensions are one too many.
+        leaves, structure = jax.tree.flatten(batch)
+        parts = [self._split(leaf) for leaf in leaves]
+        shapes = jax.eval_shape(lambda: one(structure.unflatten([part[0] for part in parts]), 0))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def add(total, indexed):
+            index, part = indexed
+            return jax.tree.map(jnp.add, total, one(structure.unflatten(part), index)), None
+
+        return jax.lax.scan(add, zeros, (jnp.arange(self._accumulation), parts))[0]
+
+    def _split(self, leaf: Array) -> Array:
+        # Slices of consecutive rows, so that rows which belong together (samples of a prompt) stay together.
+        leaf = leaf.reshape(self._accumulation, -1, *leaf.shape[1:])
+        return constrain(leaf, None, "batch", *[None] * (leaf.ndim - 2))
+
+    def _average(self, ema: Params | None, params: Params) -> Params | None:
+        if ema is None:
+            return None
+        return jax.tree.map(lambda old, new: old + (1 - self._ema_decay) * (new - old), ema, params)
+
+    def _state_shardings(self, state: TrainState) -> TrainState:
+        axes = full_axes(self._axes, state.params)
+        structure = jax.tree.structure(state.params)
+
+        def like_params(tree: PyTree) -> PyTree:
+            def one(parameter, slot, names):
+                # A factored slot keeps the rank of its parameter: a dimension that was summed out has size 1.
+                same_rank = slot.ndim == parameter.ndim
+                kept = [n if same_rank and slot.shape[i] == parameter.shape[i] else None for i, n in enumerate(names)]
+                return named_sharding(kept if same_rank else (), self._mesh, self._rules)
+
+            return jax.tree.map(one, state.params, tree, axes)
+
+        def is_slots(tree: PyTree) -> bool:
+            return jax.tree.structure(tree) == structure
+
+        replicated = named_sharding((), self._mesh, self._rules)
+        return TrainState(
+            step=replicated,
+            params=like_params(state.params),
+            opt_state=jax.tree.map(lambda t: like_params(t) if is_slots(t) else replicated, state.opt_state, is_leaf=is_slots),
+            ema=None if state.ema is None else like_params(state.ema),
+            rng=replicated,
+        )
+
+
+def _replicas(sharding: NamedSharding) -> int:
+    """How many devices hold the same rows of a batch."""
+    spread = sharding.spec[0] if sharding.spec else None
+    names = (spread,) if isinstance(spread, str) else (spread or ())
+    shards = 1
+    for name in names:
+        shards *= sharding.mesh.shape[name]
+    return sharding.mesh.size // shards

@@ -1,0 +1,100 @@
+"""Metrics of a run: one line of JSON per logged step at full precision, and TensorBoard's event files."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clp_jax.training.event_file import EventFileWriter
+from clp_jax.training.run_directory import RunDirectory, disk_errors, write_atomically
+
+# What differs between two runs of the same computation.
+TIMING_METRICS = frozenset({"wall_time", "steps_per_second", "tokens_per_second"})
+
+
+class MetricWriter:
+    """Appends to the metrics of a run; a context manager.
+
+    A resumed run makes the steps after its checkpoint again, so their lines are dropped first: no step appears twice.
+
+    Args:
+        directory: of the run.
+        stage: its name, on every line.
+        step: where the run goes on; later lines are dropped.
+
+    Raises:
+        RunDirectoryError: when the disk is full or not writable.
+    """
+
+    def __init__(self, directory: RunDirectory, stage: str, step: int):
+        self._stage = stage
+        self._directory = directory
+        with disk_errors(directory.path):
+            drop_lines_after(directory.metrics, step)
+            self._file = open(directory.metrics, "a")
+            self._events = EventFileWriter(directory.tensorboard, purge_step=step + 1)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+        self._events.close()
+
+    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Writes the metrics of one step, and sees them to the file.
+
+        Args:
+            step: updates made so far.
+            metrics: by name; ``/`` groups them.
+
+        Raises:
+            RunDirectoryError: when the disk is full.
+        """
+        now = time.time()
+        # JSON has no NaN; a metric other than the loss may well be undefined at some step.
+        values = {name: float(v) if math.isfinite(v) else None for name, v in metrics.items()}
+        line = json.dumps({"step": step, "stage": self._stage, "wall_time": now} | values)
+        finite = {name: value for name, value in values.items() if value is not None}
+        with disk_errors(self._directory.path):
+            self._file.write(line + "\n")
+            self._file.flush()
+            self._events.scalars(step, finite, now)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one that was cut off while being written is left out.
+
+    Args:
+        path: of ``metrics.jsonl``.
+
+    Raises:
+        ValueError: when a line other than the last is not JSON.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is not JSON ({error}).") from error
+    return records
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Rewrites a metrics file without what is later than `step`, or cut off; the rest keeps its exact bytes."""
+    if not path.is_file():
+        return
+    text = path.read_text()
+    records = read_metrics(path)
+    kept = "".join(
+        line
+        for line, record in zip(text.splitlines(keepends=True), records, strict=False)
+        if record["step"] <= step and line.endswith("\n")
+    )
+    if kept != text:
+        write_atomically(path, kept)

@@ -1,0 +1,238 @@
+"""Stages that train the learned rewards: a Bradley-Terry preference model and a faithfulness classifier.
+
+Both read a document and a summary with a T5 encoder; their data are made from prepared summaries (`clp_jax.rewards.pairs`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, Params, PRNGKeyArray
+from clp_jax.data.batch import PromptBatch
+from clp_jax.data.reader import DataSource, prompt_batch
+from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.models.config import T5Config
+from clp_jax.models.heads import ScorerConfig
+from clp_jax.models.policy import Policy
+from clp_jax.models.serialization import from_json, to_json
+from clp_jax.objectives.preference_losses import binary_cross_entropy, bradley_terry
+from clp_jax.rewards.learned import LearnedReward
+from clp_jax.rewards.pairs import Corrupter, join
+from clp_jax.training.checkpoints import load_params
+from clp_jax.training.stage import StageSetup
+from clp_jax.training.train_state import TrainState
+
+ACCURACY_FILE = "accuracy.json"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoredPairs:
+    """A true and a bad summary of each document, joined with it for the scorer.
+
+    Attributes:
+        good_tokens: ``int32[B, U]``.
+        good_kinds: ``int32[B, U]``, 1 document, 2 summary, 0 padding.
+        bad_tokens: ``int32[B, U]``.
+        bad_kinds: ``int32[B, U]``.
+    """
+
+    good_tokens: Int[ArrayLike, "B U"]
+    good_kinds: Int[ArrayLike, "B U"]
+    bad_tokens: Int[ArrayLike, "B U"]
+    bad_kinds: Int[ArrayLike, "B U"]
+
+
+PairLoss = Callable[[Float[Array, "B"], Float[Array, "B"]], tuple[Float[Array, "B"], Float[Array, "B"]]]
+
+
+def preference_loss(good: Float[Array, "B"], bad: Float[Array, "B"]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Bradley-Terry: loss, and whether the true summary wins."""
+    return bradley_terry(good, bad), (good > bad).astype(jnp.float32)
+
+
+def entailment_loss(good: Float[Array, "B"], bad: Float[Array, "B"]) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Classification of the true summary as 1 and the bad one as 0: loss, and the share classified right."""
+    loss = binary_cross_entropy(good, jnp.ones_like(good)) + binary_cross_entropy(bad, jnp.zeros_like(bad))
+    return loss / 2, ((good > 0).astype(jnp.float32) + (bad <= 0).astype(jnp.float32)) / 2
+
+
+LOSSES: dict[str, PairLoss] = {"preference": preference_loss, "entailment": entailment_loss}
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """Trains a scorer on true against bad summaries, and measures it on the validation split.
+
+    Attributes:
+        name: of the objective it will be.
+        data_dir: prepared documents and summaries.
+        trunk: the encoder's sizes; its vocabulary must hold the data's.
+        loss: ``"preference"`` (Bradley-Terry) or ``"entailment"`` (classification).
+        corruptions: what bad summaries are, names in `clp_jax.rewards.pairs.CORRUPTIONS`.
+        initial_checkpoint: a supervised run whose encoder it starts from; None starts from scratch.
+        batch_size: pairs in a batch.
+        evaluation_pairs: of the validation split.
+    """
+
+    name: str
+    data_dir: str
+    trunk: T5Config
+    loss: str
+    corruptions: tuple[str, ...]
+    initial_checkpoint: str | None = None
+    batch_size: int = 64
+    evaluation_pairs: int = 512
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"RewardModel.loss is {self.loss!r}: expected one of {', '.join(LOSSES)}.")
+        object.__setattr__(self, "corruptions", tuple(self.corruptions))
+        Corrupter(self.corruptions)
+        if self.batch_size < 2:
+            raise ValueError(f"RewardModel.batch_size is {self.batch_size}: expected at least 2, to exchange summaries.")
+
+    def setup(self, run_dir: Path, seed: int) -> StageSetup:
+        """See `clp_jax.training.stage.Stage`."""
+        vocabulary = Vocabulary.load(self.data_dir)
+        if self.trunk.vocab_size < vocabulary.size:
+            raise ValueError(f"RewardModel.trunk has {self.trunk.vocab_size} tokens, the vocabulary {vocabulary.size}.")
+        policy = Policy(ScorerConfig(trunk=self.trunk))
+        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=prompt_batch, seed=seed)
+        corrupter = Corrupter(self.corruptions, seed)
+        score_pairs = jax.jit(lambda params, pairs: _scores(policy, params, pairs, None))
+
+        def loss_fn(params: Params, frozen: Any, batch: ScoredPairs, key: PRNGKeyArray) -> tuple[Array, Array, Metrics]:
+            losses, right = LOSSES[self.loss](*_scores(policy, params, batch, key))
+            count = jnp.asarray(losses.shape[0], jnp.float32)
+            return losses.sum(), count, {"accuracy": right.mean()}
+
+        def evaluate(params: Params) -> dict[str, float]:
+            result = self._evaluate(score_pairs, params, seed)
+            (run_dir / ACCURACY_FILE).write_text(json.dumps(result, indent=2) + "\n")
+            return result
+
+        description = {
+            "stage": f"reward_{self.loss}",
+            "name": self.name,
+            "model": to_json(policy.config),
+            "document_length": data.manifest.lengths["inputs"],
+            "vocabulary": vocabulary.fingerprint,
+        }
+        return StageSetup(
+            params=self._initial(policy, seed),
+            loss_fn=loss_fn,
+            source=PairSource(data, corrupter),
+            describe=lambda: description,
+            tokens_per_batch=2 * self.batch_size * sum(data.manifest.lengths.values()),
+            logical_axes=policy.logical_axes(),
+            evaluate=evaluate,
+            vocabulary=vocabulary,
+        )
+
+    def _initial(self, policy: Policy, seed: int) -> Params | Callable[[], Params]:
+        def fresh() -> Params:
+            return policy.init(jax.random.key(seed))
+
+        if self.initial_checkpoint is None:
+            return fresh
+        loaded, _, _ = load_params(self.initial_checkpoint)
+        return transplant(fresh(), loaded, ("token_embedder", "encoder"))
+
+    def _evaluate(self, score_pairs: Callable[..., Any], params: Params, seed: int) -> dict[str, float]:
+        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=prompt_batch)
+        corrupter = Corrupter(self.corruptions, seed + 1)
+        right: list[np.ndarray] = []
+        kinds: list[np.ndarray] = []
+        for batch in data.epoch_batches(self.evaluation_pairs):
+            if (batch.example_ids < 0).any() and right:
+                break  # A last batch that is not full would need its padding paired with itself.
+            pairs, kind = make_pairs(batch, corrupter)
+            right.append(np.asarray(LOSSES[self.loss](*score_pairs(params, pairs))[1]))
+            kinds.append(kind)
+        accuracy, kind = np.concatenate(right), np.concatenate(kinds)
+        by_kind = {f"accuracy_{name}": float(accuracy[kind == i].mean()) for i, name in enumerate(self.corruptions)}
+        return {"accuracy": float(accuracy.mean())} | by_kind
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSource:
+    """Documents with true and bad summaries; the position in the data is all its state.
+
+    Attributes:
+        data: prepared documents and summaries.
+        corrupter: makes the bad ones.
+    """
+
+    data: DataSource
+    corrupter: Corrupter
+
+    def next(self, state: TrainState) -> tuple[ScoredPairs, dict[str, float]]:
+        """The next batch."""
+        return make_pairs(self.data.next(), self.corrupter)[0], {}
+
+    def position(self) -> dict[str, int]:
+        """The position in the data."""
+        return {"examples": self.data.position}
+
+    def restore(self, position: dict[str, int]) -> None:
+        """Goes to a position that `position` gave."""
+        self.data.seek(position["examples"])
+
+
+def make_pairs(batch: PromptBatch, corrupter: Corrupter) -> tuple[ScoredPairs, Int[np.ndarray, "B"]]:
+    """Pairs for the scorer, and the kind of each corruption."""
+    bad, kinds = corrupter(batch.targets, batch.example_ids)
+    return ScoredPairs(*join(batch.inputs, batch.targets), *join(batch.inputs, bad)), kinds
+
+
+def transplant(params: Params, source: Params, names: tuple[str, ...]) -> Params:
+    """`params` with the subtrees `names` taken from `source`.
+
+    Raises:
+        ValueError: when they do not fit.
+    """
+    for name in names:
+        shapes = jax.tree.map(jnp.shape, params[name]), jax.tree.map(jnp.shape, source.get(name))
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name!r} of the initial checkpoint has other sizes: make the trunk as the checkpoint's policy.")
+    return params | {name: source[name] for name in names}
+
+
+def load_learned_reward(checkpoint: str, *, name: str | None = None, bound: float = 4.0) -> LearnedReward:
+    """A trained reward model as a reward.
+
+    Args:
+        checkpoint: its run directory.
+        name: of the objective; by default the one it was trained as.
+        bound: the largest reward, see `LearnedReward`.
+
+    Raises:
+        ValueError: when the checkpoint is not a reward model.
+    """
+    params, description, _ = load_params(checkpoint)
+    if not str(description["stage"]).startswith("reward_"):
+        raise ValueError(f"{checkpoint} is a run of stage {description['stage']!r}: expected a reward model.")
+    return LearnedReward(
+        name or description["name"],
+        Policy(from_json(description["model"])),
+        params,
+        description["vocabulary"],
+        bound=bound,
+        document_length=description["document_length"],
+        source=str(Path(checkpoint).expanduser().absolute()),
+    )
+
+
+def _scores(policy: Policy, params: Params, pairs: ScoredPairs, key: PRNGKeyArray | None) -> tuple[Array, Array]:
+    """Scores of the true and of the bad summaries, in one pass of twice the batch."""
+    tokens = jnp.concatenate([pairs.good_tokens, pairs.bad_tokens])
+    kinds = jnp.concatenate([pairs.good_kinds, pairs.bad_kinds])
+    good, bad = jnp.split(policy.bind(params).score(tokens, kinds, dropout_key=key), 2)
+    return good, bad

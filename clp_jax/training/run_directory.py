@@ -1,0 +1,231 @@
+"""The directory of one run: created once, entered again only by the same run, never overwritten."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "config.gin"
+DESCRIPTION_FILE = "description.json"
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIRECTORY = "tensorboard"
+CHECKPOINTS_DIRECTORY = "checkpoints"
+_LOCK_FILE = ".lock"
+
+# A run may go on with other values of these: they change how long it lasts and what it tells, not what it computes.
+FREE_BINDINGS = frozenset(
+    {"num_steps", "run_dir", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_best"}
+)
+
+
+class RunDirectoryError(ValueError):
+    """The run directory can't be used as it is; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Everything one run writes.
+
+    Attributes:
+        path: the directory.
+    """
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / METRICS_FILE
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / TENSORBOARD_DIRECTORY
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory per saved step."""
+        return self.path / CHECKPOINTS_DIRECTORY
+
+    def latest_step(self) -> int | None:
+        """The last saved step, from names alone: nothing heavy is imported to find that a run is complete."""
+        if not self.checkpoints.is_dir():
+            return None
+        return max((int(entry.name) for entry in self.checkpoints.iterdir() if entry.name.isdecimal()), default=None)
+
+    def description(self) -> dict[str, Any] | None:
+        """What rebuilds the model, or None before the run has got so far."""
+        path = self.path / DESCRIPTION_FILE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_description(self, description: dict[str, Any]) -> None:
+        """Stores what rebuilds the model.
+
+        Raises:
+            RunDirectoryError: when the run described itself otherwise before, naming the first difference.
+        """
+        description = json.loads(json.dumps(description))
+        before = self.description()
+        if before is None:
+            self._write(DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
+        elif before != description:
+            where, old, new = _first_difference(before, description, "")
+            raise RunDirectoryError(
+                f"{self.path} holds a run with another {where}: it was {_brief(old)}, now it is {_brief(new)}. Train in a new "
+                "run directory, or go back to the old value."
+            )
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second process from training in the same directory.
+
+        Raises:
+            RunDirectoryError: when another process does.
+        """
+        with disk_errors(self.path), open(self.path / _LOCK_FILE, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunDirectoryError(
+                    f"another process is training in {self.path}. Wait for it, or train in another run directory."
+                ) from None
+            yield
+
+    def _write(self, name: str, text: str) -> None:
+        with disk_errors(self.path):
+            write_atomically(self.path / name, text)
+
+
+def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDirectory:
+    """Creates a run directory, or enters one that the same configuration made.
+
+    Args:
+        path: of the directory.
+        config_text: the resolved configuration, lines of ``name = value``; it may differ in `FREE_BINDINGS` only.
+
+    Raises:
+        RunDirectoryError: when the path is a file, can't be written, holds other things than a run, or holds a run of
+            another configuration.
+    """
+    path = Path(path).expanduser().absolute()
+    for parent in (path, *path.parents):
+        if parent.exists() and not parent.is_dir():
+            raise RunDirectoryError(f"run directory {path}: {parent} is a file. Give a directory.")
+    directory = RunDirectory(path)
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # Permission bits do not tell it: try.
+            pass
+    config = path / CONFIG_FILE
+    if not config.is_file():
+        foreign = [n for n in (CHECKPOINTS_DIRECTORY, METRICS_FILE, DESCRIPTION_FILE) if (path / n).exists()]
+        if foreign:
+            raise RunDirectoryError(
+                f"{path} has {' and '.join(foreign)} but no {CONFIG_FILE}: nothing in it was overwritten. Train in a new "
+                "run directory."
+            )
+        directory._write(CONFIG_FILE, config_text)
+        return directory
+    before = config.read_text()
+    if before != config_text:
+        _check_same(path, bindings(before), bindings(config_text))
+        directory._write(CONFIG_FILE, config_text)
+    return directory
+
+
+def bindings(config_text: str) -> dict[str, str]:
+    """The bindings of a configuration: ``name = value`` lines with their continuations, without comments.
+
+    Args:
+        config_text: lines as gin writes them; other lines (imports, includes) count as names without a value.
+    """
+    found: dict[str, str] = {}
+    name = None
+    for line in config_text.splitlines():
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = re.match(r"([\w./@:]+)\s*=\s*(.*)$", line)
+        if match:
+            name, value = match[1], match[2]
+            found[name] = value.rstrip("\\").strip()
+        elif line[0].isspace() and name is not None:
+            found[name] = f"{found[name]} {line.strip()}".rstrip("\\").strip()
+        elif line[0] in ")]}" and name is not None:
+            found[name] += f" {line.strip()}"
+        else:
+            name = None
+            found[line.strip()] = ""
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read.
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what a full or read-only disk raises into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "the disk is full. Free some space and run the same command again: it goes on where it was",
+            errno.EDQUOT: "your disk quota is used up. Free some space and run the same command again: it goes on where it was",
+            errno.EROFS: "it is on a read-only file system. Give a run directory elsewhere",
+            errno.EACCES: "it is not writable for you. Change its permissions, or give a run directory elsewhere",
+            errno.EPERM: "it is not writable for you. Change its permissions, or give a run directory elsewhere",
+        }.get(error.errno)
+        if advice is None:
+            raise
+        raise RunDirectoryError(f"run directory {path}: {advice}.") from error
+
+
+def _check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
+    different = [
+        name
+        for name in [*old, *(name for name in new if name not in old)]
+        if old.get(name) != new.get(name) and re.split(r"[./]", name)[-1].lower() not in FREE_BINDINGS
+    ]
+    if not different:
+        return
+    shown = [f"  {name}: {_brief(old.get(name), 'unset')} -> {_brief(new.get(name), 'unset')}" for name in different[:5]]
+    more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
+    lines = "\n".join([*shown, *more])
+    raise RunDirectoryError(
+        f"{path} holds a run of another configuration (old -> new):\n{lines}\n"
+        "Nothing was changed. Train in a new run directory, or go back to the old values."
+    )
+
+
+def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+    return where, old, new
+
+
+def _brief(value: Any, missing: str = "missing") -> str:
+    if value is None:
+        return missing
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,118 @@
+"""What a training stage gives the loop: parameters, a loss and a source of batches.
+
+A stage is a frozen dataclass of settings. Its `setup` does the loading and building; the learner, the checkpoints, the
+metrics and the loop are the same for every stage.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray, PyTree
+from clp_jax.training.train_state import TrainState
+
+# (params, frozen, batch, key) -> (summed loss float[], weight float[], metrics). The learner descends the sum divided by
+# the weight. Each metric is a mean over the same weight, so that micro-batches average to what one batch would give.
+LossFn: TypeAlias = Callable[[Params, Any, Any, PRNGKeyArray], tuple[Array, Array, Metrics]]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Yields batches; its position, with the train state, decides all that it yields."""
+
+    def next(self, state: TrainState) -> tuple[Any, dict[str, float]]:
+        """The batch that `state` learns from, a pytree whose leaves lead with examples, and metrics of making it."""
+
+    def position(self) -> dict[str, int]:
+        """Where the next batch starts: values that JSON can hold."""
+
+    def restore(self, position: dict[str, int]) -> None:
+        """Goes to a position that `position` gave."""
+
+
+@runtime_checkable
+class Saveable(Protocol):
+    """Something that writes itself to a directory: the vocabulary."""
+
+    def save(self, directory: Any) -> Any:
+        """Writes it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSetup:
+    """A stage ready to run.
+
+    Attributes:
+        params: where training starts: a tree of arrays, or a function without arguments that makes one. The function is
+            called under `jit`, so that a sharded tree is never whole on one device; a resumed run does not call it.
+        loss_fn: what the learner descends.
+        source: where batches come from.
+        describe: what rebuilds the model from a checkpoint, as JSON; ``"stage"`` names the stage and ``"model"`` its config.
+        tokens_per_batch: for the tokens/s that are shown.
+        frozen: what the loss reads and the learner leaves alone, a tree of arrays.
+        logical_axes: names for each dimension of each parameter; None, anywhere in the tree, is replicated.
+        frozen_logical_axes: the same for `frozen`.
+        evaluate: parameters to metrics, run every so many steps; its names appear under ``evaluation/``.
+        vocabulary: is copied to the run directory.
+    """
+
+    params: Params | Callable[[], Params]
+    loss_fn: LossFn
+    source: Source
+    describe: Callable[[], dict[str, Any]]
+    tokens_per_batch: int
+    frozen: PyTree = dataclasses.field(default_factory=dict)
+    logical_axes: PyTree = None
+    frozen_logical_axes: PyTree = None
+    evaluate: Callable[[Params], dict[str, float]] | None = None
+    vocabulary: Saveable | None = None
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """Settings of one kind of training."""
+
+    def setup(self, run_dir: Path, seed: int) -> StageSetup:
+        """Loads and builds what the loop needs.
+
+        Args:
+            run_dir: exists; the stage may write files of its own there, the same ones again when a run is resumed.
+            seed: decides every random number.
+        """
+
+
+@runtime_checkable
+class BatchStream(Protocol):
+    """A reader of prepared examples, as `clp_jax.data.reader.DataSource` is."""
+
+    position: int
+
+    def next(self) -> Any:
+        """The next batch."""
+
+    def seek(self, position: int) -> None:
+        """Goes to a global example index."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataBatches:
+    """The source of every stage that learns from prepared examples as they are.
+
+    Attributes:
+        data: the reader; its global example index is all there is to resume.
+    """
+
+    data: BatchStream
+
+    def next(self, state: TrainState) -> tuple[Any, dict[str, float]]:
+        """The next batch of examples."""
+        return self.data.next(), {}
+
+    def position(self) -> dict[str, int]:
+        """The global index of the next example."""
+        return {"examples": int(self.data.position)}
+
+    def restore(self, position: dict[str, int]) -> None:
+        """Goes to a position that `position` gave."""
+        self.data.seek(position["examples"])

@@ -1,0 +1,132 @@
+"""The supervised stage: pretraining and finetuning on prepared examples."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray
+from clp_jax.data.batch import Batch
+from clp_jax.data.reader import DataSource, sequence_batch
+from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.models.config import T5Config
+from clp_jax.models.policy import Policy
+from clp_jax.models.serialization import from_json, to_json
+from clp_jax.objectives.losses import token_cross_entropy
+from clp_jax.training.checkpoints import load_params
+from clp_jax.training.stage import DataBatches, StageSetup
+
+
+# A policy may be trained on with other values of these: they change how it is computed, not what.
+_FREE_FIELDS = frozenset({"dropout_rate", "dtype", "param_dtype", "remat", "scan_unroll"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """Trains a policy to predict targets from inputs, token by token.
+
+    Attributes:
+        model: the policy's sizes; its vocabulary must hold the data's.
+        data_dir: prepared examples, packed or not.
+        batch_size: rows in a batch.
+        z_loss: coefficient of ``(log Z)²``.
+        initial_checkpoint: a run whose parameters it starts from; None starts from scratch.
+        evaluation_batches: of the validation split.
+    """
+
+    model: T5Config
+    data_dir: str
+    batch_size: int = 64
+    z_loss: float = 0.0
+    initial_checkpoint: str | None = None
+    evaluation_batches: int = 8
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.evaluation_batches < 1 or self.z_loss < 0:
+            raise ValueError(
+                f"Supervised(batch_size={self.batch_size}, evaluation_batches={self.evaluation_batches}, "
+                f"z_loss={self.z_loss}): expected positive sizes and a z_loss of 0 or more."
+            )
+
+    def setup(self, run_dir: Path, seed: int) -> StageSetup:
+        """See `clp_jax.training.stage.Stage`."""
+        vocabulary = Vocabulary.load(self.data_dir)
+        if self.model.vocab_size < vocabulary.size:
+            raise ValueError(
+                f"the model has {self.model.vocab_size} tokens, the vocabulary of {self.data_dir} {vocabulary.size}: "
+                f"set vocab_size to at least {vocabulary.size}."
+            )
+        policy = Policy(self.model)
+        loss_fn = SupervisedLoss(policy, self.z_loss)
+        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=sequence_batch, seed=seed)
+        own = {"stage": "supervised", "model": to_json(self.model), "vocabulary": vocabulary.fingerprint}
+        lengths = data.manifest.lengths
+        return StageSetup(
+            params=self._initial(policy, seed),
+            loss_fn=loss_fn,
+            source=DataBatches(data),
+            describe=lambda: own,
+            tokens_per_batch=self.batch_size * (lengths["inputs"] + lengths["targets"]),
+            logical_axes=policy.logical_axes(),
+            evaluate=self._evaluator(loss_fn),
+            vocabulary=vocabulary,
+        )
+
+    def _initial(self, policy: Policy, seed: int) -> Params | Callable[[], Params]:
+        if self.initial_checkpoint is None:
+            return lambda: policy.init(jax.random.key(seed))
+        params, description, _ = load_params(self.initial_checkpoint, expected=policy.abstract())
+        stored = to_json(from_json(description["model"]))
+        for name, value in to_json(self.model).items():
+            if name not in _FREE_FIELDS and stored.get(name) != value:
+                raise ValueError(
+                    f"{self.initial_checkpoint} is of another model: its {name} is {stored.get(name)}, model has {value}."
+                )
+        return jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
+
+    def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
+        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=sequence_batch)
+        step = jax.jit(lambda params, batch: loss_fn.sums(params, batch, None)[1:])
+
+        def evaluate(params: Params) -> dict[str, float]:
+            batches = data.epoch_batches(self.evaluation_batches * self.batch_size)
+            counts, sums = zip(*jax.device_get([step(params, batch) for batch in batches]), strict=True)
+            tokens = max(float(np.sum(counts, dtype=np.float64)), 1.0)
+            means = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) / tokens for name in sums[0]}
+            return means | {"perplexity": math.exp(min(means["cross_entropy"], 700.0))}
+
+        return evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedLoss:
+    """Cross-entropy of the targets, as the learner calls every loss.
+
+    Attributes:
+        policy: the policy.
+        z_loss: coefficient of ``(log Z)²``.
+    """
+
+    policy: Policy
+    z_loss: float = 0.0
+
+    def __call__(self, params: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array, Metrics]:
+        """Summed loss, number of target tokens, and metrics that are means over them."""
+        loss, weight, sums = self.sums(params, batch, key if self.policy.config.dropout_rate else None)
+        return loss, weight, jax.tree.map(lambda total: total / jnp.maximum(weight, 1.0), sums)
+
+    def sums(self, params: Params, batch: Batch, key: PRNGKeyArray | None) -> tuple[Array, Array, Metrics]:
+        """Summed loss, number of target tokens, and summed metrics; `key` None turns dropout off."""
+        logits = self.policy.bind(params)(
+            batch.inputs,
+            batch.decoder_inputs,
+            encoder_segments=batch.input_segments,
+            decoder_segments=batch.target_segments,
+            dropout_key=key,
+        )
+        return token_cross_entropy(logits, batch.targets, batch.loss_weights, self.z_loss)

@@ -1,0 +1,322 @@
+"""The whole path of a run on a toy stage: resuming to the bit, refusals, signals, NaN, full disks."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clp_jax.train import train
+from clp_jax.training.checkpoints import CheckpointError, KeepBest, load_params
+from clp_jax.training.loop import NonFiniteLossError
+from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+from clp_jax.training.optimizers import Adafactor, AdamW
+from clp_jax.training.run_directory import RunDirectoryError
+from clp_jax.training.schedules import Linear
+from clp_jax.training.stage import StageSetup
+
+
+class Noise:
+    """A source whose batches depend on the position and, as rollouts do, on the parameters."""
+
+    def __init__(self, seed, log):
+        self.seed, self.examples, self.log = seed, 0, log
+
+    def next(self, state):
+        self.log.append(self.examples)
+        rng = np.random.default_rng([self.seed, self.examples])
+        self.examples += 4
+        shift = jax.random.normal(state.key(1)) + state.params["w"].sum()
+        return {"x": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) + shift * 0.01}, {"drawn": float(self.examples)}
+
+    def position(self):
+        return {"examples": self.examples}
+
+    def restore(self, position):
+        self.examples = position["examples"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """Fits a line with noise from the learner's key; `hook(step, run_dir)` runs before each step."""
+
+    width: int = 3
+    hook: object = None
+    evaluations: list = dataclasses.field(default_factory=list)
+    consumed: list = dataclasses.field(default_factory=list)
+
+    def setup(self, run_dir, seed):
+        source = Noise(seed, self.consumed)
+        plain = source.next
+
+        def next_with_hook(state):
+            if self.hook is not None:
+                self.hook(source.examples // 4, run_dir)
+            return plain(state)
+
+        source.next = next_with_hook
+
+        def loss_fn(params, frozen, batch, key):
+            noise = jax.random.normal(key, batch["x"].shape[:1])
+            error = batch["x"] @ params["w"][:3] - 1 - 0.1 * noise
+            error = jnp.where(params["w"][0] > 1e6, jnp.nan, error)
+            return (error**2).sum(), jnp.float32(error.size), {"noise": noise.mean()}
+
+        def evaluate(params):
+            self.evaluations.append(len(self.consumed))
+            return {"size": float(jnp.abs(params["w"]).sum())}
+
+        return StageSetup(
+            params={"w": jnp.linspace(0.1, 1.0, self.width)},
+            loss_fn=loss_fn,
+            source=source,
+            describe=lambda: {"stage": "toy", "model": {"width": self.width}},
+            tokens_per_batch=12,
+            evaluate=evaluate,
+        )
+
+
+SETTINGS = {
+    "optimizer": Adafactor(Linear(0.1, 20, warmup_steps=2)),
+    "log_every": 1,
+    "evaluate_every": 4,
+    "checkpoint_every": 3,
+    "ema_decay": 0.9,
+    "seed": 11,
+}
+
+
+def run(path, num_steps, stage=None, **settings):
+    return train(run_dir=path, stage=stage or Toy(), num_steps=num_steps, **SETTINGS | settings)
+
+
+def lines(path):
+    timeless = [{k: v for k, v in r.items() if k not in TIMING_METRICS} for r in read_metrics(path / "metrics.jsonl")]
+    assert [r["step"] for r in timeless] == sorted({r["step"] for r in timeless})
+    return timeless
+
+
+def stored(path, step):
+    """All arrays of a checkpoint, by file contents after reading them back."""
+    import orbax.checkpoint as ocp
+
+    folder = path / "checkpoints" / str(step)
+    items = [name for name in ("params", "ema", "training") if (folder / name).is_dir()]
+    trees = {name: ocp.PyTreeCheckpointHandler().restore(folder / name) for name in items}
+    return jax.tree.map(np.asarray, trees) | {"run": json.loads((folder / "run" / "metadata").read_text())}
+
+
+def assert_same_run(a, b, step):
+    assert lines(a) == lines(b)
+    one, other = stored(a, step), stored(b, step)
+    assert one.pop("run") == other.pop("run")
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, accumulation):
+    whole, parts = Toy(), Toy()
+    result = run(tmp_path / "whole", 10, whole, accumulation=accumulation)
+    assert result.step == 10 and result.metrics["evaluation/size"] > 0
+    for num_steps in (3, 7, 10):  # Three processes, as far as the run can tell.
+        run(tmp_path / "parts", num_steps, parts, accumulation=accumulation)
+    assert parts.consumed == whole.consumed
+    assert [r for r in lines(tmp_path / "parts") if r["step"] == 10] == [r for r in lines(tmp_path / "whole") if r["step"] == 10]
+    dropped = [{k: v for k, v in r.items() if not k.startswith("evaluation")} for r in lines(tmp_path / "parts")]
+    expected = [{k: v for k, v in r.items() if not k.startswith("evaluation")} for r in lines(tmp_path / "whole")]
+    assert dropped == expected  # Runs of 3 and 7 steps evaluate at their ends.
+    one, other = stored(tmp_path / "whole", 10), stored(tmp_path / "parts", 10)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_crash_between_checkpoints_loses_and_repeats_nothing(tmp_path):
+    def kill(step, run_dir):
+        if step == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "crashed", 10, Toy(hook=kill))
+    assert [r["step"] for r in lines(tmp_path / "crashed")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    second = Toy()
+    run(tmp_path / "crashed", 10, second)
+    assert second.consumed == [24, 28, 32, 36]  # On from the checkpoint of step 6.
+    run(tmp_path / "whole", 10)
+    assert_same_run(tmp_path / "crashed", tmp_path / "whole", 10)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, capsys):
+    def ask_to_stop(step, run_dir):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "stopped", 10, Toy(hook=ask_to_stop))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 5 of 10. Run the same command again to go on." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    second = Toy()
+    run(tmp_path / "stopped", 10, second)
+    assert second.consumed == [20, 24, 28, 32, 36]
+    run(tmp_path / "whole", 10)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole", 10)
+
+
+def test_outside_the_main_thread_there_are_no_signals(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path, 2)))
+    thread.start()
+    thread.join()
+    assert results[0].step == 2
+
+
+def test_a_complete_run_returns_at_once_and_may_be_extended(tmp_path, capsys):
+    run(tmp_path, 4, config_text="train.num_steps = 4\nwidth = 3\n")
+
+    def fail(step, run_dir):
+        raise AssertionError("nothing should run")
+
+    result = run(tmp_path, 4, Toy(hook=fail), config_text="train.num_steps = 4\nwidth = 3\n")
+    assert result.step == 4 and result.metrics["step"] == 4
+    assert "is complete: 4 of 4 steps" in capsys.readouterr().err
+    with pytest.raises(RunDirectoryError, match="width: 3 -> 5"):
+        run(tmp_path, 4, config_text="train.num_steps = 4\nwidth = 5\n")
+    assert run(tmp_path, 6, config_text="train.num_steps = 6\nwidth = 3\n").step == 6
+
+
+def test_another_model_is_refused_by_its_description(tmp_path):
+    run(tmp_path, 2)
+    with pytest.raises(RunDirectoryError, match=r"another model.width: it was 3, now it is 4"):
+        run(tmp_path, 4, Toy(width=4))
+    assert load_params(tmp_path)[2] == 2
+
+
+def test_another_optimizer_or_average_is_refused_by_the_checkpoint(tmp_path):
+    run(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        run(tmp_path, 4, optimizer=AdamW(0.1))
+    with pytest.raises(CheckpointError, match="ema_decay was changed"):
+        run(tmp_path, 4, ema_decay=None)
+
+
+def test_a_nan_stops_the_run_and_leaves_the_checkpoint(tmp_path):
+    explode = AdamW(Linear(1e9, 20, warmup_steps=19), max_grad_norm=None)  # The first step has a rate of 0.
+    with pytest.raises(NonFiniteLossError, match=r"the loss of step \d is nan .*step \d is saved and intact.*learning rate"):
+        run(tmp_path, 10, optimizer=explode, checkpoint_every=1)
+    params, _, step = load_params(tmp_path)
+    assert np.isfinite(params["w"]).all() and step >= 1
+    assert np.isfinite([r["loss"] for r in lines(tmp_path)]).all()
+
+
+def test_a_save_that_fails_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    plain = ocp.JsonCheckpointHandler._save_fn
+
+    async def full_later(self, item, directory):
+        if item.get("step", 0) > 3:
+            raise OSError(28, "No space left on device")
+        return await plain(self, item, directory)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", full_later)
+    with pytest.raises(CheckpointError, match="checkpoint of step 6 .*the disk is full. Step 3 is intact"):
+        run(tmp_path, 100)
+    assert load_params(tmp_path)[2] == 3
+    monkeypatch.undo()
+    assert run(tmp_path, 10).step == 10
+
+
+def test_the_checkpoint_alone_says_what_it_is(tmp_path):
+    run(tmp_path, 2, config_text="width = 3\n", keep_best=KeepBest("evaluation/size"))
+    _, description, step = load_params(tmp_path / "checkpoints" / "2")
+    assert description == {"stage": "toy", "model": {"width": 3}, "config": "width = 3\n"} and step == 2
+    assert json.loads((tmp_path / "description.json").read_text()) == {"stage": "toy", "model": {"width": 3}}
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_evaluations_come_when_they_are_due(tmp_path):
+    stage = Toy()
+    run(tmp_path, 10, stage, log_every=5)
+    assert stage.evaluations == [4, 8, 10]
+    assert [(r["step"], "evaluation/size" in r) for r in lines(tmp_path)] == [(4, True), (5, False), (8, True), (10, True)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_steps": 0}, "num_steps is 0: expected a whole number of steps, at least 1"),
+        ({"checkpoint_every": -1}, "checkpoint_every is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(**{"run_dir": tmp_path / "run", "stage": Toy(), "num_steps": 1} | SETTINGS | settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(tmp_path, monkeypatch):
+    from clp_jax.training.learner import Learner
+    from clp_jax.training.progress import Progress
+
+    events = []
+    plain_update, plain_show = Learner.update, Progress.update
+
+    def update(self, state, frozen, batch):
+        events.append("dispatch")
+        return plain_update(self, state, frozen, batch)
+
+    def show(self, step, loss):
+        events.append(f"show {step}")
+        return plain_show(self, step, loss)
+
+    monkeypatch.setattr(Learner, "update", update)
+    monkeypatch.setattr(Progress, "update", show)
+    run(tmp_path, 4, evaluate_every=None, checkpoint_every=None)
+    assert events == ["dispatch", "dispatch", "show 1", "dispatch", "show 2", "dispatch", "show 3", "show 4"]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import train_test
+def hook(step, run_dir):
+    if step == 3:
+        print("ready", flush=True)
+        import time
+        time.sleep(0.2)
+train_test.run(sys.argv[2], 100000, train_test.Toy(hook=hook))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_killed_goes_on(tmp_path, number):
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    while len(list((tmp_path / "checkpoints").glob("[0-9]"))) == 0:
+        pass
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "stopped by SIGTERM" in err and "Traceback" not in err
+    step = load_params(tmp_path)[2]
+    assert run(tmp_path, step + 2).step == step + 2

@@ -1,0 +1,156 @@
+"""The supervised stage on a prepared data set of 24 rows and a tiny T5."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clp_jax.data import records
+from clp_jax.data.manifest import Manifest, Shard, Split, file_digest
+from clp_jax.data.reader import DataSource, sequence_batch
+from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
+from clp_jax.models.config import T5Config
+from clp_jax.models.policy import Policy
+from clp_jax.models.serialization import from_json
+from clp_jax.train import train
+from clp_jax.training.checkpoints import CheckpointError, load_params
+from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+from clp_jax.training.optimizers import Adafactor
+from clp_jax.training.stage import DataBatches
+from clp_jax.training.supervised import Supervised, SupervisedLoss
+
+SIZES = {"embed_dim": 8, "mlp_dim": 16, "num_heads": 2, "head_dim": 4, "num_encoder_layers": 1, "num_decoder_layers": 1}
+MODEL = T5Config.t5_1_1(vocab_size=40, dropout_rate=0.1, **SIZES)
+LENGTHS = {"inputs": 6, "targets": 4}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    directory = tmp_path_factory.mktemp("data")
+    train_vocabulary(["a small text of some words", "and some other words"], 30, directory / "vocabulary.model")
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, rows in (("train", 24), ("validation", 10)):
+        path = directory / f"{split}-00000.arrayrecord"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for _ in range(rows):
+            row = {name: rng.integers(2, 30, rng.integers(2, n + 1)) for name, n in LENGTHS.items()}
+            writer.write(records.encode(row | {f"{name}_ends": np.asarray([len(ids)]) for name, ids in row.items()}))
+        writer.close()
+        shard = Shard(path.name, rows, path.stat().st_size, file_digest(path))
+        splits[split] = Split(examples=rows, records=rows, shards=(shard,), statistics={})
+    vocabulary = Vocabulary.load(directory)
+    Manifest("toy", LENGTHS, False, vocabulary.size, vocabulary.fingerprint, {}, "0", splits).save(directory)
+    return directory
+
+
+def stage(data_dir, **changes):
+    return Supervised(**{"model": MODEL, "data_dir": str(data_dir), "batch_size": 4, "z_loss": 1e-3} | changes)
+
+
+def run(path, data_dir, num_steps, **changes):
+    settings = {"optimizer": Adafactor(0.05), "log_every": 1, "evaluate_every": 3, "checkpoint_every": 2, "seed": 3}
+    return train(run_dir=path, stage=stage(data_dir, **changes), num_steps=num_steps, **settings)
+
+
+def lines(path):
+    return [{k: v for k, v in r.items() if k not in TIMING_METRICS} for r in read_metrics(path / "metrics.jsonl")]
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, data_dir, monkeypatch):
+    consumed = []
+    plain = DataBatches.next
+
+    def recording(self, state):
+        batch, metrics = plain(self, state)
+        consumed.extend(batch.example_ids.tolist())
+        return batch, metrics
+
+    monkeypatch.setattr(DataBatches, "next", recording)
+    run(tmp_path / "whole", data_dir, 8)
+    whole, consumed[:] = list(consumed), []
+
+    def killed(self, state):
+        if len(consumed) == 5 * 4:
+            raise InterruptedError
+        return recording(self, state)
+
+    monkeypatch.setattr(DataBatches, "next", killed)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "parts", data_dir, 8)
+    assert consumed == whole[: 5 * 4]
+    monkeypatch.setattr(DataBatches, "next", recording)
+    del consumed[4 * 4 :]  # The checkpoint of step 4 is where it goes on.
+    run(tmp_path / "parts", data_dir, 8)
+    assert consumed == whole and sorted(whole[:24]) == list(range(24))
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert [r["step"] for r in lines(tmp_path / "whole")] == list(range(1, 9))
+    loaded = [load_params(tmp_path / name)[0] for name in ("whole", "parts")]
+    jax.tree.map(np.testing.assert_array_equal, *loaded)
+
+
+def test_a_run_directory_rebuilds_the_policy(tmp_path, data_dir):
+    result = run(tmp_path, data_dir, 2)
+    params, description, step = load_params(tmp_path)
+    assert step == 2 and from_json(description["model"]) == MODEL
+    Policy(from_json(description["model"])).bind(params)
+    vocabulary = Vocabulary.load(tmp_path)
+    assert vocabulary.fingerprint == description["vocabulary"] == Vocabulary.load(data_dir).fingerprint
+    assert {"evaluation/cross_entropy", "evaluation/accuracy", "evaluation/perplexity"} <= result.metrics.keys()
+
+
+def test_the_loss_is_that_of_each_row_alone(data_dir):
+    policy = Policy(MODEL)
+    params = policy.init(jax.random.key(0))
+    batch = DataSource(data_dir, "train", batch_size=4, converter=sequence_batch).next()
+    total, tokens, metrics = SupervisedLoss(policy, z_loss=0.01)(params, {}, batch, jax.random.key(0))
+    plain = SupervisedLoss(policy, z_loss=0.01).sums(params, batch, None)
+    assert float(total) != float(plain[0])  # The model has dropout.
+    expected = 0.0
+    model = policy.bind(params)
+    for row in range(4):
+        targets = batch.targets[row][batch.targets[row] > 0]
+        inputs = batch.inputs[row][batch.inputs[row] > 0]
+        logits = model(jnp.asarray(inputs)[None], jnp.asarray([[0, *targets[:-1]]]))[0]
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        expected += float((log_z - logits[np.arange(len(targets)), targets] + 0.01 * log_z**2).sum())
+    np.testing.assert_allclose(plain[0], expected, rtol=1e-5)
+    assert float(tokens) == float(plain[1]) == batch.loss_weights.sum() == (batch.targets > 0).sum()
+    assert 0 <= float(metrics["accuracy"]) <= 1
+
+
+def test_evaluation_is_the_mean_over_every_token_of_the_split(tmp_path, data_dir):
+    setup = stage(data_dir).setup(tmp_path, seed=0)
+    params = setup.params()
+    whole = stage(data_dir, batch_size=10).setup(tmp_path, seed=0)
+    found, expected = setup.evaluate(params), whole.evaluate(params)  # Batches of 4, 4 and 2 against one of 10.
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
+    np.testing.assert_allclose(found["perplexity"], np.exp(found["cross_entropy"]), rtol=1e-6)
+
+
+def test_starting_from_a_checkpoint(tmp_path, data_dir):
+    run(tmp_path / "first", data_dir, 2)
+    start = functools.partial(stage, data_dir, initial_checkpoint=str(tmp_path / "first"))
+    first, _, _ = load_params(tmp_path / "first")
+    given = start(model=dataclasses.replace(MODEL, dropout_rate=0.0, remat="full")).setup(tmp_path, 0).params
+    jax.tree.map(np.testing.assert_array_equal, given, first)
+    with pytest.raises(CheckpointError, match="another model: parameter .* has shape"):
+        start(model=dataclasses.replace(MODEL, mlp_dim=32)).setup(tmp_path, 0)
+    with pytest.raises(ValueError, match="another model: its activation is gelu, model has relu"):
+        start(model=dataclasses.replace(MODEL, activation="relu")).setup(tmp_path, 0)
+
+
+def test_bad_settings(tmp_path, data_dir):
+    with pytest.raises(ValueError, match=r"the model has 20 tokens, the vocabulary of .* 30: set vocab_size to at least 30"):
+        stage(data_dir, model=dataclasses.replace(MODEL, vocab_size=20)).setup(tmp_path, 0)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        stage(data_dir, batch_size=0)
+    with pytest.raises(FileNotFoundError, match="vocabulary"):
+        stage(tmp_path / "nowhere").setup(tmp_path, 0)
