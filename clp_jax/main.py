@@ -5,7 +5,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from clp_jax import __version__
@@ -24,6 +23,8 @@ COMMANDS = {
     "convert": "clp_jax.convert.convert",
     "compile": "clp_jax.compile.compile",
 }
+
+PACKAGE = "clp_jax"
 
 USER_ERROR = 2
 FAILURE = 1
@@ -156,7 +157,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
         if isinstance(error, FileNotFoundError) and error.filename:
             return f"{where}no such file or directory.", USER_ERROR
         return str(error), FAILURE
-    if isinstance(error, ValueError) and _is_ours(error):
+    if isinstance(error, ValueError | RuntimeError) and _is_ours(error):
         return str(error), USER_ERROR
     return None, FAILURE
 
@@ -167,7 +168,7 @@ def _is_ours(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-    return raised_in.startswith(f"{Path(__file__).parent.name}.")
+    return raised_in.split(".")[0] == PACKAGE
 
 
 if __name__ == "__main__":

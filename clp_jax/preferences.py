@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.array_types import Array, Float, PRNGKeyArray
+from clp_jax.array_types import Array, ArrayLike, Float, PRNGKeyArray
 
 _SUM_TOLERANCE = 1e-4
 
@@ -236,13 +236,13 @@ def validate_weights(
     return array.astype(np.float32)
 
 
-def kl_beta(alpha: Float[Array, "..."] | float) -> Float[Array, "..."]:
+def kl_beta(alpha: Float[ArrayLike, "..."] | float) -> Float[Array, "..."]:
     """The usual KL coefficient, ``β = α/(1-α)``, of a KL weight in ``[0, 1)``."""
     alpha = jnp.asarray(alpha)
     return alpha / (1 - alpha)
 
 
-def kl_mixing_weight(alpha: Float[Array, "..."] | float, alpha_min: float) -> Float[Array, "..."]:
+def kl_mixing_weight(alpha: Float[ArrayLike, "..."] | float, alpha_min: float) -> Float[Array, "..."]:
     """The weight ``λ(α) = β_min/β`` of the trained components against the reference (CLP, KL conditioning).
 
     It makes logit mixing exact: ``log π*_{α,w} = (1-λ) log π_ref + λ Σ_i w_i log π*_{α_min,e_i} + const``.

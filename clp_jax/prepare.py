@@ -10,14 +10,14 @@ from rich.table import Table
 
 from clp_jax.data.manifest import FILE_NAME, Manifest
 from clp_jax.data.prepare import Request, materialise
+from clp_jax.data.text_task import TextTask
 
 
 def prepare(
     *,
-    task: str,
+    task: TextTask,
     output_dir: str,
     lengths: Mapping[str, int],
-    modules: Sequence[str] = (),
     vocabulary_size: int = 4096,
     vocabulary: str | None = None,
     splits: Sequence[str] = ("train", "validation", "test"),
@@ -28,10 +28,10 @@ def prepare(
     A directory that the same request prepared before is checked and left as it is.
 
     Args:
-        task: name of a registered SeqIO task or mixture with the text features ``inputs`` and ``targets``.
+        task: what to prepare: docstrings (`clp_jax.tasks.pydoc.Pydoc`), JSON lines (`clp_jax.tasks.jsonl.Jsonl`), or a
+            SeqIO task or mixture that modules register (`clp_jax.data.text_task.Registered`).
         output_dir: where the data goes; new, or prepared by the same request.
         lengths: tokens of a row for ``inputs`` and ``targets``, the end of sequence included.
-        modules: Python modules to import, which register the task.
         vocabulary_size: tokens of the SentencePiece vocabulary trained on the first split.
         vocabulary: a SentencePiece model file to use instead of training one.
         splits: to prepare.
@@ -46,7 +46,6 @@ def prepare(
     console = Console()
     request = Request(
         task=task,
-        modules=tuple(modules),
         lengths=dict(lengths),
         vocabulary_size=vocabulary_size,
         vocabulary=vocabulary,

@@ -1,30 +1,46 @@
 """Bring your own data: a SeqIO task from JSON lines with ``inputs`` and ``targets``, without writing Python."""
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import seqio
+from typing import Any
 
 from clp_jax.data.text_task import TextExample, register_text_task
 
 
-def register(name: str, files: Mapping[str, str]) -> seqio.Task:
-    """Registers a task that reads one JSON object a line.
+@dataclasses.dataclass(frozen=True)
+class Jsonl:
+    """A task that reads one JSON object a line; bind it in gin.
 
-    Args:
+    Attributes:
         name: of the SeqIO task.
-        files: the file of each split; ``"train"`` is needed to train a vocabulary.
+        files: the file of each split.
 
     Raises:
-        ValueError: for a file that is missing, empty, not UTF-8, or has a line that is not an object with two strings.
+        ValueError: for a file that is missing.
     """
-    if not files:
-        raise ValueError(f"JSONL task {name!r} has no files: expected a mapping such as {{'train': 'train.jsonl'}}.")
-    for split, path in files.items():
-        if not Path(path).is_file():
-            raise ValueError(f"JSONL task {name!r}: the file {path} of split {split!r} does not exist.")
-    return register_text_task(name, lambda split: list(read_jsonl(files[split])), tuple(files))
+
+    name: str
+    files: Mapping[str, str]
+
+    def __post_init__(self):
+        if not self.files:
+            raise ValueError(f"JSONL task {self.name!r} has no files: expected a mapping such as {{'train': 'train.jsonl'}}.")
+        for split, path in self.files.items():
+            if not Path(path).is_file():
+                raise ValueError(f"JSONL task {self.name!r}: the file {path} of split {split!r} does not exist.")
+
+    def register(self) -> str:
+        """See `clp_jax.data.text_task.TextTask`; a mistake in a file is found when its split is read."""
+        register_text_task(self.name, lambda split: list(read_jsonl(self.files[split])), tuple(self.files))
+        return self.name
+
+    def describe(self) -> dict[str, Any]:
+        """The name, and what the files hold."""
+        digests = {split: hashlib.sha256(Path(path).read_bytes()).hexdigest() for split, path in self.files.items()}
+        return {"task": self.name, "files": digests}
 
 
 def read_jsonl(path: str) -> Iterator[TextExample]:

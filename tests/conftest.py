@@ -13,7 +13,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("clp_jax", "beartype.beartype")
+install_import_hook("clp_jax", "shape_checker.check")
 
 import jax
 import pytest

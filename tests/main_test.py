@@ -17,7 +17,7 @@ GIVEN = ["toy", f"--gin_search_paths={FIXTURES}", "--gin_file=short.gin"]
 @pytest.fixture(autouse=True)
 def _toy_command(monkeypatch):
     monkeypatch.setattr(cli, "COMMANDS", {"toy": "toy_entry.toy", "absent": "clp_jax.absent.absent"})
-    monkeypatch.setattr(cli, "__file__", toy_entry.__file__)
+    monkeypatch.setattr(cli, "PACKAGE", "toy_entry")
     monkeypatch.setattr(toy_entry, "CALLS", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -96,7 +96,7 @@ def test_bugs_keep_their_traceback():
 
 
 def test_a_value_error_of_a_library_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "__file__", "/elsewhere/clp_jax/main.py")
+    monkeypatch.setattr(cli, "PACKAGE", "clp_jax")
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main([*GIVEN, "--gin.RUN_DIR=x", "--fail=library"])
 

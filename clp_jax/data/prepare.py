@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from clp_jax.data import packing, records
 from clp_jax.data.manifest import FILE_NAME, Manifest, Shard, Split, file_digest
-from clp_jax.data.text_task import import_seqio
+from clp_jax.data.text_task import TextTask, import_seqio
 from clp_jax.data.vocabulary import EOS_ID, Vocabulary, train_vocabulary
 from clp_jax.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 
@@ -25,8 +24,7 @@ class Request:
     """What to prepare.
 
     Attributes:
-        task: name of a registered SeqIO task or mixture with the text features ``inputs`` and ``targets``.
-        modules: modules to import first, which register it.
+        task: registers a SeqIO task or mixture with the text features ``inputs`` and ``targets``.
         lengths: tokens of a row by feature, the end of sequence included; what is longer is cut.
         vocabulary_size: tokens of the vocabulary that is trained on the training split.
         vocabulary: a SentencePiece model file to use instead.
@@ -35,8 +33,7 @@ class Request:
         shard_records: rows in a file.
     """
 
-    task: str
-    modules: tuple[str, ...]
+    task: TextTask
     lengths: Mapping[str, int]
     vocabulary_size: int = 4096
     vocabulary: str | None = None
@@ -54,7 +51,8 @@ class Request:
 
     def describe(self) -> dict[str, Any]:
         """The request as JSON, to recognise it again."""
-        content = dataclasses.asdict(self) | {"lengths": dict(self.lengths)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content = fields | {"task": self.task.describe(), "lengths": dict(self.lengths)}
         if self.vocabulary is not None:
             content["vocabulary"] = file_digest(Path(self.vocabulary))
         return json.loads(json.dumps(content))
@@ -66,22 +64,14 @@ def load_texts(request: Request, split: str) -> list[tuple[str, str]]:
     Raises:
         ValueError: when the task is not registered, or the split is missing or empty.
     """
-    seqio = import_seqio()
-    for module in request.modules:
-        importlib.import_module(module)
-    known = sorted(set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names()))
-    if request.task not in known:
-        raise ValueError(
-            f"task {request.task!r} is not registered by {', '.join(request.modules) or 'any module'}: "
-            f"there are {', '.join(known) or 'none'}."
-        )
-    task = seqio.get_mixture_or_task(request.task)
+    name = request.task.register()
+    task = import_seqio().get_mixture_or_task(name)
     if split not in task.splits:
-        raise ValueError(f"task {request.task!r} has no split {split!r}: it has {', '.join(task.splits)}.")
+        raise ValueError(f"task {name!r} has no split {split!r}: it has {', '.join(task.splits)}.")
     dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False, num_epochs=1)
     texts = [(e["inputs"].decode(), e["targets"].decode()) for e in dataset.as_numpy_iterator()]
     if not texts:
-        raise ValueError(f"split {split!r} of task {request.task!r} has no examples: check its source and its filters.")
+        raise ValueError(f"split {split!r} of task {name!r} has no examples: check its source and its filters.")
     return texts
 
 
@@ -115,12 +105,13 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
     else:
         shutil.copyfile(request.vocabulary, partial / VOCABULARY_FILE)
     vocabulary = Vocabulary(partial / VOCABULARY_FILE)
-    digest = hashlib.sha256(json.dumps([request.task, dict(request.lengths), vocabulary.fingerprint]).encode())
+    description = request.task.describe()
+    digest = hashlib.sha256(json.dumps([description, dict(request.lengths), vocabulary.fingerprint]).encode())
     splits = {
         split: _write_split(request, split, pairs, partial, digest, progress) for split, pairs in texts.items()
     }
     manifest = Manifest(
-        task=request.task,
+        task=str(description.get("task", type(request.task).__name__)),
         lengths=dict(request.lengths),
         packed=request.pack,
         vocabulary_size=vocabulary.size,

@@ -1,9 +1,55 @@
 """SeqIO tasks of plain text: what `tasks/` registers and `prepare` turns into token ids."""
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class TextTask(Protocol):
+    """Something that can register a SeqIO task or mixture with the text features ``inputs`` and ``targets``."""
+
+    def register(self) -> str:
+        """Registers it with SeqIO, and returns its name there."""
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides its examples, as JSON: data prepared from another description is not mistaken for its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A SeqIO task or mixture that Python modules register.
+
+    Attributes:
+        name: in SeqIO's registry.
+        modules: to import first.
+    """
+
+    name: str
+    modules: tuple[str, ...] = ()
+
+    def register(self) -> str:
+        """See `TextTask`.
+
+        Raises:
+            ValueError: when the modules register nothing of that name.
+        """
+        seqio = import_seqio()
+        for module in self.modules:
+            importlib.import_module(module)
+        known = sorted(set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names()))
+        if self.name not in known:
+            raise ValueError(
+                f"task {self.name!r} is not registered by {', '.join(self.modules) or 'any module'}: "
+                f"there are {', '.join(known) or 'none'}."
+            )
+        return self.name
+
+    def describe(self) -> dict[str, Any]:
+        """See `TextTask`."""
+        return {"task": self.name, "modules": list(self.modules)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Policy:
     config: Any
 
     @functools.cached_property
-    def _split(self) -> tuple[Any, nnx.State]:
+    def _split(self) -> tuple[Any, Any]:
         return nnx.split(nnx.eval_shape(lambda: self.config.build(nnx.Rngs(0))))
 
     def init(self, key: PRNGKeyArray) -> Params:

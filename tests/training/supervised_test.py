@@ -26,6 +26,7 @@ from clp_jax.training.supervised import Supervised, SupervisedLoss
 SIZES = {"embed_dim": 8, "mlp_dim": 16, "num_heads": 2, "head_dim": 4, "num_encoder_layers": 1, "num_decoder_layers": 1}
 MODEL = T5Config.t5_1_1(vocab_size=40, dropout_rate=0.1, **SIZES)
 LENGTHS = {"inputs": 6, "targets": 4}
+TEXTS = ["the quick brown fox jumps over a lazy dog", "pack my box with five dozen jugs of liquid"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def data_dir(tmp_path_factory) -> Path:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     directory = tmp_path_factory.mktemp("data")
-    train_vocabulary(["a small text of some words", "and some other words"], 30, directory / "vocabulary.model")
+    train_vocabulary(TEXTS, 30, directory / "vocabulary.model")
     rng = np.random.default_rng(0)
     splits = {}
     for split, rows in (("train", 24), ("validation", 10)):
