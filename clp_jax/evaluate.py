@@ -1,8 +1,11 @@
 """`clp evaluate`: a sweep over reward weights on held-out prompts."""
 
+import contextlib
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,27 +15,31 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.evaluation.sweep import FILE_NAME, Samples, Sweep, summarise
 from clp_jax.evaluation.tables import print_table
-from clp_jax.preferences import Preference, simplex_lattice
+from clp_jax.preferences import Preference, simplex_lattice, validate_weights
 from clp_jax.rewards.protocol import RewardFunction
 from clp_jax.rewards.stack import RewardStack, objective_names
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.score import score
 from clp_jax.sampling.steering import Steerable
 from clp_jax.training.experience import reward_inputs
-from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_policy, load_soup
+from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_per_weight, load_policy, load_soup
+
+METHODS = ("checkpoint", "soup", "mod", "dera", "per_weight")
 
 _EXAMPLES = 8
 
 
 def evaluate(
     *,
-    checkpoint: Sequence[str],
+    checkpoint: str | Sequence[str],
     data_dir: str,
     rewards: Sequence[RewardFunction],
     method: str = "checkpoint",
     name: str | None = None,
     alpha: float = 0.05,
+    alpha_min: float | None = None,
     resolution: int | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
     split: str = "test",
     num_prompts: int = 256,
     batch_size: int = 64,
@@ -43,17 +50,20 @@ def evaluate(
     """Sweeps reward weights on held-out prompts and writes ``results.json``.
 
     Every weight sees the same prompts and the same random numbers, so that differences are the weight's. A sweep that was
-    written before with the same settings is not run again.
+    written before with the same settings is not run again; one with other settings is kept under another name.
 
     Args:
-        checkpoint: a run directory; for ``soup`` and ``mod`` one for each objective, in order.
+        checkpoint: a run directory; several for the methods that need them.
         data_dir: prepared prompts and reference completions.
         rewards: the reward functions of the run.
-        method: ``checkpoint`` (a policy as it was trained), ``soup`` (experts' parameters mixed) or ``mod`` (experts'
-            logits mixed).
+        method: ``checkpoint`` (a policy as it was trained), ``soup`` (parameters of experts, one for each objective in
+            order, mixed), ``mod`` (their logits mixed), ``dera`` (their logits and the reference's, or those of one
+            expert and the reference, realigned to `alpha`), ``per_weight`` (one policy for each of `weights`).
         name: of the method in tables and plots; by default the run directory's.
         alpha: KL weight of the preference, and of the reported value.
+        alpha_min: KL weight the experts of ``dera`` were trained with.
         resolution: steps per edge of the weights' lattice; by default 10 for two rewards (11 points), 4 for more.
+        weights: a grid to use instead of the lattice.
         split: of the data.
         num_prompts: at most.
         batch_size: prompts at a time.
@@ -65,58 +75,100 @@ def evaluate(
         The sweep.
 
     Raises:
-        ValueError: for rewards other than the run's, or an unknown method.
+        ValueError: for rewards other than the run's, an unknown method, or weights that are not on the simplex.
     """
     paths = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
-    loaded, steerable = _load(method, paths)
+    if num_prompts < 1 or batch_size < 1:
+        raise ValueError(f"evaluate: num_prompts={num_prompts}, batch_size={batch_size}: expected at least 1.")
+    loaded, steerable = _load(method, paths, alpha_min, weights)
     names = objective_names(rewards)
-    if not loaded.objectives or names != loaded.objectives:
+    if loaded.statistics is None or names != loaded.objectives:
         raise ValueError(
             f"{paths[0]} was trained for {', '.join(loaded.objectives) or 'no rewards (it is supervised)'}; "
             f"the rewards given are {', '.join(names)}: give the run's, in its order."
         )
-    target = Path(output) if output else loaded.run_dir / FILE_NAME
-    count = len(names)
-    lattice = simplex_lattice(count, resolution or (10 if count == 2 else 4))
+    grid = simplex_lattice(len(names), resolution or (10 if len(names) == 2 else 4)) if weights is None else weights
+    preferences = [Preference.of(validate_weights(row, len(names), names), alpha) for row in grid]
     data = DataSource(data_dir, split, batch_size=min(batch_size, num_prompts), converter=prompt_batch)
-    worker = _Worker(loaded, steerable, RewardStack(rewards, loaded.statistics), data, num_prompts, max_length, seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} weights"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        line = bar.add_task("evaluating", total=len(lattice))
-        samples = []
-        for weights in lattice:
-            samples.append(worker(Preference.of(weights, alpha)))
-            bar.advance(line)
-    sweep = summarise(
-        method=name or loaded.run_dir.name,
-        objectives=names,
-        alpha=alpha,
-        reference_mean=loaded.statistics.mean,
-        reference_std=loaded.statistics.std,
-        samples=samples,
-        prompts=worker.prompts[:_EXAMPLES],
-        references=worker.references[:_EXAMPLES],
-        decode_calls_per_token=steerable.decode_calls_per_token,
-        seed=seed,
-    )
-    sweep.save(target)
+    config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
+    settings = {
+        "checkpoints": [str(Path(path).expanduser().absolute()) for path in paths],
+        "step": loaded.step,
+        "data": data.manifest.fingerprint,
+        "method": method,
+        "alpha": [alpha, alpha_min],
+        "weights": [[float(x) for x in p.weights] for p in preferences],
+        "prompts": [split, num_prompts, batch_size],
+        "max_length": config.max_length,
+        "seed": seed,
+    }
+    target = Path(output) if output else loaded.run_dir / FILE_NAME
+    sweep = _earlier(target, settings)
+    if sweep is None:
+        worker = _Worker(loaded, steerable, RewardStack(rewards, loaded.statistics), data, num_prompts, config, seed)
+        samples = [worker(preference) for preference in _with_progress(preferences)]
+        sweep = summarise(
+            method=name or loaded.run_dir.name,
+            objectives=names,
+            alpha=alpha,
+            reference_mean=loaded.statistics.mean,
+            reference_std=loaded.statistics.std,
+            samples=samples,
+            prompts=worker.prompts[:_EXAMPLES],
+            references=worker.references[:_EXAMPLES],
+            decode_calls_per_token=steerable.decode_calls_per_token,
+            seed=seed,
+            settings=settings,
+        )
+        sweep.save(target)
     print_table(sweep, Console())
     print(f"results: {target}", file=sys.stderr)
     return sweep
 
 
-def _load(method: str, paths: Sequence[str]) -> tuple[LoadedPolicy, Steerable]:
-    if method == "checkpoint":
-        if len(paths) != 1:
-            raise ValueError(f"{len(paths)} checkpoints: a policy is one; soup and mod take several.")
-        loaded = load_policy(paths[0])
-        return loaded, loaded.steerable()
+def _load(
+    method: str, paths: Sequence[str], alpha_min: float | None, weights: Sequence[Sequence[float]] | None
+) -> tuple[LoadedPolicy, Steerable]:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}.")
     if method == "soup":
         loaded = load_soup(paths)
         return loaded, loaded.steerable()
     if method == "mod":
         return load_logit_mixture(paths)
-    raise ValueError(f"unknown method {method!r}: expected checkpoint, soup or mod.")
+    if method == "dera":
+        if alpha_min is None:
+            raise ValueError("method dera needs alpha_min, the KL weight the experts were trained with.")
+        return load_logit_mixture(paths, alpha_min)
+    if method == "per_weight":
+        if weights is None:
+            raise ValueError("method per_weight needs weights, one row for each checkpoint.")
+        return load_per_weight(paths, weights)
+    if len(paths) != 1:
+        raise ValueError(f"{len(paths)} checkpoints: a policy is one; soup, mod, dera and per_weight take several.")
+    loaded = load_policy(paths[0])
+    return loaded, loaded.steerable()
+
+
+def _earlier(target: Path, settings: dict[str, Any]) -> Sweep | None:
+    """The sweep in `target`, if these settings made it; a sweep of other settings is moved out of the way."""
+    if not target.is_file():
+        return None
+    with contextlib.suppress(ValueError):  # A damaged file is kept, and made again.
+        sweep = Sweep.load(target)
+        if sweep.settings == settings:
+            print(f"{target} was made with these settings: nothing to do.", file=sys.stderr)
+            return sweep
+    number = next(n for n in itertools.count(1) if not target.with_stem(f"{target.stem}-{n}").exists())
+    kept = target.rename(target.with_stem(f"{target.stem}-{number}"))
+    print(f"the earlier results, of other settings, are kept as {kept}.", file=sys.stderr)
+    return None
+
+
+def _with_progress(preferences: Sequence[Preference]) -> Iterator[Preference]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} weights"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        yield from bar.track(preferences, description="evaluating")
 
 
 class _Worker:
@@ -129,14 +181,14 @@ class _Worker:
         rewards: RewardStack,
         data: DataSource,
         num_prompts: int,
-        max_length: int | None,
+        config: SamplingConfig,
         seed: int,
     ):
         self._loaded = loaded
         self._steerable = steerable
         self._rewards = rewards
         self._batches = list(data.epoch_batches(num_prompts))
-        self._config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
+        self._config = config
         self._key = jax.random.key(seed)
         self._score = jax.jit(lambda params, inputs, tokens: score(loaded.policy.bind(params), inputs, tokens))
         decode = loaded.vocabulary.decode_batch

@@ -60,12 +60,13 @@ class Rules:
         ValueError: for an unknown logical name or mesh axis, or a name given twice.
     """
 
-    table: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    table: Sequence[tuple[str, str | tuple[str, ...] | None]] = (
         ("batch", ("slice", "data", "fsdp")),
         ("group", ("slice", "data", "fsdp")),
     )
 
     def __post_init__(self):
+        object.__setattr__(self, "table", tuple(self.table))  # Hashable, whatever it was given as.
         seen = set()
         for name, axes in self.table:
             _check_name(name)

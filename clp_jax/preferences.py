@@ -115,7 +115,7 @@ class Table:
             draw, whose size must then be a multiple of ``n``.
     """
 
-    weights: tuple[tuple[float, ...], ...]
+    weights: Sequence[Sequence[float]]
     alpha: AlphaRange | float = 0.01
     in_order: bool = False
 

@@ -28,7 +28,7 @@ class Registered:
     """
 
     name: str
-    modules: tuple[str, ...] = ()
+    modules: Sequence[str] = ()
 
     def register(self) -> str:
         """See `TextTask`.

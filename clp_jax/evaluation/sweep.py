@@ -106,6 +106,7 @@ class Sweep:
         examples: a few prompts.
         num_prompts: evaluated.
         decode_calls_per_token: models called for every token.
+        settings: what made it, to recognise it again.
     """
 
     method: str
@@ -120,6 +121,7 @@ class Sweep:
     examples: tuple[Example, ...]
     num_prompts: int
     decode_calls_per_token: int = 1
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def means(self) -> Float[np.ndarray, "n K"]:
         """Mean standardised rewards, one point a row."""
@@ -128,7 +130,9 @@ class Sweep:
     def save(self, path: str | Path) -> None:
         """Writes ``results.json``."""
         content = {"version": VERSION} | dataclasses.asdict(self)
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+        partial = Path(path).with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
@@ -163,6 +167,7 @@ def summarise(
     references: Sequence[str],
     decode_calls_per_token: int = 1,
     seed: int = 0,
+    settings: dict[str, Any] | None = None,
 ) -> Sweep:
     """The figures of a sweep.
 
@@ -177,6 +182,7 @@ def summarise(
         references: their reference completions.
         decode_calls_per_token: models called for every token.
         seed: of the bootstrap.
+        settings: what made the samples.
     """
     means = np.asarray([s.rewards.mean(0) for s in samples])
     weights = np.asarray([s.weights for s in samples])
@@ -217,6 +223,7 @@ def summarise(
         ),
         num_prompts=len(samples[0].rewards),
         decode_calls_per_token=decode_calls_per_token,
+        settings=settings or {},
     )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from clp_jax.gin_utils import annotations
-from clp_jax.gin_utils.files import REQUIRED, Binding, ConfigError, Macro, closest, leaves, suggest
 from clp_jax.gin_utils.bindings import MACRO, Bindings, Call
+from clp_jax.gin_utils.files import REQUIRED, Binding, ConfigError, Macro, closest, leaves, suggest
 
 
 def check_unused_macros(bound: Bindings) -> None:
@@ -16,7 +16,7 @@ def check_unused_macros(bound: Bindings) -> None:
     """
     used = {item.name for value in bound.all_values() for item in leaves(value.value) if isinstance(item, Macro)}
     for name, value in bound.macros.items():
-        similar = closest(name, used)
+        similar = closest(name, used, least=0.8)
         numbered = similar is not None and similar.rstrip("0123456789") == name.rstrip("0123456789")
         if name not in used and similar is not None and not numbered:
             raise ConfigError(f"{value.place}: nothing uses the macro {name} (did you mean {similar}?).")

@@ -11,10 +11,19 @@ from typing import Any
 
 import gin
 
-from clp_jax.gin_utils.checks import check_complete, check_given, check_types, check_unused_macros
-from clp_jax.gin_utils.files import Binding, ConfigError, SearchPath, all_files, bindings, join_scope, read_binding, read_file
-from clp_jax.gin_utils.names import Target
 from clp_jax.gin_utils.bindings import MACRO, Bindings, Call
+from clp_jax.gin_utils.checks import check_complete, check_given, check_types, check_unused_macros
+from clp_jax.gin_utils.files import (
+    Binding,
+    ConfigError,
+    SearchPath,
+    all_files,
+    bindings,
+    join_scope,
+    read_binding,
+    read_file,
+)
+from clp_jax.gin_utils.names import Target
 
 
 @dataclasses.dataclass(frozen=True)

@@ -273,10 +273,10 @@ def join_scope(scopes: str, name: str) -> str:
     return f"{scopes}/{name}" if scopes else name
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The most similar known name, if one is similar at all."""
+def closest(name: str, known: Iterable[str], least: float = 0.6) -> str | None:
+    """The most similar known name, if the similarity is at least `least` of 1."""
     folded = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(name.lower(), folded, n=1)
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=least)
     return folded[close[0]] if close else None
 
 

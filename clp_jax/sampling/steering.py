@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from clp_jax.array_types import Array, Int, Params, PRNGKeyArray
+from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
-from clp_jax.preferences import Preference
+from clp_jax.preferences import Preference, kl_mixing_weight
 from clp_jax.sampling.generate import CachedDecoder, Completions, SamplingConfig, generate, row_keys
 from clp_jax.sampling.logit_mixing import MixtureDecoder
 
@@ -18,7 +18,9 @@ from clp_jax.sampling.logit_mixing import MixtureDecoder
 class Steerable(Protocol):
     """Generates completions at any preference."""
 
-    decode_calls_per_token: int
+    @property
+    def decode_calls_per_token(self) -> int:
+        """Models called for every token."""
 
     def generate(
         self,
@@ -74,20 +76,41 @@ class ConditionedPolicy:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogitMixture:
-    """Policies mixed at decode time: MOD over single-objective experts.
+    """Policies mixed at decode time: MOD (arXiv 2406.18853) and decode-time realignment, DeRa (arXiv 2402.02992).
 
     Attributes:
         policy: the policies' shape.
-        params: their parameters, stacked ``[M, ...]``, one for each objective.
+        params: their parameters, stacked ``[M, ...]``: one expert for each objective, or one policy for all; where
+            `alpha_min` is given, the reference comes last.
+        alpha_min: the KL weight the experts were trained with. With it the mixture is realigned to the preference's own:
+            experts weigh ``λ(α)`` together, the reference ``1-λ(α)``.
     """
 
     policy: Policy
     params: Params
+    alpha_min: float | None = None
 
     @property
     def decode_calls_per_token(self) -> int:
         """One for each policy."""
         return jax.tree.leaves(self.params)[0].shape[0]
+
+    def coefficients(self, preference: Preference) -> Float[Array, "M"]:
+        """The policies' weights in the mixture, at one preference.
+
+        Raises:
+            ValueError: when there is neither one expert for each objective nor one for all.
+        """
+        num_experts = self.decode_calls_per_token - (self.alpha_min is not None)
+        if num_experts not in (1, preference.num_objectives):
+            raise ValueError(
+                f"{num_experts} experts for {preference.num_objectives} objectives: expected one for each, or one for all."
+            )
+        experts = jnp.ones((1,)) if num_experts == 1 else preference.weights
+        if self.alpha_min is None:
+            return experts
+        trained = kl_mixing_weight(preference.alpha, self.alpha_min)
+        return jnp.concatenate([trained * experts, 1 - trained[None]])
 
     @functools.cached_property
     def _run(self):
@@ -107,8 +130,8 @@ class LogitMixture:
         config: SamplingConfig,
         num_samples: int = 1,
     ) -> Completions:
-        """See `Steerable`; the weights are the coefficients."""
-        return self._run(self.params, inputs, preference.weights, key, config, num_samples)
+        """See `Steerable`."""
+        return self._run(self.params, inputs, self.coefficients(preference), key, config, num_samples)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

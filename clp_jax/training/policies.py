@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,8 @@ from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.models.conditioning import Conditioning, ParameterConditioning, Unconditioned, stack_experts
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json
-from clp_jax.preferences import kl_mixing_weight
 from clp_jax.rewards.normalisation import RewardStatistics
-from clp_jax.sampling.steering import ConditionedPolicy, LogitMixture, PerWeight, Steerable
+from clp_jax.sampling.steering import ConditionedPolicy, LogitMixture, PerWeight
 from clp_jax.training.checkpoints import CheckpointError, find_checkpoint, load_params
 from clp_jax.training.clp import REFERENCE_DIRECTORY
 
@@ -26,6 +24,7 @@ class LoadedPolicy:
 
     Attributes:
         run_dir: where it came from.
+        step: updates it was trained for.
         policy: its shape.
         params: its parameters, expanded where it is conditioned.
         reference: the frozen reference's; its own for a supervised run.
@@ -37,6 +36,7 @@ class LoadedPolicy:
     """
 
     run_dir: Path
+    step: int
     policy: Policy
     params: Params
     reference: Params
@@ -59,7 +59,7 @@ def load_policy(path: str | Path) -> LoadedPolicy:
     """
     checkpoint = find_checkpoint(path)
     run_dir = checkpoint.parent.parent
-    params, description, _ = load_params(checkpoint)
+    params, description, step = load_params(checkpoint)
     stage = description.get("stage")
     if stage not in ("supervised", "clp"):
         raise CheckpointError(f"{path} is a run of stage {stage!r}: expected a policy (supervised or clp).")
@@ -68,10 +68,11 @@ def load_policy(path: str | Path) -> LoadedPolicy:
     if vocabulary.fingerprint != description["vocabulary"]:
         raise CheckpointError(f"the vocabulary in {run_dir} is not the one the policy was trained with.")
     if stage == "supervised":
-        return LoadedPolicy(run_dir, policy, params, params, Unconditioned(), (), None, vocabulary, None)
+        return LoadedPolicy(run_dir, step, policy, params, params, Unconditioned(), (), None, vocabulary, None)
     reference, _, _ = load_params(run_dir / REFERENCE_DIRECTORY, expected=policy.abstract())
     return LoadedPolicy(
         run_dir=run_dir,
+        step=step,
         policy=policy,
         params=params["policy"],
         reference=reference,
@@ -91,45 +92,20 @@ def load_soup(paths: Sequence[str | Path]) -> LoadedPolicy:
     return dataclasses.replace(experts[0], params=params, conditioning=conditioning)
 
 
-def load_logit_mixture(paths: Sequence[str | Path]) -> tuple[LoadedPolicy, LogitMixture]:
-    """The same experts mixed token by token (MOD, arXiv 2406.18853)."""
-    experts = _experts(paths)
-    return experts[0], LogitMixture(experts[0].policy, stack_experts([expert.params for expert in experts]))
-
-
-def load_realigned(path: str | Path, alpha_min: float, alpha: float) -> tuple[LoadedPolicy, Steerable]:
-    """A tuned policy and its reference mixed token by token for another KL weight (DeRa, arXiv 2402.02992).
+def load_logit_mixture(
+    paths: Sequence[str | Path], alpha_min: float | None = None
+) -> tuple[LoadedPolicy, LogitMixture]:
+    """Experts mixed token by token (MOD), and with the reference too where `alpha_min` is given (DeRa).
 
     Args:
-        path: of an unconditioned run trained at `alpha_min`.
-        alpha_min: its KL weight.
-        alpha: the wanted one; the tuned policy's weight is ``λ(α)``.
+        paths: unconditioned runs, one for each objective in order; for DeRa also a single one, of any fixed weights.
+        alpha_min: the KL weight they were trained with.
     """
-    tuned = load_policy(path)
-    if not isinstance(tuned.conditioning, Unconditioned):
-        raise CheckpointError(f"{path} is conditioned: realignment mixes the reference with an ordinary policy.")
-    trained = kl_mixing_weight(alpha, alpha_min)
-    coefficients = jnp.stack([1 - trained, trained])
-    return tuned, Realigned(LogitMixture(tuned.policy, stack_experts([tuned.reference, tuned.params])), coefficients)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Realigned:
-    """A logit mixture whose coefficients do not depend on the weights.
-
-    Attributes:
-        mixture: of the reference and the tuned policy.
-        coefficients: of the two.
-    """
-
-    mixture: LogitMixture
-    coefficients: Any
-    decode_calls_per_token: int = 2
-
-    def generate(self, inputs: Any, preference: Any, key: Any, config: Any, num_samples: int = 1) -> Any:
-        """See `clp_jax.sampling.steering.Steerable`."""
-        fixed = dataclasses.replace(preference, weights=self.coefficients)
-        return self.mixture.generate(inputs, fixed, key, config, num_samples)
+    experts = _experts(paths, or_one=alpha_min is not None)
+    params = [expert.params for expert in experts]
+    if alpha_min is not None:
+        params.append(experts[0].reference)
+    return experts[0], LogitMixture(experts[0].policy, stack_experts(params), alpha_min)
 
 
 def load_per_weight(paths: Sequence[str | Path], weights: Sequence[Sequence[float]]) -> tuple[LoadedPolicy, PerWeight]:
@@ -148,7 +124,7 @@ def load_per_weight(paths: Sequence[str | Path], weights: Sequence[Sequence[floa
     return policies[0], PerWeight(policies[0].policy, table)
 
 
-def _experts(paths: Sequence[str | Path]) -> list[LoadedPolicy]:
+def _experts(paths: Sequence[str | Path], or_one: bool = False) -> list[LoadedPolicy]:
     experts = [load_policy(path) for path in paths]
     first = experts[0]
     for path, expert in zip(paths, experts, strict=True):
@@ -159,6 +135,6 @@ def _experts(paths: Sequence[str | Path]) -> list[LoadedPolicy]:
         same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), expert.reference, first.reference)
         if not all(jax.tree.leaves(same)):
             raise CheckpointError(f"{path} and {paths[0]} started from other references: they can't be mixed.")
-    if len(experts) != len(first.objectives):
+    if len(experts) != len(first.objectives) and not (or_one and len(experts) == 1):
         raise CheckpointError(f"{len(experts)} experts for {len(first.objectives)} objectives: {', '.join(first.objectives)}.")
     return experts

@@ -1,6 +1,7 @@
 """The loss of one policy-gradient update: experience in, a scalar to descend out."""
 
 import dataclasses
+
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray

@@ -5,7 +5,7 @@ Both read a document and a summary with a T5 encoder; their data are made from p
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class RewardModel:
     data_dir: str
     trunk: T5Config
     loss: str
-    corruptions: tuple[str, ...]
+    corruptions: Sequence[str]
     initial_checkpoint: str | None = None
     batch_size: int = 64
     evaluation_pairs: int = 512
@@ -93,8 +93,7 @@ class RewardModel:
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise ValueError(f"RewardModel.loss is {self.loss!r}: expected one of {', '.join(LOSSES)}.")
-        object.__setattr__(self, "corruptions", tuple(self.corruptions))
-        Corrupter(self.corruptions)
+        Corrupter(tuple(self.corruptions))
         if self.batch_size < 2:
             raise ValueError(f"RewardModel.batch_size is {self.batch_size}: expected at least 2, to exchange summaries.")
 
@@ -105,7 +104,7 @@ class RewardModel:
             raise ValueError(f"RewardModel.trunk has {self.trunk.vocab_size} tokens, the vocabulary {vocabulary.size}.")
         policy = Policy(ScorerConfig(trunk=self.trunk))
         data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=prompt_batch, seed=seed)
-        corrupter = Corrupter(self.corruptions, seed)
+        corrupter = Corrupter(tuple(self.corruptions), seed)
         score_pairs = jax.jit(lambda params, pairs: _scores(policy, params, pairs, None))
 
         def loss_fn(params: Params, frozen: Any, batch: ScoredPairs, key: PRNGKeyArray) -> tuple[Array, Array, Metrics]:
@@ -147,7 +146,7 @@ class RewardModel:
 
     def _evaluate(self, score_pairs: Callable[..., Any], params: Params, seed: int) -> dict[str, float]:
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=prompt_batch)
-        corrupter = Corrupter(self.corruptions, seed + 1)
+        corrupter = Corrupter(tuple(self.corruptions), seed + 1)
         right: list[np.ndarray] = []
         kinds: list[np.ndarray] = []
         for batch in data.epoch_batches(self.evaluation_pairs):

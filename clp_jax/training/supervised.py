@@ -21,7 +21,6 @@ from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.stage import DataBatches, StageSetup
 
-
 # A policy may be trained on with other values of these: they change how it is computed, not what.
 _FREE_FIELDS = frozenset({"dropout_rate", "dtype", "param_dtype", "remat", "scan_unroll"})
 

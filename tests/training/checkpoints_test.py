@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from clp_jax.training import checkpoints as checkpoints_module
-from clp_jax.training.checkpoints import CheckpointError, Checkpoints, KeepBest, find_checkpoint, load_params, save_params
+from clp_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    KeepBest,
+    find_checkpoint,
+    load_params,
+    save_params,
+)
 from clp_jax.training.learner import Learner
 from clp_jax.training.optimizers import Adafactor, AdamW
 
