@@ -1,9 +1,12 @@
 """SeqIO tasks of plain text: what `tasks/` registers and `prepare` turns into token ids."""
 
+import contextlib
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -69,11 +72,32 @@ def import_seqio() -> Any:
     """SeqIO, and with it TensorFlow, kept quiet and off the accelerators."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    import absl.logging
-    import seqio
+    with contextlib.nullcontext() if "seqio" in sys.modules else _stderr_unless_it_fails():
+        import absl.logging
+        import seqio
+        import tensorflow as tf
 
+        tf.constant(0)  # Looks for devices, which is as noisy.
     absl.logging.set_verbosity(absl.logging.ERROR)
     return seqio
+
+
+@contextlib.contextmanager
+def _stderr_unless_it_fails() -> Iterator[None]:
+    """Keeps what libraries write to the process's standard error to itself, unless there is an exception to explain."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as kept:
+        saved = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(saved, kept.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def register_text_task(name: str, examples: Callable[[str], Sequence[TextExample]], splits: Sequence[str]) -> Any:

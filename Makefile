@@ -1,0 +1,52 @@
+# `make help` lists the targets. PYTHON is the interpreter of a new environment, VENV where it goes.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test
+
+BIN := $(VENV)/bin
+CLP := $(BIN)/clp
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint types bench experiment clean
+
+help: ## This list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## An environment with everything, in .venv.
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clp_jax needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), a minute or two"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own documentation: 15 minutes on 2 cores.
+	$(CLP) prepare --gin_file=examples/pydoc_prepare.gin
+	$(CLP) train --gin_file=examples/pydoc_sft.gin
+	$(CLP) train --gin_file=examples/pydoc_preference.gin
+	$(CLP) train --gin_file=examples/pydoc_clp_full.gin
+	$(CLP) evaluate --gin_file=examples/pydoc_evaluate.gin
+	$(CLP) report --run_dirs=runs/pydoc/clp_full
+
+test: $(INSTALLED) ## All tests; those that need several devices in processes of their own.
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/multi_device
+
+lint: $(INSTALLED) ## Style.
+	$(BIN)/ruff check .
+
+types: $(INSTALLED) ## Static types.
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## Speed of a training step and of decoding.
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/decode.py
+
+experiment: $(INSTALLED) ## The table of docs/experiments/clp.md: hours.
+	$(CLP) experiment --gin_file=examples/pydoc_experiment.gin
+
+clean: ## Removes the environment, and nothing that was trained.
+	rm -rf $(VENV)
