@@ -34,5 +34,17 @@ Params: TypeAlias = dict[str, Any]
 Metrics: TypeAlias = dict[str, Array]
 
 __all__ = [
-    "Array", "ArrayLike", "Bool", "Float", "Int", "Key", "Metrics", "Num", "PRNGKeyArray", "Params", "PyTree", "Shaped", "UInt32",
+    "Array",
+    "ArrayLike",
+    "Bool",
+    "Float",
+    "Int",
+    "Key",
+    "Metrics",
+    "Num",
+    "PRNGKeyArray",
+    "Params",
+    "PyTree",
+    "Shaped",
+    "UInt32",
 ]

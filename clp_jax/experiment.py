@@ -156,7 +156,9 @@ def experiment(
     plan = [(method, method.runs(stage, num_steps), method.sweeps(count)) for method in methods]
     names = [name for _, _, sweeps in plan for name in sweeps]
     if len(set(names)) != len(names) or baseline not in names:
-        raise ValueError(f"experiment: fronts {', '.join(names)}: expected different names, and {baseline!r} among them.")
+        raise ValueError(
+            f"experiment: fronts {', '.join(names)}: expected different names, and {baseline!r} among them."
+        )
     if any(run.num_steps < 1 for _, runs, _ in plan for run in runs):
         raise ValueError(f"experiment: {num_steps} steps are too few to share between the runs of a method.")
     fronts: dict[str, list[Sweep]] = {name: [] for name in names}
@@ -189,7 +191,9 @@ def component_separation(components: Params, reference: Params) -> float:
     for copies, start in zip(jax.tree.leaves(components), jax.tree.leaves(reference), strict=True):
         if copies.ndim == start.ndim:
             continue
-        deltas = np.asarray(copies, np.float64).reshape(copies.shape[0], -1) - np.asarray(start, np.float64).reshape(1, -1)
+        deltas = np.asarray(copies, np.float64).reshape(copies.shape[0], -1) - np.asarray(start, np.float64).reshape(
+            1, -1
+        )
         k = len(deltas)
         pairs = [np.sum((deltas[i] - deltas[j]) ** 2) for i in range(k) for j in range(i)]
         between += float(np.mean(pairs))

@@ -108,7 +108,12 @@ def _available() -> list[str]:
 
 
 def _overview() -> str:
-    lines = ["clp: steerable language policies on JAX.", "", "usage: clp COMMAND [--gin_file=FILE] [--gin.NAME=VALUE] ...", ""]
+    lines = [
+        "clp: steerable language policies on JAX.",
+        "",
+        "usage: clp COMMAND [--gin_file=FILE] [--gin.NAME=VALUE] ...",
+        "",
+    ]
     for command in COMMANDS:
         entry = _entry_point(command)
         if entry is not None:

@@ -75,7 +75,9 @@ class Rules:
             seen.add(name)
             for axis in _as_tuple(axes):
                 if axis not in MESH_AXES:
-                    raise ValueError(f"Rules: {name!r} maps to mesh axis {axis!r}: expected one of {', '.join(MESH_AXES)}.")
+                    raise ValueError(
+                        f"Rules: {name!r} maps to mesh axis {axis!r}: expected one of {', '.join(MESH_AXES)}."
+                    )
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """The partition spec of an array with these logical axes; a mesh axis is used once, by the first that asks."""
@@ -188,7 +190,9 @@ def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def _check_name(name: str) -> None:
     if name not in LOGICAL_AXES:
-        raise ValueError(f"unknown logical axis {name!r}{_nearest(name, LOGICAL_AXES)}. Known: {', '.join(LOGICAL_AXES)}.")
+        raise ValueError(
+            f"unknown logical axis {name!r}{_nearest(name, LOGICAL_AXES)}. Known: {', '.join(LOGICAL_AXES)}."
+        )
 
 
 def _nearest(name: str, known) -> str:

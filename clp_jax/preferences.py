@@ -122,7 +122,9 @@ class Table:
     def __post_init__(self):
         rows = tuple(tuple(float(x) for x in validate_weights(row)) for row in self.weights)
         if not rows or len({len(row) for row in rows}) != 1:
-            raise ValueError(f"Table.weights has rows of {sorted({len(r) for r in rows})} weights: expected one length.")
+            raise ValueError(
+                f"Table.weights has rows of {sorted({len(r) for r in rows})} weights: expected one length."
+            )
         object.__setattr__(self, "weights", rows)
         _check_alpha(self.alpha)
 
@@ -225,7 +227,9 @@ def validate_weights(
         raise ValueError(f"weights have shape {array.shape}: expected one row of weights, one per objective.")
     if num_objectives is not None and array.size != num_objectives:
         named = f" ({', '.join(names)})" if names else ""
-        raise ValueError(f"weights {listed} are {array.size} numbers: expected {num_objectives}, one per objective{named}.")
+        raise ValueError(
+            f"weights {listed} are {array.size} numbers: expected {num_objectives}, one per objective{named}."
+        )
     if not np.all(np.isfinite(array)):
         raise ValueError(f"weights {listed} are not all finite: expected numbers in [0, 1] that sum to 1.")
     if np.any(array < 0):
@@ -258,7 +262,9 @@ def kl_mixing_weight(alpha: Float[ArrayLike, "..."] | float, alpha_min: float) -
         ValueError: when `alpha_min` is not in ``(0, 1)``.
     """
     if not 0 < alpha_min < 1:
-        raise ValueError(f"alpha_min is {alpha_min}: KL conditioning needs a number in (0, 1), for β_min = α/(1-α) > 0.")
+        raise ValueError(
+            f"alpha_min is {alpha_min}: KL conditioning needs a number in (0, 1), for β_min = α/(1-α) > 0."
+        )
     alpha = jnp.asarray(alpha, jnp.float32)
     return (1 - alpha) / alpha * (alpha_min / (1 - alpha_min))
 

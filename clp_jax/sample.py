@@ -68,9 +68,7 @@ class Session:
         inputs, cut = encode_prompts(self.loaded.vocabulary, prompts, self.max_prompt)
         preference = Preference.of(self.weights, self.alpha)
         key = jax.random.key(self.seed)
-        found = complete(
-            self.steerable, self.loaded.vocabulary, inputs, preference, key, self.config, self.num_samples
-        )
+        found = complete(self.steerable, self.loaded.vocabulary, inputs, preference, key, self.config, self.num_samples)
         return found, cut
 
     def describe(self) -> str:
@@ -94,7 +92,7 @@ def sample(
     max_tokens: int | None = None,
     max_prompt: int = 512,
     seed: int = 0,
-    input: str | None = None,
+    input: str | None = None,  # noqa: A002 - it is the name of a flag.
     output: str | None = None,
 ) -> None:
     """Prints completions of a prompt at given reward weights; without a prompt, reads lines and steers between them.
@@ -251,7 +249,7 @@ def _complete_file(session: Session, source: Path, target: Path | None, batch_si
 
 
 def _line(number: int, text: str, completions: Sequence[Completion]) -> dict[str, Any]:
-    columns = {
+    columns: dict[str, list[Any]] = {
         "text": [c.text for c in completions],
         "tokens": [list(c.tokens) for c in completions],
         "logprobs": [list(c.log_probs) for c in completions],

@@ -89,7 +89,9 @@ def train(
         stack.enter_context(directory.lock())
         done = directory.latest_step() or 0
         if done >= num_steps and directory.description() is not None:
-            _say(f"{directory.path} is complete: {done} of {num_steps} steps. Nothing to do; raise num_steps to train on.")
+            _say(
+                f"{directory.path} is complete: {done} of {num_steps} steps. Nothing to do; raise num_steps to train on."
+            )
             return _result(directory, done)
         stop = stack.enter_context(StopSignal())
         setup = stage.setup(directory.path, seed)
@@ -129,7 +131,7 @@ def train(
         )
         state = loop.run(state)
     step = int(state.step)
-    if step < num_steps:
+    if step < num_steps and stop.received is not None:
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
         raise SystemExit(128 + stop.received)
     return _result(directory, step)

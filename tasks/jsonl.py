@@ -27,7 +27,9 @@ class Jsonl:
 
     def __post_init__(self):
         if not self.files:
-            raise ValueError(f"JSONL task {self.name!r} has no files: expected a mapping such as {{'train': 'train.jsonl'}}.")
+            raise ValueError(
+                f"JSONL task {self.name!r} has no files: expected a mapping such as {{'train': 'train.jsonl'}}."
+            )
         for split, path in self.files.items():
             if not Path(path).is_file():
                 raise ValueError(f"JSONL task {self.name!r}: the file {path} of split {split!r} does not exist.")

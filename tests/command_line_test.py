@@ -67,7 +67,10 @@ def test_gin_flags_and_switches():
         (["-x"], r"what is '-x'"),
         (["--num_step=3"], r"there is no flag --num_step \(did you mean num_steps\?\)"),
         (["--gin_fil=3"], r"there is no flag --gin_fil \(did you mean gin_file\?\)"),
-        (["--RUN_DIR=3"], r"there is no flag --RUN_DIR \(did you mean run_dir\?\). Macros are set with --gin.NAME=VALUE"),
+        (
+            ["--RUN_DIR=3"],
+            r"there is no flag --RUN_DIR \(did you mean run_dir\?\). Macros are set with --gin.NAME=VALUE",
+        ),
         (["--num_steps"], r"--num_steps has no value"),
         (["--num_steps", "--rate=1"], r"--num_steps has no value"),
         (["--num_steps=ten"], r"--num_steps is 'ten': expected int\."),

@@ -54,7 +54,9 @@ def test_help_tells_the_macros_of_the_gin_files(capsys):
     assert cli.main([*GIVEN, "--help"]) == 0
     out = capsys.readouterr().out
     assert "--num_steps  int  (default 10)\n      updates." in out
-    assert "short.gin: The toy, shorter.\n  Required:\n    --gin.RUN_DIR=VALUE  where the run goes, on two lines." in out
+    assert (
+        "short.gin: The toy, shorter.\n  Required:\n    --gin.RUN_DIR=VALUE  where the run goes, on two lines." in out
+    )
     assert "  Commonly overridden:\n    --gin.NUM_STEPS=7  updates.\n    --gin.TEACHER=None" in out
     assert not toy_entry.CALLS
 
@@ -66,7 +68,10 @@ def test_help_tells_the_macros_of_the_gin_files(capsys):
         (["absent"], r"clp: error: there is no command 'absent'."),
         (["toy", "--stage"], r"clp toy: error: there is no flag --stage."),
         (["toy", "--gin_file=none.gin"], r"clp toy: error: --gin_file: there is no file none.gin"),
-        (["toy"], "toy still needs --run_dir=VALUE, --gin.toy.model=VALUE; most of it comes from a gin file: --gin_file=FILE."),
+        (
+            ["toy"],
+            "toy still needs --run_dir=VALUE, --gin.toy.model=VALUE; most of it comes from a gin file: --gin_file=FILE.",
+        ),
         (GIVEN, r"clp toy: error: toy still needs --gin.RUN_DIR=VALUE."),
         ([*GIVEN, "--gin.RUN_DIR=x", "--gin.Model.size=0"], r"clp toy: error: Model.size is 0: expected at least 1."),
         ([*GIVEN, "--gin.RUN_DIR=x", "--fail=ours"], "clp toy: error: run_dir is wrong.\nDo better.\n"),

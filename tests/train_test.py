@@ -131,7 +131,9 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, accumulation):
     for num_steps in (3, 7, 10):  # Three processes, as far as the run can tell.
         run(tmp_path / "parts", num_steps, parts, accumulation=accumulation)
     assert parts.consumed == whole.consumed
-    assert [r for r in lines(tmp_path / "parts") if r["step"] == 10] == [r for r in lines(tmp_path / "whole") if r["step"] == 10]
+    assert [r for r in lines(tmp_path / "parts") if r["step"] == 10] == [
+        r for r in lines(tmp_path / "whole") if r["step"] == 10
+    ]
     dropped = [{k: v for k, v in r.items() if not k.startswith("evaluation")} for r in lines(tmp_path / "parts")]
     expected = [{k: v for k, v in r.items() if not k.startswith("evaluation")} for r in lines(tmp_path / "whole")]
     assert dropped == expected  # Runs of 3 and 7 steps evaluate at their ends.
@@ -217,7 +219,9 @@ def test_another_optimizer_or_average_is_refused_by_the_checkpoint(tmp_path):
 
 def test_a_nan_stops_the_run_and_leaves_the_checkpoint(tmp_path):
     explode = AdamW(Linear(1e9, 20, warmup_steps=19), max_grad_norm=None)  # The first step has a rate of 0.
-    with pytest.raises(NonFiniteLossError, match=r"the loss of step \d is nan .*step \d is saved and intact.*learning rate"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss of step \d is nan .*step \d is saved and intact.*learning rate"
+    ):
         run(tmp_path, 10, optimizer=explode, checkpoint_every=1)
     params, _, step = load_params(tmp_path)
     assert np.isfinite(params["w"]).all() and step >= 1
@@ -254,7 +258,12 @@ def test_evaluations_come_when_they_are_due(tmp_path):
     stage = Toy()
     run(tmp_path, 10, stage, log_every=5)
     assert stage.evaluations == [4, 8, 10]
-    assert [(r["step"], "evaluation/size" in r) for r in lines(tmp_path)] == [(4, True), (5, False), (8, True), (10, True)]
+    assert [(r["step"], "evaluation/size" in r) for r in lines(tmp_path)] == [
+        (4, True),
+        (5, False),
+        (8, True),
+        (10, True),
+    ]
 
 
 @pytest.mark.parametrize(

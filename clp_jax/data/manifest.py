@@ -83,7 +83,9 @@ class Manifest:
         """
         path = Path(directory) / FILE_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{directory} is not a prepared data set (no {FILE_NAME}): run `clp prepare` first.")
+            raise FileNotFoundError(
+                f"{directory} is not a prepared data set (no {FILE_NAME}): run `clp prepare` first."
+            )
         try:
             content = json.loads(path.read_text())
             version = content.pop("version")
@@ -95,7 +97,9 @@ class Manifest:
                 raise ValueError(f"version {version}, expected {VERSION}")
             return cls(splits=splits, **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} can't be read ({error}): prepare the data again into another directory.") from None
+            raise ValueError(
+                f"{path} can't be read ({error}): prepare the data again into another directory."
+            ) from None
 
     def verify(self, directory: str | Path, split: str, contents: bool = False) -> None:
         """Checks that the files of a split are there and whole.

@@ -22,12 +22,12 @@ def pack(examples: Iterable[Tokens], lengths: Mapping[str, int], open_rows: int 
     """
     rows: list[tuple[list[Tokens], dict[str, int]]] = []
     for example in examples:
-        for members, free in rows:
-            if all(len(example[name]) <= free[name] for name in lengths):
-                break
-        else:
-            members, free = [], dict(lengths)
-            rows.append((members, free))
+        fits = (row for row in rows if all(len(example[name]) <= row[1][name] for name in lengths))
+        row = next(fits, None)
+        if row is None:
+            row = ([], dict(lengths))
+            rows.append(row)
+        members, free = row
         members.append(example)
         for name in lengths:
             free[name] -= len(example[name])

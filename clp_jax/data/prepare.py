@@ -47,7 +47,9 @@ class Request:
                 f"prepare: lengths are {dict(self.lengths)}: expected at least 2 tokens for each of inputs and targets."
             )
         if not self.splits or self.vocabulary_size < 4 or self.shard_records < 1:
-            raise ValueError("prepare: expected at least one split, 4 tokens in the vocabulary and 1 record in a shard.")
+            raise ValueError(
+                "prepare: expected at least one split, 4 tokens in the vocabulary and 1 record in a shard."
+            )
 
     def describe(self) -> dict[str, Any]:
         """The request as JSON, to recognise it again."""
@@ -101,15 +103,15 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
         texts[split] = load_texts(request, split)
     if request.vocabulary is None:
         progress("training the vocabulary", 0)
-        train_vocabulary([t for pair in texts[request.splits[0]] for t in pair], request.vocabulary_size, partial / VOCABULARY_FILE)
+        train_vocabulary(
+            [t for pair in texts[request.splits[0]] for t in pair], request.vocabulary_size, partial / VOCABULARY_FILE
+        )
     else:
         shutil.copyfile(request.vocabulary, partial / VOCABULARY_FILE)
     vocabulary = Vocabulary(partial / VOCABULARY_FILE)
     description = request.task.describe()
     digest = hashlib.sha256(json.dumps([description, dict(request.lengths), vocabulary.fingerprint]).encode())
-    splits = {
-        split: _write_split(request, split, pairs, partial, digest, progress) for split, pairs in texts.items()
-    }
+    splits = {split: _write_split(request, split, pairs, partial, digest, progress) for split, pairs in texts.items()}
     manifest = Manifest(
         task=str(description.get("task", type(request.task).__name__)),
         lengths=dict(request.lengths),
@@ -130,9 +132,13 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
 def _existing(request: Request, output_dir: Path) -> Manifest:
     manifest = Manifest.load(output_dir)
     asked = request.describe()
-    different = [f"{k} was {manifest.request.get(k)!r}, now {asked[k]!r}" for k in asked if manifest.request.get(k) != asked[k]]
+    different = [
+        f"{k} was {manifest.request.get(k)!r}, now {asked[k]!r}" for k in asked if manifest.request.get(k) != asked[k]
+    ]
     if different:
-        raise ValueError(f"{output_dir} was prepared by another request ({'; '.join(different)}): choose another output_dir.")
+        raise ValueError(
+            f"{output_dir} was prepared by another request ({'; '.join(different)}): choose another output_dir."
+        )
     for split in manifest.splits:
         manifest.verify(output_dir, split)
     if Vocabulary.load(output_dir).fingerprint != manifest.vocabulary_fingerprint:

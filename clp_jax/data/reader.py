@@ -138,7 +138,5 @@ def prompt_batch(rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths
 
 
 def _lay_out(rows: Sequence[dict[str, np.ndarray]], name: str, length: int) -> tuple[np.ndarray, ...]:
-    laid = [
-        packing.lay_out(np.split(row[name], row[f"{name}_ends"][:-1]) if row else [], length) for row in rows
-    ]
+    laid = [packing.lay_out(np.split(row[name], row[f"{name}_ends"][:-1]) if row else [], length) for row in rows]
     return tuple(np.stack(column) for column in zip(*laid, strict=True))

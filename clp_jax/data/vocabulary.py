@@ -26,7 +26,9 @@ class Vocabulary:
         self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
         if ids != (PAD_ID, EOS_ID, UNK_ID):
-            raise ValueError(f"{path}: padding, end and unknown tokens are {ids}: expected T5's {PAD_ID, EOS_ID, UNK_ID}.")
+            raise ValueError(
+                f"{path}: padding, end and unknown tokens are {ids}: expected T5's {PAD_ID, EOS_ID, UNK_ID}."
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":

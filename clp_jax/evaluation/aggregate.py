@@ -108,8 +108,13 @@ def markdown_table(summaries: Sequence[Summary], extra: Mapping[str, Mapping[str
     lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
     for s in summaries:
         cells = [s.method, format_interval(s.hypervolume), format_interval(s.mean_value), format_interval(s.kl)]
-        cells += [*[format_interval(s.rank_correlation[n]) for n in names], *[format_interval(s.range[n]) for n in names]]
-        lines.append(_row([*cells, str(s.decode_calls_per_token), *[column.get(s.method, "") for column in extra.values()]]))
+        cells += [
+            *[format_interval(s.rank_correlation[n]) for n in names],
+            *[format_interval(s.range[n]) for n in names],
+        ]
+        lines.append(
+            _row([*cells, str(s.decode_calls_per_token), *[column.get(s.method, "") for column in extra.values()]])
+        )
     return "\n".join(lines) + "\n"
 
 

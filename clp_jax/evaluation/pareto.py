@@ -15,7 +15,7 @@ def non_dominated(points: Float[np.ndarray, "n K"]) -> Bool[np.ndarray, "n"]:
     _check(points)
     at_least = (points[:, None] >= points[None]).all(-1)
     better = (points[:, None] > points[None]).any(-1)
-    return ~(at_least & better).any(0)
+    return np.asarray(~(at_least & better).any(0))
 
 
 def hypervolume(points: Float[np.ndarray, "n K"], reference_point: Float[np.ndarray, "K"]) -> float:

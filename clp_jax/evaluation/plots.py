@@ -43,8 +43,12 @@ def plot_fronts(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
         for number, sweep in enumerate(sweeps):
             means = sweep.means()
             errors = [
-                np.asarray([[p.rewards[names[k]].mean - p.rewards[names[k]].low for p in sweep.points],
-                            [p.rewards[names[k]].high - p.rewards[names[k]].mean for p in sweep.points]])
+                np.asarray(
+                    [
+                        [p.rewards[names[k]].mean - p.rewards[names[k]].low for p in sweep.points],
+                        [p.rewards[names[k]].high - p.rewards[names[k]].mean for p in sweep.points],
+                    ]
+                )
                 for k in (first, second)
             ]
             colour = COLOURS[number % len(COLOURS)]
@@ -64,7 +68,9 @@ def plot_fronts(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
             )
             if number == 0:
                 _label_ends(axes, sweep, first, second)
-        axes.plot(0, 0, marker="*", color="#555555", markersize=12, linestyle="none", label="reference policy", zorder=1)
+        axes.plot(
+            0, 0, marker="*", color="#555555", markersize=12, linestyle="none", label="reference policy", zorder=1
+        )
         axes.legend(frameon=False)
         figures[f"front_{names[first]}_{names[second]}"] = figure
     return figures
@@ -90,7 +96,11 @@ def plot_grid(sweep: Sweep) -> Figure:
         colour = COLOURS[k % len(COLOURS)]
         left.plot(weights, [p.rewards[name].mean for p in points], marker=MARKERS[k], color=colour, label=name)
         left.fill_between(
-            weights, [p.rewards[name].low for p in points], [p.rewards[name].high for p in points], color=colour, alpha=0.15
+            weights,
+            [p.rewards[name].low for p in points],
+            [p.rewards[name].high for p in points],
+            color=colour,
+            alpha=0.15,
         )
     left.set_title("Each reward against its own weight", loc="left", fontsize=11)
     left.set_xlabel("weight of the reward")

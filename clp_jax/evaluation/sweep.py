@@ -244,8 +244,8 @@ def _parse(content: dict[str, Any]) -> Sweep:
         for p in content.pop("points")
     )
     steerability = {name: Steerability(**value) for name, value in content.pop("steerability").items()}
-    examples = tuple(
-        Example(e["prompt"], e["reference"], tuple(e["completions"])) for e in content.pop("examples")
-    )
-    lists = {name: tuple(content.pop(name)) for name in ("objectives", "reference_mean", "reference_std")}
+    examples = tuple(Example(e["prompt"], e["reference"], tuple(e["completions"])) for e in content.pop("examples"))
+    lists: dict[str, Any] = {
+        name: tuple(content.pop(name)) for name in ("objectives", "reference_mean", "reference_std")
+    }
     return Sweep(points=points, steerability=steerability, examples=examples, **lists, **content)

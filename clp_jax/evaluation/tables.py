@@ -32,7 +32,9 @@ def print_table(sweep: Sweep, console: Console) -> None:
         )
     console.print(table)
     for name, s in sweep.steerability.items():
-        console.print(f"{name}: rank correlation with its weight {s.rank_correlation:+.2f}, range {s.range:.2f} reference std")
+        console.print(
+            f"{name}: rank correlation with its weight {s.rank_correlation:+.2f}, range {s.range:.2f} reference std"
+        )
     console.print(f"hypervolume {sweep.hypervolume:.3f}, mean value {sweep.mean_value:+.3f}")
 
 

@@ -104,7 +104,7 @@ def show(hint: Any) -> str:
 
 def _hints(target: Any) -> dict[str, Any]:
     if isinstance(target, type):
-        sources = [target] if dataclasses.is_dataclass(target) else [target.__init__]
+        sources = [target] if dataclasses.is_dataclass(target) else [target.__init__]  # type: ignore[misc]
     else:
         sources = [inspect.unwrap(target), getattr(inspect.unwrap(target), "__call__", None)]  # noqa: B004
     for source in sources:
@@ -123,20 +123,36 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, member) for member in arguments)
     if isinstance(value, bool) and hint in (int, float):
         return False  # Python counts True as an int,
-    if isinstance(value, str) and isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):
+    is_iterable = isinstance(origin, type) and issubclass(origin, collections.abc.Iterable)
+    if isinstance(value, str) and is_iterable:
         return False  # and a string as a sequence of strings.
     # Beartype looks at one item of a container, not at all of them.
-    if isinstance(value, list | tuple) and isinstance(origin, type) and len(arguments) - (... in arguments) == 1:
-        if issubclass(origin, collections.abc.Iterable):
-            return isinstance(value, origin) and all(_fits(item, arguments[0]) for item in value)
+    if isinstance(value, list | tuple) and is_iterable and len(arguments) - (... in arguments) == 1:
+        return isinstance(value, origin) and all(_fits(item, arguments[0]) for item in value)
     if isinstance(value, dict) and isinstance(origin, type) and issubclass(origin, collections.abc.Mapping):
         return all(_fits(item, hint) for pair in value.items() for item, hint in zip(pair, arguments, strict=True))
+    if getattr(hint, "_is_protocol", False):
+        return all(_has(value, member) for member in _members(hint))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return is_bearable(value, hint, conf=_CONFIGURATION)
     except Exception:  # Annotations that beartype does not support are not checked.
         return True
+
+
+def _members(protocol: type) -> set[str]:
+    """What a protocol asks for; its `isinstance` would run the properties of an instance that was never initialised."""
+    named = {name for name in vars(protocol) if name == "__call__" or not name.startswith("_")}
+    return named | set(vars(protocol).get("__annotations__", {}))
+
+
+def _has(value: Any, member: str) -> bool:
+    try:
+        inspect.getattr_static(value, member)
+    except AttributeError:
+        return False
+    return True
 
 
 def _fill(value: Any) -> tuple[Any, bool]:
@@ -153,7 +169,7 @@ def _fill(value: Any) -> tuple[Any, bool]:
     if not isinstance(made, type) or made in _SIMPLE or typing.get_origin(made) is not None:
         return None, False
     try:
-        instance = object.__new__(made)
+        instance: Any = object.__new__(made)
         for name in getattr(made, "__dataclass_fields__", {}):
             object.__setattr__(instance, name, None)  # Protocols look for attributes.
     except (TypeError, AttributeError):

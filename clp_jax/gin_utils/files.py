@@ -149,7 +149,9 @@ def shipped_files() -> Path:
     return installed if installed.is_dir() else package.parent / "gin_configs"
 
 
-def read_file(name: str, search_path: SearchPath, asked_by: str = "--gin_file", parents: tuple[Path, ...] = ()) -> GinFile:
+def read_file(
+    name: str, search_path: SearchPath, asked_by: str = "--gin_file", parents: tuple[Path, ...] = ()
+) -> GinFile:
     """Reads a file and what it includes.
 
     Raises:

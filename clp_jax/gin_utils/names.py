@@ -135,7 +135,9 @@ def _import(statement: Import) -> types.ModuleType:
         module = importlib.import_module(statement.module)
     except ModuleNotFoundError as error:
         if not error.name or not f"{statement.module}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{statement.place}: {statement.module} needs the module {error.name}, which is missing.") from error
+            raise ConfigError(
+                f"{statement.place}: {statement.module} needs the module {error.name}, which is missing."
+            ) from error
         parent, _, name = statement.module.rpartition(".")
         attribute = _follow(parent, [name]) if parent else None
         if attribute is not None:

@@ -10,7 +10,7 @@ With KL conditioning the frozen reference is one more component, weighted ``1-λ
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ Path: TypeAlias = tuple[str, ...]
 _ATTENTION_PROJECTIONS = frozenset({"query", "key", "value", "out", "qkv", "kv", "key_value"})
 
 
+@runtime_checkable
 class Conditioning(Protocol):
     """Turns the parameters of a policy into those of a steerable one, and a preference into ordinary parameters."""
 
@@ -105,7 +106,9 @@ class ParameterConditioning:
 
     def __post_init__(self):
         if self.subset not in PREDICATES:
-            raise ValueError(f"ParameterConditioning.subset is {self.subset!r}: expected one of {', '.join(PREDICATES)}.")
+            raise ValueError(
+                f"ParameterConditioning.subset is {self.subset!r}: expected one of {', '.join(PREDICATES)}."
+            )
         if self.num_objectives < 1:
             raise ValueError(f"ParameterConditioning.num_objectives is {self.num_objectives}: expected at least 1.")
         if self.alpha_min is not None and not 0 < self.alpha_min < 1:
@@ -120,7 +123,11 @@ class ParameterConditioning:
         predicate = PREDICATES[self.subset]
         chosen = map_with_names(lambda path, _: predicate(path), params)
         if not any(jax.tree.leaves(chosen)):
-            hint = " A tied head has no last linear layer of its own: use tied_head=False." if self.subset == "logits" else ""
+            hint = (
+                " A tied head has no last linear layer of its own: use tied_head=False."
+                if self.subset == "logits"
+                else ""
+            )
             raise ValueError(f"conditioning {self.subset!r} selects no parameter of this policy.{hint}")
         return chosen
 
@@ -167,7 +174,9 @@ class ParameterConditioning:
     def logical_axes(self, axes: Params) -> Params:
         """The axes with ``component`` in front of those of the selected leaves."""
         predicate = PREDICATES[self.subset]
-        return map_with_names(lambda path, leaf: ("component", *leaf) if predicate(path) else leaf, axes, is_leaf=is_axes)
+        return map_with_names(
+            lambda path, leaf: ("component", *leaf) if predicate(path) else leaf, axes, is_leaf=is_axes
+        )
 
 
 @serializable

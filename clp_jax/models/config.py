@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
@@ -81,12 +81,14 @@ class T5Config:
     @classmethod
     def t5_1_0(cls, **sizes) -> "T5Config":
         """T5 1.0: ReLU, no gate, tied head."""
-        return cls(**{"activation": "relu", "gated": False, "tied_head": True} | sizes)
+        preset: dict[str, Any] = {"activation": "relu", "gated": False, "tied_head": True}
+        return cls(**preset | sizes)
 
     @classmethod
     def t5_1_1(cls, **sizes) -> "T5Config":
         """T5 1.1: gated GELU, a head of its own."""
-        return cls(**{"activation": "gelu", "gated": True, "tied_head": False} | sizes)
+        preset: dict[str, Any] = {"activation": "gelu", "gated": True, "tied_head": False}
+        return cls(**preset | sizes)
 
     def build(self, rngs: nnx.Rngs) -> "T5":
         """A freshly initialised module."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -11,6 +11,7 @@ from flax import nnx
 from clp_jax.array_types import Params, PRNGKeyArray
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """A hashable description that builds a module."""
 

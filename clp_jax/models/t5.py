@@ -126,7 +126,10 @@ class DecoderLayer(nnx.Module):
         q, k, v = self.self_attention.project_qkv(self.self_attention_norm(x))
         zero = jnp.zeros_like(index)
         start = (layer, zero, index, zero, zero)
-        cached = tuple(jax.lax.dynamic_update_slice(old, new[None], start) for old, new in zip(cached, (k, v), strict=True))
+        keys, values = (
+            jax.lax.dynamic_update_slice(old, new[None], start) for old, new in zip(cached, (k, v), strict=True)
+        )
+        cached = keys, values
         k, v = (jax.lax.dynamic_index_in_dim(old, layer, keepdims=False) for old in cached)
         x = x + self.self_attention.attend(q, k, v, mask=mask, bias=bias)
         return self._after_self_attention(x, cross_kv, cross_mask, None), cached
@@ -330,9 +333,7 @@ class T5(nnx.Module):
         if decoder_segments is None:
             decoder_segments = jnp.ones_like(decoder_inputs)
             encoder_segments = (encoder_segments > 0).astype(jnp.int32)
-        return self.decoder(
-            self._embed(decoder_inputs), encoded, decoder_segments, encoder_segments, dropout_key
-        )
+        return self.decoder(self._embed(decoder_inputs), encoded, decoder_segments, encoder_segments, dropout_key)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """The head, in float32."""

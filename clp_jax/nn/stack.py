@@ -32,8 +32,8 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.R
 
 
 def scan_layers(
-    layers: nnx.Module,
-    body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    layers: Any,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     per_layer: Any = None,
     *,

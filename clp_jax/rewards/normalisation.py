@@ -30,7 +30,9 @@ class RewardStatistics:
 
     def __post_init__(self):
         if not len(self.names) == len(self.mean) == len(self.std):
-            raise ValueError(f"RewardStatistics: {len(self.names)} names, {len(self.mean)} means, {len(self.std)} deviations.")
+            raise ValueError(
+                f"RewardStatistics: {len(self.names)} names, {len(self.mean)} means, {len(self.std)} deviations."
+            )
         for name, mean, std in zip(self.names, self.mean, self.std, strict=True):
             if not np.isfinite(mean) or not np.isfinite(std) or std <= 0:
                 raise ValueError(

@@ -78,7 +78,7 @@ class Brevity:
     def __call__(self, inputs: RewardInputs) -> Float[np.ndarray, "R 1"]:
         """See `RewardFunction`."""
         counts = np.asarray([len(words(text)) for text in inputs.completions])
-        return _column(np.where(counts > 0, 1 - np.minimum(counts, self.limit) / self.limit, 0.0))
+        return _column(np.where(counts > 0, 1 - np.minimum(counts, self.limit) / self.limit, 0.0).tolist())
 
 
 @serializable
@@ -117,7 +117,9 @@ def extractive_fragments(document: Sequence[str], summary: Sequence[str]) -> lis
         longest = 0
         for j in starts.get(summary[i], ()):
             length = 1
-            while i + length < len(summary) and j + length < len(document) and summary[i + length] == document[j + length]:
+            while (
+                i + length < len(summary) and j + length < len(document) and summary[i + length] == document[j + length]
+            ):
                 length += 1
             longest = max(longest, length)
         if longest:
@@ -164,7 +166,7 @@ class FunctionReward:
         try:
             array = np.asarray(values, np.float32)
         except (TypeError, ValueError):
-            array = np.empty(0)
+            array = np.empty(0, np.float32)
         if array.shape != (len(inputs.completions),):
             raise ValueError(
                 f"reward {self.name!r}: its function gave {type(values).__name__} of shape {array.shape} for "

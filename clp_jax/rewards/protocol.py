@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class RewardInputs:
             raise ValueError(f"RewardInputs: columns of {sorted(rows)} rows: expected one number of rows.")
 
 
+@runtime_checkable
 class RewardFunction(Protocol):
     """Rewards completions; higher is better.
 

@@ -47,10 +47,14 @@ class RewardStack:
             expected = (len(inputs.completions), len(function.names))
             named = ", ".join(function.names)
             if values.shape != expected:
-                raise ValueError(f"reward {named} has shape {values.shape}: expected {expected}, completions by objectives.")
+                raise ValueError(
+                    f"reward {named} has shape {values.shape}: expected {expected}, completions by objectives."
+                )
             if not np.all(np.isfinite(values)):
                 row = int(np.argwhere(~np.isfinite(values))[0][0])
-                raise ValueError(f"reward {named} is {values[row]} for the completion {inputs.completions[row]!r}: not finite.")
+                raise ValueError(
+                    f"reward {named} is {values[row]} for the completion {inputs.completions[row]!r}: not finite."
+                )
             columns.append(values.astype(np.float32))
         return np.concatenate(columns, axis=1)
 

@@ -1,7 +1,7 @@
 """Generation: one loop for every decoder and strategy, inside one jitted program."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Completions:
     mask: Float[Array, "R T"]
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """What the loop needs: a state to start from, and the logits after one more token."""
 

@@ -33,7 +33,9 @@ class MixtureDecoder:
 
     def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> Any:
         """One cache for each policy."""
-        return jax.vmap(lambda p: CachedDecoder(self.policy.bind(p)).start(inputs, max_length, num_samples))(self.params)
+        return jax.vmap(lambda p: CachedDecoder(self.policy.bind(p)).start(inputs, max_length, num_samples))(
+            self.params
+        )
 
     def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
         """The mixed logits, not normalised."""

@@ -110,9 +110,7 @@ class RolloutWorker:
         def one_group(inputs, preference, keys, params, reference) -> Completions:
             model = self.policy.bind(self.conditioning.mix(params, reference, preference[0]))
             inputs = self.conditioning.condition_inputs(inputs, preference)
-            return generate(
-                CachedDecoder(model), inputs, keys=keys, config=self.config, num_samples=self.num_samples
-            )
+            return generate(CachedDecoder(model), inputs, keys=keys, config=self.config, num_samples=self.num_samples)
 
         out = over_groups(one_group, self.num_groups, (inputs, per_prompt, keys), params, reference)
         reference_log_probs = score(self.policy.bind(reference), inputs, out.tokens)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from clp_jax.sampling.generate import CachedDecoder, Completions, SamplingConfig
 from clp_jax.sampling.logit_mixing import MixtureDecoder
 
 
+@runtime_checkable
 class Steerable(Protocol):
     """Generates completions at any preference."""
 

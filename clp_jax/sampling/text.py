@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import Int, PRNGKeyArray
@@ -77,7 +78,7 @@ def complete(
     num_samples: int = 1,
 ) -> list[list[Completion]]:
     """Completions of encoded prompts at one preference: a list for each prompt."""
-    out = steerable.generate(inputs, preference, key, config, num_samples)
+    out = steerable.generate(jnp.asarray(inputs), preference, key, config, num_samples)
     texts = vocabulary.decode_batch(np.asarray(out.tokens))
     lengths = np.asarray(out.mask).sum(-1).astype(int)
     tokens, log_probs = np.asarray(out.tokens), np.asarray(out.log_probs)

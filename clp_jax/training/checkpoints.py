@@ -92,7 +92,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self._wait()
         except CheckpointError as failure:
@@ -108,7 +110,12 @@ class Checkpoints:
         return max(steps, default=None)
 
     def save(
-        self, step: int, state: TrainState, position: dict[str, int], description: dict[str, Any], metrics: dict[str, float]
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, int],
+        description: dict[str, Any],
+        metrics: dict[str, float],
     ) -> None:
         """Copies the state and writes it in the background; waits first for the save before.
 
@@ -180,7 +187,7 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(_unreadable(path, error)) from error
         slots = restored[_TRAINING]["opt_state"]
-        structure = jax.tree.structure(abstract.opt_state)
+        structure: Any = jax.tree.structure(abstract.opt_state)
         state = TrainState(
             step=restored[_TRAINING]["step"],
             params=restored[_PARAMS],
@@ -202,7 +209,9 @@ class Checkpoints:
         full = "No space left" in reason or "RESOURCE_EXHAUSTED" in reason or "quota" in reason.lower()
         what = "the disk is full" if full else reason.splitlines()[0]
         latest = self.latest_step()
-        intact = f"Step {latest} is intact: nothing before it is lost" if latest is not None else "No step was saved before"
+        intact = (
+            f"Step {latest} is intact: nothing before it is lost" if latest is not None else "No step was saved before"
+        )
         return CheckpointError(
             f"the checkpoint of step {step} could not be written to {self._directory}: {what}. {intact}. "
             f"{'Free some space' if full else 'Fix that'} and run the same command again."
@@ -229,7 +238,9 @@ def save_params(path: str | os.PathLike, params: Params, description: dict[str, 
         if not _is_checkpoint(path):
             raise CheckpointError(f"{path} exists and is not a checkpoint: it was not overwritten. Save elsewhere.")
         if _read_run(path)["description"] != json.loads(json.dumps(description)):
-            raise CheckpointError(f"{path} holds the parameters of another model: it was not overwritten. Save elsewhere.")
+            raise CheckpointError(
+                f"{path} holds the parameters of another model: it was not overwritten. Save elsewhere."
+            )
         _check_item(path, _PARAMS, params)
         return
     items = ocp.args.Composite(

@@ -220,4 +220,6 @@ def _check_vocabulary(stage: ConditionalPolicy, vocabulary: Vocabulary, descript
         )
     for reward in stage.rewards:
         if isinstance(reward, LearnedReward) and reward.vocabulary_fingerprint != vocabulary.fingerprint:
-            raise ValueError(f"the reward model {reward.names[0]!r} was trained with another vocabulary than {stage.data_dir}.")
+            raise ValueError(
+                f"the reward model {reward.names[0]!r} was trained with another vocabulary than {stage.data_dir}."
+            )

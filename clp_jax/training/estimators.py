@@ -1,7 +1,7 @@
 """Advantage estimators of the policy gradient: what a completion's return is compared with."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from clp_jax.objectives.policy_gradient import value_loss
 from clp_jax.preferences import Preference
 
 
+@runtime_checkable
 class AdvantageEstimator(Protocol):
     """Compares returns with a baseline that may have parameters and a loss of its own."""
 
@@ -103,7 +104,9 @@ class LeaveOneOut:
     ) -> tuple[Float[Array, "R T"], Float[Array, ""], Metrics]:
         """See `AdvantageEstimator`; the baseline is the mean whole-sequence return of the other samples."""
         if num_samples < 2:
-            raise ValueError(f"LeaveOneOut compares samples of one prompt: num_samples is {num_samples}, expected >= 2.")
+            raise ValueError(
+                f"LeaveOneOut compares samples of one prompt: num_samples is {num_samples}, expected >= 2."
+            )
         whole = returns[:, 0].reshape(-1, num_samples)
         baseline = (whole - leave_one_out(whole)).reshape(-1, 1)
         advantages = jax.lax.stop_gradient(returns - baseline) * mask

@@ -28,7 +28,7 @@ class EventFileWriter:
         directory.mkdir(parents=True, exist_ok=True)
         now = time.time()
         self.path = directory / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
-        self._file = open(self.path, "ab")
+        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by `close`
         self._write(_event(now, 0, _bytes_field(3, b"brain.Event:2")))
         started = _varint_field(1, 1)  # SessionLog.status = START
         self._write(_event(now, purge_step, _bytes_field(7, started)))

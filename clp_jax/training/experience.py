@@ -102,13 +102,17 @@ class ExperienceSource:
         self._num_chunks = num_chunks
         self._seed = seed
 
-        def roll_out(params: Params, reference: Params, inputs: Array, step: Array, seed: Array, chunk: Array) -> Rollout:
+        def roll_out(
+            params: Params, reference: Params, inputs: Array, step: Array, seed: Array, chunk: Array
+        ) -> Rollout:
             key = jax.random.fold_in(jax.random.key(seed), step)
             preference_key, sample_key = jax.random.split(key)
             preference = sampler(preference_key, num_groups)
             if num_groups > 1:
                 per_chunk = num_groups // num_chunks
-                take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=chunk * per_chunk, slice_size=per_chunk)
+                take = functools.partial(
+                    jax.lax.dynamic_slice_in_dim, start_index=chunk * per_chunk, slice_size=per_chunk
+                )
                 preference = jax.tree.map(take, preference)
             return worker(params, reference, inputs, preference, jax.random.fold_in(sample_key, chunk))
 
@@ -123,7 +127,9 @@ class ExperienceSource:
         chunks, futures = [], []
         for c in range(self._num_chunks):
             inputs = jnp.asarray(batch.inputs[c * size : (c + 1) * size])
-            chunks.append(self._roll_out(policy, self._reference, inputs, state.step, np.uint32(self._seed), np.int32(c)))
+            chunks.append(
+                self._roll_out(policy, self._reference, inputs, state.step, np.uint32(self._seed), np.int32(c))
+            )
         for c, chunk in enumerate(chunks):
             futures.append(self._submit(batch, chunk, slice(c * size, (c + 1) * size)))
         rewards = np.concatenate([future.result() for future in futures])
@@ -132,7 +138,8 @@ class ExperienceSource:
 
     def _submit(self, batch: PromptBatch, chunk: Rollout, rows: slice) -> Future:
         tokens = np.asarray(chunk.tokens)  # Waits for this chunk only; the device goes on with the next.
-        return self._rewards.submit(reward_inputs(self._vocabulary, batch.inputs[rows], batch.targets[rows], tokens))
+        inputs, targets = np.asarray(batch.inputs[rows]), np.asarray(batch.targets[rows])
+        return self._rewards.submit(reward_inputs(self._vocabulary, inputs, targets, tokens))
 
     def position(self) -> dict[str, int]:
         """The position in the data."""

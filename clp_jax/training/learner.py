@@ -62,7 +62,7 @@ class Learner:
         self._rules = rules
         self._accumulation = accumulation
         self._ema_decay = ema_decay
-        self._jitted: Callable[..., Any] | None = None
+        self._jitted: Any = None
 
     @property
     def compile_count(self) -> int:
@@ -179,7 +179,8 @@ class Learner:
         if self._accumulation == 1:
             return one(batch, 0)
         # Leaves, because a batch of stacked micro-batches is not a valid batch: its dimensions are one too many.
-        leaves, structure = jax.tree.flatten(batch)
+        leaves, treedef = jax.tree.flatten(batch)
+        structure: Any = treedef
         parts = [self._split(leaf) for leaf in leaves]
         shapes = jax.eval_shape(lambda: one(structure.unflatten([part[0] for part in parts]), 0))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -196,13 +197,14 @@ class Learner:
         return constrain(leaf, None, "batch", *[None] * (leaf.ndim - 2))
 
     def _average(self, ema: Params | None, params: Params) -> Params | None:
-        if ema is None:
+        if ema is None or self._ema_decay is None:
             return None
-        return jax.tree.map(lambda old, new: old + (1 - self._ema_decay) * (new - old), ema, params)
+        step = 1 - self._ema_decay
+        return jax.tree.map(lambda old, new: old + step * (new - old), ema, params)
 
     def _state_shardings(self, state: TrainState) -> TrainState:
         axes = full_axes(self._axes, state.params)
-        structure = jax.tree.structure(state.params)
+        structure: Any = jax.tree.structure(state.params)
 
         def like_params(tree: PyTree) -> PyTree:
             def one(parameter, slot, names):
@@ -220,7 +222,9 @@ class Learner:
         return TrainState(
             step=replicated,
             params=like_params(state.params),
-            opt_state=jax.tree.map(lambda t: like_params(t) if is_slots(t) else replicated, state.opt_state, is_leaf=is_slots),
+            opt_state=jax.tree.map(
+                lambda t: like_params(t) if is_slots(t) else replicated, state.opt_state, is_leaf=is_slots
+            ),
             ema=None if state.ema is None else like_params(state.ema),
             rng=replicated,
         )

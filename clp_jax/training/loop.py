@@ -129,7 +129,11 @@ class TrainLoop:
         return state
 
     def _report(
-        self, step: int, metrics: dict[str, Any], source_metrics: dict[str, float], evaluation: dict[str, float] | None = None
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        source_metrics: dict[str, float],
+        evaluation: dict[str, float] | None = None,
     ) -> dict[str, float]:
         """Checks the loss, shows it, and writes a line when one is due; returns what it wrote."""
         loss = float(metrics["loss"])
@@ -150,6 +154,7 @@ class TrainLoop:
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         with self._progress.activity("evaluating"):
+            assert self._setup.evaluate is not None
             return self._setup.evaluate(state.averaged_params)
 
     def _save(self, step: int, state: TrainState, values: dict[str, float]) -> None:
@@ -158,7 +163,9 @@ class TrainLoop:
     def _non_finite(self, step: int, loss: float, metrics: dict[str, Any]) -> str:
         latest = self._checkpoints.latest_step()
         kept = f"step {latest} is saved and intact" if latest is not None else "no step was saved before"
-        others = ", ".join(f"{name}={float(metrics[name]):.3g}" for name in ("grad_norm", "param_norm", "learning_rate"))
+        others = ", ".join(
+            f"{name}={float(metrics[name]):.3g}" for name in ("grad_norm", "param_norm", "learning_rate")
+        )
         return (
             f"the loss of step {step} is {loss} ({others}); {kept}. Lower the learning rate, clip the gradient "
             "(max_grad_norm), or look at the data of this step; then train in a new run directory."

@@ -33,7 +33,7 @@ class MetricWriter:
         self._directory = directory
         with disk_errors(directory.path):
             drop_lines_after(directory.metrics, step)
-            self._file = open(directory.metrics, "a")
+            self._file = open(directory.metrics, "a")  # noqa: SIM115 - closed on exit
             self._events = EventFileWriter(directory.tensorboard, purge_step=step + 1)
 
     def __enter__(self) -> "MetricWriter":

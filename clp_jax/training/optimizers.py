@@ -142,7 +142,7 @@ class FactoredState(NamedTuple):
         v: whole second moments, where a parameter is not factored. Slots that are not used are zeros of shape ``[1]``.
     """
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # Hides `tuple.count`.
     v_row: PyTree
     v_col: PyTree
     v: PyTree
@@ -253,7 +253,7 @@ def _stacked_dims(logical_axes: PyTree, params: PyTree) -> PyTree:
 
 
 def _unzip(like: PyTree, tree_of_tuples: PyTree, width: int) -> list[PyTree]:
-    structure = jax.tree.structure(like)
+    structure: Any = jax.tree.structure(like)
     rows = structure.flatten_up_to(tree_of_tuples)
     return [structure.unflatten([row[i] for row in rows]) for i in range(width)]
 

@@ -118,9 +118,7 @@ def load_per_weight(paths: Sequence[str | Path], weights: Sequence[Sequence[floa
     if len(paths) != len(weights):
         raise ValueError(f"{len(paths)} runs for {len(weights)} weights: expected one for each.")
     policies = [load_policy(path) for path in paths]
-    table = tuple(
-        (tuple(float(x) for x in row), policy.params) for row, policy in zip(weights, policies, strict=True)
-    )
+    table = tuple((tuple(float(x) for x in row), policy.params) for row, policy in zip(weights, policies, strict=True))
     return policies[0], PerWeight(policies[0].policy, table)
 
 
@@ -136,5 +134,7 @@ def _experts(paths: Sequence[str | Path], or_one: bool = False) -> list[LoadedPo
         if not all(jax.tree.leaves(same)):
             raise CheckpointError(f"{path} and {paths[0]} started from other references: they can't be mixed.")
     if len(experts) != len(first.objectives) and not (or_one and len(experts) == 1):
-        raise CheckpointError(f"{len(experts)} experts for {len(first.objectives)} objectives: {', '.join(first.objectives)}.")
+        raise CheckpointError(
+            f"{len(experts)} experts for {len(first.objectives)} objectives: {', '.join(first.objectives)}."
+        )
     return experts

@@ -85,4 +85,3 @@ class PolicyGradientLoss:
             "length": rollout.mask.sum(-1).mean(),
             "finished": (rollout.tokens == EOS_ID).any(-1).astype(jnp.float32).mean(),
         }
-

@@ -1,7 +1,6 @@
 """What the user sees of a running stage: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ class Progress:
         start: int,
         tokens_per_step: int,
         *,
-        stream: io.TextIOBase | None = None,
+        stream: Any | None = None,
         line_every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -109,14 +108,15 @@ class _Rate:
         self._anchors.append((step, now))
         while len(self._anchors) > 2 and now - self._anchors[1][1] > self.WINDOW:
             self._anchors.pop(0)
-        (before, then), elapsed = self._anchors[0], now - self._anchors[0][1]
+        before, then = self._anchors[0]
+        elapsed = now - then
         return (step - before) / elapsed if step > before and elapsed > 0 else None
 
     def skip(self, seconds: float) -> None:
         self._anchors = [(step, then + seconds) for step, then in self._anchors]
 
 
-def _bar(stream: io.TextIOBase) -> Any:
+def _bar(stream: Any) -> Any:
     from rich import progress  # Costs a tenth of a second, which runs without a terminal need not pay.
     from rich.console import Console
 

@@ -95,7 +95,9 @@ class RewardModel:
             raise ValueError(f"RewardModel.loss is {self.loss!r}: expected one of {', '.join(LOSSES)}.")
         Corrupter(tuple(self.corruptions))
         if self.batch_size < 2:
-            raise ValueError(f"RewardModel.batch_size is {self.batch_size}: expected at least 2, to exchange summaries.")
+            raise ValueError(
+                f"RewardModel.batch_size is {self.batch_size}: expected at least 2, to exchange summaries."
+            )
 
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`."""
@@ -187,8 +189,9 @@ class PairSource:
 
 def make_pairs(batch: PromptBatch, corrupter: Corrupter) -> tuple[ScoredPairs, Int[np.ndarray, "B"]]:
     """Pairs for the scorer, and the kind of each corruption."""
-    bad, kinds = corrupter(batch.targets, batch.example_ids)
-    return ScoredPairs(*join(batch.inputs, batch.targets), *join(batch.inputs, bad)), kinds
+    documents, summaries = np.asarray(batch.inputs), np.asarray(batch.targets)
+    bad, kinds = corrupter(summaries, np.asarray(batch.example_ids))
+    return ScoredPairs(*join(documents, summaries), *join(documents, bad)), kinds
 
 
 def transplant(params: Params, source: Params, names: tuple[str, ...]) -> Params:
@@ -200,7 +203,9 @@ def transplant(params: Params, source: Params, names: tuple[str, ...]) -> Params
     for name in names:
         shapes = jax.tree.map(jnp.shape, params[name]), jax.tree.map(jnp.shape, source.get(name))
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{name!r} of the initial checkpoint has other sizes: make the trunk as the checkpoint's policy.")
+            raise ValueError(
+                f"{name!r} of the initial checkpoint has other sizes: make the trunk as the checkpoint's policy."
+            )
     return params | {name: source[name] for name in names}
 
 

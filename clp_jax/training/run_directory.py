@@ -193,7 +193,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "it is on a read-only file system. Give a run directory elsewhere",
             errno.EACCES: "it is not writable for you. Change its permissions, or give a run directory elsewhere",
             errno.EPERM: "it is not writable for you. Change its permissions, or give a run directory elsewhere",
-        }.get(error.errno)
+        }.get(error.errno or 0)
         if advice is None:
             raise
         raise RunDirectoryError(f"run directory {path}: {advice}.") from error
@@ -207,7 +207,9 @@ def _check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
     ]
     if not different:
         return
-    shown = [f"  {name}: {_brief(old.get(name), 'unset')} -> {_brief(new.get(name), 'unset')}" for name in different[:5]]
+    shown = [
+        f"  {name}: {_brief(old.get(name), 'unset')} -> {_brief(new.get(name), 'unset')}" for name in different[:5]
+    ]
     more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
     lines = "\n".join([*shown, *more])
     raise RunDirectoryError(

@@ -130,7 +130,9 @@ def _warmup(step: Array | int, warmup_steps: int) -> Array | float:
 def _check(schedule: object, positive: tuple[str, ...], counts: tuple[str, ...]) -> None:
     for name in positive:
         if not 0 < getattr(schedule, name) < float("inf"):
-            raise ValueError(f"{type(schedule).__name__}.{name} is {getattr(schedule, name)}: expected a positive number.")
+            raise ValueError(
+                f"{type(schedule).__name__}.{name} is {getattr(schedule, name)}: expected a positive number."
+            )
     for name in counts:
         if getattr(schedule, name) < 0:
             raise ValueError(f"{type(schedule).__name__}.{name} is {getattr(schedule, name)}: expected 0 or more.")

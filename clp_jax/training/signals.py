@@ -37,5 +37,5 @@ class StopSignal:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}

@@ -128,4 +128,4 @@ class SupervisedLoss:
             decoder_segments=batch.target_segments,
             dropout_key=key,
         )
-        return token_cross_entropy(logits, batch.targets, batch.loss_weights, self.z_loss)
+        return token_cross_entropy(logits, jnp.asarray(batch.targets), jnp.asarray(batch.loss_weights), self.z_loss)

@@ -85,7 +85,9 @@ def full_axes(logical_axes: PyTree, params: PyTree) -> PyTree:
             return axes
         if not isinstance(subtree, dict) or set(axes) != set(subtree):
             names = sorted(subtree) if isinstance(subtree, dict) else "an array"
-            raise ValueError(f"logical axes name {sorted(axes)} under {path or 'the root'}, the parameters have {names}.")
+            raise ValueError(
+                f"logical axes name {sorted(axes)} under {path or 'the root'}, the parameters have {names}."
+            )
         return {name: fill(axes[name], subtree[name], f"{path}/{name}".lstrip("/")) for name in subtree}
 
     return fill(logical_axes, params, "")

@@ -120,7 +120,9 @@ def test_later_wins():
 
 
 def test_arguments_of_a_preset():
-    assert resolve("RUN_DIR=x", "MODEL=@Model.small()", "Model.small.rate=0.5").build()["model"] == toy_entry.Model(1, 0.5)
+    assert resolve("RUN_DIR=x", "MODEL=@Model.small()", "Model.small.rate=0.5").build()["model"] == toy_entry.Model(
+        1, 0.5
+    )
 
 
 def test_without_files():
@@ -135,8 +137,14 @@ def test_without_files():
         (("RUN_DR=x",), r"^--gin.RUN_DR: nothing here uses a macro RUN_DR \(did you mean RUN_DIR\?\)\.$"),
         (("weight=3",), r"nothing here uses a macro weight \(did you mean --weights\?\)"),
         (("UNUSED=4",), r"nothing here uses a macro UNUSED"),
-        (("RUN_DIR=x", "toy.num_step=3"), r"^--gin.toy.num_step: toy has no argument 'num_step' \(did you mean num_steps\?\)"),
-        (("RUN_DIR=x", "Modle.size=3"), r"^--gin.Modle.size: there is no function or class 'Modle' here \(did you mean Model\?\)"),
+        (
+            ("RUN_DIR=x", "toy.num_step=3"),
+            r"^--gin.toy.num_step: toy has no argument 'num_step' \(did you mean num_steps\?\)",
+        ),
+        (
+            ("RUN_DIR=x", "Modle.size=3"),
+            r"^--gin.Modle.size: there is no function or class 'Modle' here \(did you mean Model\?\)",
+        ),
         (("RUN_DIR=x", "Model.small.rate=3"), r"nothing here uses toy_entry.Model.small; it uses toy, .*Model"),
         (("RUN_DIR=x", "MODEL=@Reward"), r"--gin.MODEL: toy.model is %MODEL, @toy_entry.Reward: expected Model\."),
         (("RUN_DIR=3",), r"^--gin.RUN_DIR: toy.run_dir is %RUN_DIR, 3: expected str\.$"),
@@ -204,5 +212,7 @@ def test_a_module_that_needs_another(tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import module_that_is_missing\n")
     (tmp_path / "needy.gin").write_text(f"{HEAD}import needy\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="needy.gin:2: needy needs the module module_that_is_missing, which is missing"):
+    with pytest.raises(
+        ConfigError, match="needy.gin:2: needy needs the module module_that_is_missing, which is missing"
+    ):
         resolve(files=[str(tmp_path / "needy.gin")])

@@ -125,7 +125,9 @@ def test_search_order_and_similar_names(tmp_path, monkeypatch):
     path = SearchPath([str(tmp_path / "there")])
     assert read_file("both.gin", path).statements[0].value == "here"
     assert read_file("other.gin", path).statements[0].value == 1
-    with pytest.raises(ConfigError, match=r"no file othr.gin \(did you mean other.gin\?\). Looked in .*here, .*there, "):
+    with pytest.raises(
+        ConfigError, match=r"no file othr.gin \(did you mean other.gin\?\). Looked in .*here, .*there, "
+    ):
         path.find("othr.gin")
     with pytest.raises(ConfigError, match="nowhere is not a directory"):
         SearchPath(["nowhere"])

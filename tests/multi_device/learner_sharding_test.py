@@ -17,7 +17,9 @@ from clp_jax.training.supervised import SupervisedLoss
 
 DATA = ("batch", ("slice", "data", "fsdp"))
 FSDP = Rules((DATA, ("embed", "fsdp")))
-BOTH = Rules((DATA, ("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"), ("vocab", "tensor"), ("act_mlp", "tensor")))
+BOTH = Rules(
+    (DATA, ("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"), ("vocab", "tensor"), ("act_mlp", "tensor"))
+)
 LAYOUTS = {
     "data": (dict(data=8), Rules((DATA,))),
     "fsdp": (dict(data=1, fsdp=8), FSDP),
@@ -158,7 +160,10 @@ def test_a_t5_takes_the_same_step_on_all_axes():
     sizes = {"vocab_size": 32, "embed_dim": 8, "mlp_dim": 16, "num_heads": 2, "head_dim": 4}
     policy = Policy(T5Config.t5_1_1(num_encoder_layers=1, num_decoder_layers=1, **sizes))
     losses = []
-    for mesh, rules in ((make_mesh(devices=jax.devices()[:1]), Rules((DATA,))), (make_mesh(data=2, fsdp=2, tensor=2), BOTH)):
+    for mesh, rules in (
+        (make_mesh(devices=jax.devices()[:1]), Rules((DATA,))),
+        (make_mesh(data=2, fsdp=2, tensor=2), BOTH),
+    ):
         axes = policy.logical_axes()
         learner = Learner(SupervisedLoss(policy), Adafactor(0.05), logical_axes=axes, mesh=mesh, rules=rules)
         state = learner.init_state(lambda: policy.init(jax.random.key(0)), seed=0)
@@ -166,4 +171,6 @@ def test_a_t5_takes_the_same_step_on_all_axes():
             state, metrics = learner.update(state, {}, sequences())
             losses.append([float(metrics[name]) for name in ("loss", "grad_norm", "update_norm")])
     np.testing.assert_allclose(losses[:2], losses[2:], rtol=1e-4)
-    assert state.params["encoder"]["layers"]["mlp"]["wo"]["kernel"].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
+    assert state.params["encoder"]["layers"]["mlp"]["wo"]["kernel"].sharding.spec == PartitionSpec(
+        None, "tensor", "fsdp"
+    )

@@ -108,7 +108,7 @@ def test_without_best_only_the_last_are_kept(tmp_path):
 
 
 def test_an_interrupted_save_is_not_a_checkpoint(tmp_path):
-    made, state = after_steps(1)
+    _, state = after_steps(1)
     save(tmp_path / "checkpoints", 1, state)
     half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     (half / "params").mkdir(parents=True)
@@ -137,7 +137,9 @@ def test_a_checkpoint_of_another_model_names_the_first_difference(tmp_path):
     _, state = after_steps(1)
     save(tmp_path / "checkpoints", 1, state)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        with pytest.raises(CheckpointError, match=r"another model: parameter 'bias' has shape \(4,\), the model's has \(5,\)"):
+        with pytest.raises(
+            CheckpointError, match=r"another model: parameter 'bias' has shape \(4,\), the model's has \(5,\)"
+        ):
             checkpoints.restore(learner().abstract_state(toy_params(width=5)))
         with pytest.raises(CheckpointError, match="another optimizer: parameter 'opt_state/.*mu.*' is missing"):
             checkpoints.restore(learner(AdamW(0.1)).abstract_state(toy_params()))
@@ -188,7 +190,9 @@ def test_a_write_that_fails_in_the_background_surfaces_at_the_next_step(tmp_path
 
     monkeypatch.setattr(checkpoints._ocp.JsonCheckpointHandler, "_save_fn", full_disk, raising=True)
     checkpoints.save(2, state, {}, DESCRIPTION, {})
-    message = "checkpoint of step 2 .*: the disk is full. Step 1 is intact.*Free some space and run the same command again"
+    message = (
+        "checkpoint of step 2 .*: the disk is full. Step 1 is intact.*Free some space and run the same command again"
+    )
     with pytest.raises(CheckpointError, match=message):
         for _ in range(1000):
             checkpoints.raise_if_failed()

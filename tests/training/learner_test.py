@@ -46,7 +46,9 @@ def test_one_step_is_the_closed_form():
     np.testing.assert_allclose(metrics["absolute"], (BATCH["weights"] * np.abs(error)).sum() / 4.5, rtol=1e-6)
     norm = np.sqrt((grads["w"] ** 2).sum() + grads["b"] ** 2)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
-    np.testing.assert_allclose(metrics["update_norm"], 0.1 * 2, rtol=1e-5)  # Adam's first step is the sign of 4 numbers.
+    np.testing.assert_allclose(
+        metrics["update_norm"], 0.1 * 2, rtol=1e-5
+    )  # Adam's first step is the sign of 4 numbers.
     np.testing.assert_allclose(metrics["learning_rate"], 0.1)
     for name, gradient in grads.items():
         np.testing.assert_allclose(state.params[name], PARAMS[name] - 0.1 * np.sign(gradient), rtol=1e-5)
@@ -132,7 +134,11 @@ def test_parameters_may_be_made_under_jit():
     jax.tree.map(np.testing.assert_array_equal, made, given)
     abstract = learner.abstract_state(lambda: PARAMS)
     assert jax.tree.structure(abstract) == jax.tree.structure(made)
-    jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding) or pytest.fail(), abstract, made)
+    jax.tree.map(
+        lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding) or pytest.fail(f"{a} is not {b}"),
+        abstract,
+        made,
+    )
 
 
 def test_bfloat16_parameters_keep_their_type_and_float32_slots():

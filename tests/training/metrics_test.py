@@ -31,7 +31,12 @@ def test_a_resumed_run_repeats_no_step(tmp_path):
     with MetricWriter(directory, "toy", 3) as writer:
         writer.write(4, {"loss": 40.0})
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:3] == kept
-    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
 
 
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):

@@ -48,9 +48,14 @@ def test_adafactor_without_stacks_is_that_of_optax():
     ours, state = three_steps(Adafactor(learning_rate=0.1).build(None), params, SHAPES)
     theirs, _ = three_steps(optax.adafactor(0.1), params, SHAPES)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
-    shapes = {name: (slots[0].shape, slots[1].shape) for name, slots in zip(
-        sorted(SHAPES), zip(jax.tree.leaves(state[1].v_row), jax.tree.leaves(state[1].v_col), strict=True), strict=True
-    )}
+    shapes = {
+        name: (slots[0].shape, slots[1].shape)
+        for name, slots in zip(
+            sorted(SHAPES),
+            zip(jax.tree.leaves(state[1].v_row), jax.tree.leaves(state[1].v_col), strict=True),
+            strict=True,
+        )
+    }
     # A row slot is as long as the smaller dimension; of a square, as axis 0.
     assert shapes["tall"] == ((1, 128), (130, 1))
     assert shapes["wide"] == ((128, 1), (1, 140))

@@ -149,7 +149,9 @@ def test_starting_from_a_checkpoint(tmp_path, data_dir):
 
 
 def test_bad_settings(tmp_path, data_dir):
-    with pytest.raises(ValueError, match=r"the model has 20 tokens, the vocabulary of .* 30: set vocab_size to at least 30"):
+    with pytest.raises(
+        ValueError, match=r"the model has 20 tokens, the vocabulary of .* 30: set vocab_size to at least 30"
+    ):
         stage(data_dir, model=dataclasses.replace(MODEL, vocab_size=20)).setup(tmp_path, 0)
     with pytest.raises(ValueError, match="batch_size=0"):
         stage(data_dir, batch_size=0)
