@@ -81,6 +81,8 @@ class Scorer(nnx.Module):
         trunk = config.trunk
         dtype = jnp.dtype(trunk.param_dtype)
         self.token_embedder = Embedding(rngs, trunk.vocab_size, trunk.embed_dim, stddev=1.0, dtype=dtype)
+        # Added to the tokens, so that a word of the completion can look for itself in the document and not find itself.
+        self.kind_embedding = normal_parameter(rngs, (2, trunk.embed_dim), (None, "embed"), 1.0, dtype)
         self.encoder = Encoder(trunk, rngs)
         self.score_head = normal_parameter(rngs, (trunk.embed_dim,), ("embed",), trunk.embed_dim**-0.5, dtype)
         self.score_bias = normal_parameter(rngs, (), (), 0.0, dtype)
@@ -103,6 +105,8 @@ class Scorer(nnx.Module):
         """
         trunk = self.config.trunk
         x = self.token_embedder(tokens, jnp.dtype(trunk.dtype))
+        marked = jnp.maximum(kinds - 1, 0)[..., None]
+        x = x + jnp.where(marked == 0, self.kind_embedding[0], self.kind_embedding[1]).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_embed")
         x = self.encoder(x, (kinds > 0).astype(jnp.int32), dropout_key).astype(jnp.float32)
         pooled = (kinds == 2).astype(jnp.float32)[..., None]

@@ -23,4 +23,4 @@ class RMSNorm(nnx.Module):
         """Normalises the last dimension; the result has the type of `x`."""
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return (wide * scale).astype(x.dtype) * jnp.broadcast_to(self.scale[...].astype(x.dtype), x.shape)

@@ -20,7 +20,8 @@ def reinforce_loss(
     Returns:
         The loss, and metrics of the advantages.
     """
-    advantages = jax.lax.stop_gradient(advantages)
+    # What the mask hides may be NaN: it must reach neither the loss nor, through the product, the gradient.
+    advantages = jnp.where(mask > 0, jax.lax.stop_gradient(advantages), 0.0)
     loss = -jnp.mean(masked_sum(advantages * log_probs, mask, axis=-1))
     mean = masked_mean(advantages, mask)
     spread = jnp.sqrt(masked_mean(jnp.square(advantages - mean), mask))

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
+from clp_jax.array_types import Array, Float, Int, Key, PRNGKeyArray
 from clp_jax.objectives.log_probs import token_log_probs
 from clp_jax.objectives.masking import completion_mask
 from clp_jax.sampling.strategies import Greedy, Sampling
@@ -81,7 +81,7 @@ class CachedDecoder:
         return self.model.logits(hidden), state
 
 
-def row_keys(key: PRNGKeyArray, rows: int) -> PRNGKeyArray:
+def row_keys(key: PRNGKeyArray, rows: int) -> Key[Array, "R"]:
     """One key for each row: ``fold_in(key, row)``, whatever the number of rows."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
@@ -90,7 +90,7 @@ def generate(
     decoder: Decoder,
     inputs: Int[Array, "B S"],
     *,
-    keys: PRNGKeyArray,
+    keys: Key[Array, "R"],
     config: SamplingConfig,
     num_samples: int = 1,
 ) -> Completions:

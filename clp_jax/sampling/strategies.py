@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
+from clp_jax.array_types import Array, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
     """The most probable token."""
 
-    def __call__(self, keys: PRNGKeyArray, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    def __call__(self, keys: Key[Array, "B"], logits: Float[Array, "B V"]) -> Int[Array, "B"]:
         """One token a row."""
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -43,7 +43,7 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"Sampling.min_p is {self.min_p}: expected a number in [0, 1].")
 
-    def __call__(self, keys: PRNGKeyArray, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    def __call__(self, keys: Key[Array, "B"], logits: Float[Array, "B V"]) -> Int[Array, "B"]:
         """One token a row; `keys` has one key for each row, so that a row never depends on the others."""
         logits = self.filter(logits)
         # Gumbel noise on the logits and an argmax sample the softmax.

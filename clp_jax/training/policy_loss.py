@@ -8,6 +8,7 @@ from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.objectives.advantages import return_to_go, scalarize
+from clp_jax.objectives.kl import per_token_kl
 from clp_jax.objectives.policy_gradient import reinforce_loss
 from clp_jax.sampling.generate import EOS_ID
 from clp_jax.sampling.rollouts import over_groups
@@ -62,7 +63,7 @@ class PolicyGradientLoss:
         mapped = (rollout.inputs, rollout.preference, rollout.tokens)
         forced = over_groups(one_group, num_groups, mapped, params["policy"], frozen["reference"])
         log_probs, hidden = forced.log_probs, forced.hidden
-        kl = (rollout.log_probs - rollout.reference_log_probs) * rollout.mask
+        kl = per_token_kl(rollout.log_probs, rollout.reference_log_probs, rollout.mask)
         reward = scalarize(experience.rewards, rollout.preference.weights, rollout.preference.alpha)
         returns = return_to_go(reward, kl, rollout.preference.alpha, rollout.mask)
         advantages, baseline_loss, metrics = self.estimator(

@@ -42,6 +42,7 @@ USES = {
     "algorithms/fixed.gin": ("train", (*RL, "algorithms/fixed.gin"), (*EXAMPLE, "WEIGHTS=(0.3, 0.7)")),
     "algorithms/leave_one_out.gin": ("train", (*RL, "algorithms/leave_one_out.gin"), EXAMPLE),
     "algorithms/value_baseline.gin": ("train", RL, EXAMPLE),
+    "algorithms/linear_decay.gin": ("train", (*SFT, "algorithms/linear_decay.gin"), RUN),
     "conditioning/kl.gin": ("train", (*RL, "conditioning/kl.gin"), EXAMPLE),
     "examples/pydoc_evaluate.gin": ("evaluate", (), ()),
     "examples/pydoc_experiment.gin": ("experiment", (), ()),

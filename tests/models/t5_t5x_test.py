@@ -1,0 +1,139 @@
+"""Parity with T5X: a T5 1.1 that T5X trained for two steps, and what T5X computed with it (`make_t5x_policy.py`)."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clp_jax.models.config import T5Config
+from clp_jax.models.policy import Policy
+from clp_jax.objectives.losses import token_cross_entropy
+from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.score import score
+from clp_jax.sampling.strategies import Greedy
+
+RECORD = dict(np.load(Path(__file__).parents[1] / "fixtures" / "t5x_policy.npz"))
+POLICY = Policy(
+    T5Config.t5_1_1(
+        vocab_size=64,
+        embed_dim=16,
+        mlp_dim=32,
+        num_heads=2,
+        head_dim=8,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+    )
+)
+NAMES = {
+    "pre_attention_layer_norm": "attention_norm",
+    "pre_self_attention_layer_norm": "self_attention_norm",
+    "pre_cross_attention_layer_norm": "cross_attention_norm",
+    "pre_mlp_layer_norm": "mlp_norm",
+    "attention": "self_attention",
+    "encoder_decoder_attention": "cross_attention",
+    "encoder_norm": "norm",
+    "decoder_norm": "norm",
+    "rel_embedding": "embedding",
+}
+
+
+def tree(kind: str) -> dict:
+    """T5X's arrays under our names, layers stacked."""
+    out: dict = {}
+    flat = {name.removeprefix(f"{kind}/"): value for name, value in RECORD.items() if name.startswith(f"{kind}/")}
+    for path in flat:
+        if "/layers_1/" in path:
+            continue
+        value = flat[path]
+        if "/layers_0/" in path:
+            value = np.stack([value, flat[path.replace("/layers_0/", "/layers_1/")]])
+        if path == "decoder/logits_dense/kernel":
+            path = "logits_head/kernel"
+        *parents, last = [NAMES.get(name, name) for name in path.replace("/layers_0/", "/layers/").split("/")]
+        node = out
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = jnp.asarray(value)
+    return out
+
+
+def batch(prefix: str = "") -> dict[str, jax.Array]:
+    names = (name for name in RECORD if name.startswith(f"{prefix}batch/"))
+    return {name.rpartition("/")[2]: jnp.asarray(RECORD[name]) for name in names}
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Logits, the loss with T5X's z-loss, its gradient, scores and greedy completions."""
+    example = batch()
+    weights = example["decoder_loss_weights"].astype(jnp.float32)
+
+    def loss(params):
+        logits = POLICY.bind(params)(example["encoder_input_tokens"], example["decoder_input_tokens"])
+        total, _, sums = token_cross_entropy(logits, example["decoder_target_tokens"], weights, z_loss=1e-4)
+        return total, (logits, sums)
+
+    @jax.jit
+    def run(params):
+        (total, (logits, sums)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        model = POLICY.bind(params)
+        config = SamplingConfig(max_length=16, strategy=Greedy())
+        keys = row_keys(jax.random.key(0), 2)
+        greedy = generate(CachedDecoder(model), example["encoder_input_tokens"], keys=keys, config=config)
+        scores = score(model, example["encoder_input_tokens"], example["decoder_target_tokens"])
+        return dict(logits=logits, loss=total, sums=sums, gradient=gradient, scores=scores, greedy=greedy.tokens)
+
+    return run(tree("target"))
+
+
+def test_the_parameters_are_those_of_this_policy():
+    POLICY.bind(tree("target"))
+
+
+def test_logits(results):
+    seen = RECORD["batch/decoder_loss_weights"] > 0
+    np.testing.assert_allclose(results["logits"][seen], RECORD["logits"][seen], rtol=1e-5, atol=1e-5)
+
+
+def test_loss(results):
+    np.testing.assert_allclose(results["loss"], RECORD["loss"], rtol=1e-6)
+    np.testing.assert_allclose(results["sums"]["cross_entropy"], RECORD["metric_eval/cross_ent_loss"], rtol=1e-6)
+    tokens = RECORD["batch/decoder_loss_weights"].sum()
+    np.testing.assert_allclose(results["sums"]["accuracy"] / tokens, RECORD["metric_eval/accuracy"], rtol=1e-6)
+
+
+def test_every_gradient(results):
+    def check(path, ours, theirs):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, results["gradient"], tree("grad"))
+
+
+def test_scores(results):
+    np.testing.assert_allclose(results["scores"].sum(-1), RECORD["score_batch"], rtol=1e-6)
+
+
+def test_greedy_completions(results):
+    np.testing.assert_array_equal(results["greedy"], RECORD["greedy/tokens"])
+
+
+def test_packed_examples():
+    example = batch("packed/")
+
+    @jax.jit
+    def run(params):
+        return POLICY.bind(params)(
+            example["encoder_input_tokens"],
+            example["decoder_input_tokens"],
+            encoder_segments=example["encoder_segment_ids"],
+            decoder_segments=example["decoder_segment_ids"],
+        )
+
+    logits = run(tree("target"))
+    np.testing.assert_allclose(logits, RECORD["packed/logits"], rtol=1e-5, atol=1e-5)
+    weights = example["decoder_loss_weights"].astype(jnp.float32)
+    total, _, _ = token_cross_entropy(logits, example["decoder_target_tokens"], weights, z_loss=1e-4)
+    np.testing.assert_allclose(total, RECORD["packed/loss"], rtol=1e-6)
