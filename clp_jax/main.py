@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from clp_jax import __version__
@@ -77,6 +78,8 @@ def _run(command: str, words: Sequence[str]) -> int:
     # Modules next to the user's own gin files: rewards, tasks.
     sys.path.append(os.getcwd())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # A command that runs again, or goes on, finds its programs compiled.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/clp_jax").expanduser()))
     from clp_jax.gin_utils.configuration import configure
 
     for name in invocation.gin_files:

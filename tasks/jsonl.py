@@ -63,7 +63,7 @@ def read_jsonl(path: str) -> Iterator[TextExample]:
 
 def _parse(raw: bytes, where: str) -> TextExample:
     try:
-        record = json.loads(raw.decode("utf-8"))
+        record = json.loads(raw.decode("utf-8-sig"))  # Some editors begin a file with a byte order mark.
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}): save the file as UTF-8.") from None
     except json.JSONDecodeError as error:

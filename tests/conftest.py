@@ -5,11 +5,17 @@ and any other command line leaves them out.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # Before JAX is imported; exact tests are exact on one platform.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+# Many tests compile the same small programs.
+_programs = tempfile.TemporaryDirectory(prefix="clp_jax_programs_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 from jaxtyping import install_import_hook
 

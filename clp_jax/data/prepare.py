@@ -63,6 +63,9 @@ class Request:
 def load_texts(request: Request, split: str) -> list[tuple[str, str]]:
     """The examples of a split as text, through SeqIO.
 
+    A mixture is sampled at its rates until the first of its tasks has no more: the rates hold, and what is left over of
+    the other tasks is not prepared.
+
     Raises:
         ValueError: when the task is not registered, or the split is missing or empty.
     """

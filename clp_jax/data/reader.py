@@ -34,7 +34,7 @@ class DataSource:
 
     Raises:
         FileNotFoundError: when the directory is not prepared.
-        ValueError: when a shard is damaged, or the batch is larger than the split or does not divide among the hosts.
+        ValueError: when a shard is damaged, or the batch does not divide among the hosts.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class DataSource:
             yield self._read(np.where(ids < total, ids, -1)[self._slice])
 
     def _read(self, ids: np.ndarray) -> Any:
-        raw = iter(self._records.__getitems__([int(i) for i in ids if i >= 0]))
+        wanted = [int(i) for i in ids if i >= 0]  # None on a host whose part of a last batch is filled up.
+        raw = iter(self._records.__getitems__(wanted) if wanted else ())
         rows = [records.decode(next(raw)) if i >= 0 else {} for i in ids]
         return self._converter(rows, ids.astype(np.int32), self.manifest.lengths)
 

@@ -19,11 +19,17 @@ class Vocabulary:
 
     Args:
         path: a SentencePiece model file.
+
+    Raises:
+        ValueError: when it is not one, or has other special tokens than T5's.
     """
 
     def __init__(self, path: str | Path):
         self._path = Path(path)
-        self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} is not a SentencePiece model ({error}): give another file.") from None
         ids = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
         if ids != (PAD_ID, EOS_ID, UNK_ID):
             raise ValueError(
@@ -63,7 +69,8 @@ class Vocabulary:
 
     def decode_batch(self, tokens: Int[np.ndarray, "B T"]) -> list[str]:
         """The text of every row."""
-        return self._processor.decode([self._visible(row) for row in np.asarray(tokens)])
+        rows = [self._visible(row) for row in np.asarray(tokens)]
+        return self._processor.decode(rows) if rows else []
 
     def save(self, directory: str | Path) -> Path:
         """Copies the model file into a directory."""

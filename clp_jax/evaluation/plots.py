@@ -28,6 +28,11 @@ def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (6.4
     return figure, axes
 
 
+def _plain(name: str) -> str:
+    """A name as it is: dollars would make a formula of it."""
+    return name.replace("$", r"\$")
+
+
 def plot_fronts(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
     """One figure for each pair of objectives: mean rewards with confidence intervals, one line for each method.
 
@@ -38,7 +43,9 @@ def plot_fronts(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
     figures = {}
     for first, second in itertools.combinations(range(len(names)), 2):
         figure, axes = _axes(
-            "Rewards at each weight", f"{names[first]} (reference std)", f"{names[second]} (reference std)"
+            "Rewards at each weight",
+            f"{_plain(names[first])} (reference std)",
+            f"{_plain(names[second])} (reference std)",
         )
         for number, sweep in enumerate(sweeps):
             means = sweep.means()
@@ -63,7 +70,7 @@ def plot_fronts(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
                 linewidth=1.5,
                 elinewidth=0.7,
                 markersize=5,
-                label=sweep.method,
+                label=_plain(sweep.method),
                 zorder=10 - number,
             )
             if number == 0:
@@ -94,7 +101,8 @@ def plot_grid(sweep: Sweep) -> Figure:
         points = [sweep.points[i] for i in order]
         weights = [p.weights[k] for p in points]
         colour = COLOURS[k % len(COLOURS)]
-        left.plot(weights, [p.rewards[name].mean for p in points], marker=MARKERS[k], color=colour, label=name)
+        means = [p.rewards[name].mean for p in points]
+        left.plot(weights, means, marker=MARKERS[k % len(MARKERS)], color=colour, label=_plain(name))
         left.fill_between(
             weights,
             [p.rewards[name].low for p in points],
@@ -111,7 +119,7 @@ def plot_grid(sweep: Sweep) -> Figure:
     right.plot(weights, [i.mean for i in kl], marker="o", color="#555555")
     right.fill_between(weights, [i.low for i in kl], [i.high for i in kl], color="#555555", alpha=0.15)
     right.set_title("KL to the reference", loc="left", fontsize=11)
-    right.set_xlabel(f"weight of {sweep.objectives[0]}")
+    right.set_xlabel(f"weight of {_plain(sweep.objectives[0])}")
     right.set_ylabel("nats per completion")
     for axes in (left, right):
         axes.grid(alpha=0.25)
@@ -135,7 +143,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     for axes, name in zip(np.atleast_1d(figure.subplots(rows, columns)).ravel(), found, strict=False):
         lines = [line for line in metrics if name in line]
         axes.plot([line["step"] for line in lines], [line[name] for line in lines], color=COLOURS[0], linewidth=1.2)
-        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_title(_plain(name), loc="left", fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,15 @@ def write_report(sweeps: Sequence[Sweep], metrics: Sequence[Mapping[str, Any]], 
     training = plot_training(metrics, names)
     if training is not None:
         figures["training"] = training
-    images = {name: _png(figure, output_dir / f"{name}.png") for name, figure in figures.items()}
+    images = {name: _png(figure, output_dir / _file_name(name)) for name, figure in figures.items()}
     page = output_dir / "index.html"
     page.write_text(_page(sweeps, images), encoding="utf-8")
     return page
+
+
+def _file_name(figure: str) -> str:
+    # Names of rewards may hold slashes.
+    return re.sub(r"[^\w.-]", "_", figure) + ".png"
 
 
 def _png(figure: Figure, path: Path) -> str:

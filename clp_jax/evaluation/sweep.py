@@ -184,12 +184,12 @@ def summarise(
         seed: of the bootstrap.
         settings: what made the samples.
     """
-    means = np.asarray([s.rewards.mean(0) for s in samples])
+    means = np.asarray([s.rewards.mean(0, dtype=np.float64) for s in samples])  # As the intervals' means are.
     weights = np.asarray([s.weights for s in samples])
     kept = non_dominated(means)
     points = []
     for s, mean, best in zip(samples, means, kept, strict=True):
-        value = (1 - alpha) * float(np.dot(s.weights, mean)) - alpha * float(s.kl.mean())
+        value = (1 - alpha) * float(np.dot(s.weights, mean)) - alpha * float(s.kl.mean(dtype=np.float64))
         points.append(
             Point(
                 weights=tuple(float(x) for x in s.weights),

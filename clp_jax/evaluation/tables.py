@@ -4,6 +4,7 @@ import textwrap
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -13,11 +14,12 @@ from clp_jax.evaluation.sweep import Sweep
 
 def print_table(sweep: Sweep, console: Console) -> None:
     """The Pareto table: rewards with confidence intervals, KL and length at each weight."""
-    table = Table(title=f"{sweep.method}: {sweep.num_prompts} prompts, rewards in reference standard deviations")
+    title = f"{escape(sweep.method)}: {sweep.num_prompts} prompts, rewards in reference standard deviations"
+    table = Table(title=title)
     for name in sweep.objectives:
-        table.add_column(f"w {name}", justify="right")
+        table.add_column(f"w {escape(name)}", justify="right")
     for name in sweep.objectives:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for name in ("KL", "tokens"):
         table.add_column(name, justify="right")
     table.add_column("front", justify="center")
@@ -33,7 +35,7 @@ def print_table(sweep: Sweep, console: Console) -> None:
     console.print(table)
     for name, s in sweep.steerability.items():
         console.print(
-            f"{name}: rank correlation with its weight {s.rank_correlation:+.2f}, range {s.range:.2f} reference std"
+            f"{escape(name)}: rank correlation with its weight {s.rank_correlation:+.2f}, range {s.range:.2f} reference std"
         )
     console.print(f"hypervolume {sweep.hypervolume:.3f}, mean value {sweep.mean_value:+.3f}")
 

@@ -12,6 +12,8 @@ from clp_jax.array_types import Array, Float, Int
 class Cache:
     """Keys and values of a decoder stack; ``R = B·n`` rows, ``n`` samples of each prompt.
 
+    Policies that decode together have one cache, whose arrays lead with the policies.
+
     Attributes:
         keys: ``[L, R, T, N, H]`` of the tokens decoded so far.
         values: ``[L, R, T, N, H]``.
@@ -21,9 +23,9 @@ class Cache:
         index: ``int32[]``, the number of tokens decoded.
     """
 
-    keys: Float[Array, "L R T N H"]
-    values: Float[Array, "L R T N H"]
-    cross_keys: Float[Array, "L B S N H"]
-    cross_values: Float[Array, "L B S N H"]
-    encoder_segments: Int[Array, "B S"]
-    index: Int[Array, ""]
+    keys: Float[Array, "*M L R T N H"]
+    values: Float[Array, "*M L R T N H"]
+    cross_keys: Float[Array, "*M L B S N H"]
+    cross_values: Float[Array, "*M L B S N H"]
+    encoder_segments: Int[Array, "*M B S"]
+    index: Int[Array, "*M"]

@@ -9,8 +9,8 @@ from flax import nnx
 from clp_jax.array_types import Array, Float, PRNGKeyArray
 
 
-def parameter(value: Array, axes: Sequence[str]) -> nnx.Param:
-    """A parameter that carries one logical axis name for each dimension.
+def parameter(value: Array, axes: Sequence[str | None]) -> nnx.Param:
+    """A parameter that carries one logical axis name, or None, for each dimension.
 
     Raises:
         ValueError: when the names do not match the rank.
@@ -21,7 +21,7 @@ def parameter(value: Array, axes: Sequence[str]) -> nnx.Param:
 
 
 def normal_parameter(
-    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], stddev: float, dtype: jnp.dtype
+    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], stddev: float, dtype: jnp.dtype
 ) -> nnx.Param:
     """A parameter drawn from a normal distribution."""
     return parameter(jax.random.normal(rngs.params(), tuple(shape), dtype) * stddev, axes)

@@ -114,14 +114,19 @@ class Corrupter:
             example_ids: of the examples.
 
         Returns:
-            Corrupted summaries, and the kind of each as an index into `kinds`.
+            Corrupted summaries, and the kind of each as an index into `kinds`; what a corruption leaves as it was is
+            replaced by the summary of another document.
         """
         rng = np.random.default_rng([self.seed, *np.asarray(example_ids).astype(np.int64).tolist()])
         others = derangement(len(summaries), rng)
         kinds = rng.integers(0, len(self.kinds), len(summaries))
         rows = []
+        length = summaries.shape[1]
         for row, other, kind in zip(summaries, summaries[others], kinds, strict=True):
-            rows.append(finish(self._corrupt(content(row), content(other), int(kind), rng), summaries.shape[1]))
+            bad = finish(self._corrupt(content(row), content(other), int(kind), rng), length)
+            # A short summary may survive its corruption, and a long one loses what was added to it.
+            survived = np.array_equal(bad, finish(content(row), length))
+            rows.append(finish(content(other), length) if survived else bad)
         return np.stack(rows).astype(np.int32), kinds
 
     def _corrupt(self, tokens: np.ndarray, other: np.ndarray, kind: int, rng: np.random.Generator) -> np.ndarray:

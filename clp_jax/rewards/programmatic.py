@@ -161,8 +161,13 @@ class FunctionReward:
 
         Raises:
             ValueError: when the function does not give one number for each completion.
+            Exception: whatever the function raises, with a note that names the reward.
         """
-        values = self.function(list(inputs.prompts), list(inputs.completions), list(inputs.references))
+        try:
+            values = self.function(list(inputs.prompts), list(inputs.completions), list(inputs.references))
+        except Exception as error:
+            error.add_note(f"This was raised by the function of the reward {self.name!r}.")
+            raise
         try:
             array = np.asarray(values, np.float32)
         except (TypeError, ValueError):

@@ -52,8 +52,16 @@ def over_groups(function: Callable[..., Any], num_groups: int, mapped: tuple[Any
     if num_groups == 1:  # A vmap of size one would turn every matrix product into a batched one.
         return function(*mapped, *shared)
     grouped = jax.tree.map(lambda x: x.reshape(num_groups, x.shape[0] // num_groups, *x.shape[1:]), mapped)
-    outputs = jax.vmap(lambda rows: function(*rows, *shared))(grouped)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    structures: list[Any] = []
+
+    def leaves_of(rows: tuple[Any, ...]) -> list[Array]:
+        # Leaves, because what `function` returns is not valid with a dimension of groups: its arrays have one too many.
+        leaves, structure = jax.tree.flatten(function(*rows, *shared))
+        structures.append(structure)
+        return leaves
+
+    leaves = jax.vmap(leaves_of)(grouped)
+    return structures[0].unflatten([x.reshape(-1, *x.shape[2:]) for x in leaves])
 
 
 @dataclasses.dataclass(frozen=True)

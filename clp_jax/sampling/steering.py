@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
+from clp_jax.array_types import Array, ArrayLike, Float, Int, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.preferences import Preference, kl_mixing_weight
@@ -25,7 +25,7 @@ class Steerable(Protocol):
 
     def generate(
         self,
-        inputs: Int[Array, "B S"],
+        inputs: Int[ArrayLike, "B S"],
         preference: Preference,
         key: PRNGKeyArray,
         config: SamplingConfig,
@@ -65,7 +65,7 @@ class ConditionedPolicy:
 
     def generate(
         self,
-        inputs: Int[Array, "B S"],
+        inputs: Int[ArrayLike, "B S"],
         preference: Preference,
         key: PRNGKeyArray,
         config: SamplingConfig,
@@ -125,7 +125,7 @@ class LogitMixture:
 
     def generate(
         self,
-        inputs: Int[Array, "B S"],
+        inputs: Int[ArrayLike, "B S"],
         preference: Preference,
         key: PRNGKeyArray,
         config: SamplingConfig,
@@ -160,7 +160,7 @@ class PerWeight:
 
     def generate(
         self,
-        inputs: Int[Array, "B S"],
+        inputs: Int[ArrayLike, "B S"],
         preference: Preference,
         key: PRNGKeyArray,
         config: SamplingConfig,

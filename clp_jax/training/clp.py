@@ -15,7 +15,7 @@ import numpy as np
 from clp_jax.array_types import Params, PRNGKeyArray
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
-from clp_jax.models.conditioning import Conditioning, PromptConditioning, Unconditioned
+from clp_jax.models.conditioning import Conditioning, ParameterConditioning, PromptConditioning, Unconditioned
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.rewards.learned import LearnedReward
@@ -26,7 +26,7 @@ from clp_jax.rewards.stack import RewardStack, objective_names
 from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
-from clp_jax.training.estimators import AdvantageEstimator, ValueBaseline
+from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
 from clp_jax.training.experience import ExperienceSource, PreferenceSampler, reward_inputs
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.stage import StageSetup
@@ -82,6 +82,11 @@ class ConditionalPolicy:
             raise ValueError(
                 f"ConditionalPolicy: num_groups={self.num_groups} must be 1 or a multiple of num_chunks={self.num_chunks}."
             )
+        if isinstance(self.estimator, LeaveOneOut) and self.num_samples < 2:
+            raise ValueError(
+                f"ConditionalPolicy: LeaveOneOut compares samples of one prompt: num_samples is {self.num_samples}, "
+                "expected >= 2."
+            )
 
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`; fixes the rewards' statistics and stores the reference the first time."""
@@ -92,7 +97,19 @@ class ConditionalPolicy:
                 f"the preference sampler draws {sampled} weights, but the rewards are {len(names)} objectives: "
                 f"{', '.join(names)}."
             )
+        conditioned = self.conditioning
+        if isinstance(conditioned, ParameterConditioning | PromptConditioning) and conditioned.num_objectives != len(
+            names
+        ):
+            raise ValueError(
+                f"the conditioning mixes {conditioned.num_objectives} objectives, but the rewards are {len(names)}: "
+                f"{', '.join(names)}."
+            )
         reference, description, _ = load_params(self.initial_checkpoint)
+        if description.get("stage") != "supervised":
+            raise ValueError(
+                f"{self.initial_checkpoint} is a run of stage {description.get('stage')!r}: expected a supervised policy."
+            )
         policy = Policy(from_json(description["model"]))
         vocabulary = Vocabulary.load(self.data_dir)
         _check_vocabulary(self, vocabulary, description)

@@ -98,7 +98,7 @@ def module_of(path: str) -> str:
 
 def unit(module: str) -> str:
     """The folder or lone module on a floor that a dotted name below `clp_jax` belongs to."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def may_import(importer: str, imported: str) -> str | None:
@@ -160,9 +160,9 @@ def check_imports(path: str, tree: ast.Module, modules: Mapping[str, str]) -> It
 def check_calls(path: str, tree: ast.Module) -> Iterator[str]:
     """Violations that are not imports."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.shard_map":
-            if not re.fullmatch(r"clp_jax/nn/(moe|attention\w*)\.py", path):
-                yield f"{path}:{node.lineno}: uses jax.shard_map: sharding is a table"
+        is_shard_map = isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.shard_map"
+        if is_shard_map and not re.fullmatch(r"clp_jax/nn/(moe|attention\w*)\.py", path):
+            yield f"{path}:{node.lineno}: uses jax.shard_map: sharding is a table"
         if isinstance(node, ast.With) and any(ast.unparse(item.context_expr) == "mesh" for item in node.items):
             yield f"{path}:{node.lineno}: `with mesh`: shardings are stated"
         if not isinstance(node, ast.Call):

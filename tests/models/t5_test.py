@@ -81,11 +81,11 @@ def test_what_is_behind_the_padding_does_not_matter():
     np.testing.assert_allclose(forward(policy, params, longer, COMPLETIONS), expected, rtol=1e-5, atol=1e-5)
 
     @jax.jit
-    def with_segments(inputs):
-        return policy.bind(params)(inputs, COMPLETIONS, encoder_segments=jnp.asarray(PROMPTS != 0, jnp.int32))
+    def with_segments(inputs, segments):
+        return policy.bind(params)(inputs, jnp.asarray(COMPLETIONS), encoder_segments=segments)
 
-    junk = np.where(PROMPTS == 0, 9, PROMPTS)
-    np.testing.assert_array_equal(with_segments(junk), with_segments(PROMPTS))
+    junk, segments = np.where(PROMPTS == 0, 9, PROMPTS), (PROMPTS != 0).astype(np.int32)
+    np.testing.assert_array_equal(with_segments(junk, segments), with_segments(PROMPTS, segments))
 
 
 def test_a_token_is_predicted_from_the_tokens_before_it():
@@ -147,16 +147,17 @@ def loss_and_gradient():
         policy = Policy(tiny_config(dropout_rate=0.2, **changes))
 
         @jax.jit
-        def run(params):
-            logits = policy.bind(params)(PROMPTS, COMPLETIONS, dropout_key=jax.random.key(7))
-            return token_cross_entropy(logits, COMPLETIONS, jnp.ones(COMPLETIONS.shape))[0]
+        @jax.value_and_grad
+        def run(params, inputs, tokens):
+            logits = policy.bind(params)(inputs, tokens, dropout_key=jax.random.key(7))
+            return token_cross_entropy(logits, tokens, jnp.ones(tokens.shape))[0]
 
-        return jax.value_and_grad(run)(varied_params(policy))
+        return run(varied_params(policy), PROMPTS, COMPLETIONS)
 
     return compute, compute()
 
 
-@pytest.mark.parametrize("changes", [dict(remat="minimal"), dict(remat="full"), dict(scan_unroll=2)])
+@pytest.mark.parametrize("changes", [dict(remat="minimal"), dict(remat="full", scan_unroll=2)])
 def test_recomputation_and_unrolling_change_no_loss_and_no_gradient(loss_and_gradient, changes):
     compute, (loss, gradient) = loss_and_gradient
     other_loss, other_gradient = compute(**changes)
@@ -172,14 +173,14 @@ def test_bfloat16_activations_and_float32_logits():
         own = {name: leaf for name, leaf in params.items() if not (tied and name == "logits_head")}
 
         @jax.jit
-        def run(params, narrow=narrow):
+        def run(params, inputs, tokens, narrow=narrow):
             model = narrow.bind(params)
-            segments = jnp.asarray(PROMPTS != 0, jnp.int32)
-            encoded = model.encode(PROMPTS, segments)
-            hidden = model.decode(COMPLETIONS, encoded, segments)
+            segments = (inputs != 0).astype(jnp.int32)
+            encoded = model.encode(inputs, segments)
+            hidden = model.decode(tokens, encoded, segments)
             return encoded, hidden, model.logits(hidden), model.logits(hidden.astype(jnp.float32))
 
-        encoded, hidden, logits, logits_of_wide = run(own)
+        encoded, hidden, logits, logits_of_wide = run(own, PROMPTS, COMPLETIONS)
         assert encoded.dtype == hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
         # The head computes in float32 from what the states are: no rounding of its own.
         np.testing.assert_array_equal(logits, logits_of_wide)

@@ -1,5 +1,7 @@
 """Advantages in closed form, what the baseline learns, and that no gradient reaches the policy through it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +24,12 @@ def moved(params, seed=1):
     return jax.tree.map(lambda p: p + 0.3 * jax.random.normal(next(keys), p.shape), params)
 
 
-def estimate(estimator, params, hidden=HIDDEN, returns=RETURNS, preference=PREFERENCE, num_samples=2):
-    return estimator(params, hidden, preference, returns, MASK, num_samples)
+@functools.partial(jax.jit, static_argnames=("estimator", "num_samples"))
+def estimate(estimator, params, hidden=HIDDEN, returns=RETURNS, num_samples=2):
+    return estimator(params, hidden, PREFERENCE, returns, MASK, num_samples)
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def values_by_hand(params, scale):
     features = np.concatenate([PREFERENCE.weights, PREFERENCE.alpha[:, None]], axis=-1)
     x = HIDDEN @ params["states"]["kernel"] + (features @ params["features"]["kernel"])[:, None]
@@ -62,9 +66,9 @@ def test_the_loss_trains_the_baseline_and_nothing_else():
         return estimate(estimator, params, hidden, returns)[1]
 
     grads, to_policy, to_returns = jax.grad(loss, argnums=(0, 1, 2))(params, HIDDEN, RETURNS)
-    expected = jax.grad(
-        lambda p: ROWS * jnp.sum(jnp.square(values_by_hand(p, 10.0) - RETURNS) * MASK) / MASK.sum()
-    )(params)
+    expected = jax.grad(lambda p: ROWS * jnp.sum(jnp.square(values_by_hand(p, 10.0) - RETURNS) * MASK) / MASK.sum())(
+        params
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grads, expected)
     assert not np.any(to_policy) and not np.any(to_returns)
 
@@ -72,9 +76,9 @@ def test_the_loss_trains_the_baseline_and_nothing_else():
 @pytest.mark.parametrize("estimator", [ValueBaseline(hidden_dim=8), LeaveOneOut()])
 def test_no_gradient_flows_through_advantages(estimator):
     params = moved(estimator.init(jax.random.key(0), EMBED, 2))
-    grads = jax.grad(
-        lambda p, h, r: jnp.sum(jnp.square(estimate(estimator, p, h, r)[0])), argnums=(0, 1, 2)
-    )(params, HIDDEN, RETURNS)
+    grads = jax.grad(lambda p, h, r: jnp.sum(jnp.square(estimate(estimator, p, h, r)[0])), argnums=(0, 1, 2))(
+        params, HIDDEN, RETURNS
+    )
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 

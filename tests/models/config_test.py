@@ -1,0 +1,62 @@
+"""A bad configuration is refused before anything is built: the message names the field, the value and what to do."""
+
+import dataclasses
+
+import pytest
+from flax import nnx
+from tiny_policies import tiny_config
+
+from clp_jax.models.t5 import T5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab_size",
+        "embed_dim",
+        "mlp_dim",
+        "num_heads",
+        "head_dim",
+        "num_encoder_layers",
+        "num_decoder_layers",
+        "max_distance",
+        "scan_unroll",
+    ],
+)
+def test_sizes_are_positive(name):
+    with pytest.raises(ValueError, match=rf"T5Config\.{name} is 0: expected at least 1"):
+        tiny_config(**{name: 0})
+
+
+@pytest.mark.parametrize("buckets", [2, 7, -8])
+def test_buckets_halve_twice(buckets):
+    with pytest.raises(ValueError, match=rf"num_buckets is {buckets}: expected an even number, at least 4"):
+        tiny_config(num_buckets=buckets)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_dropout_rate_is_below_one(rate):
+    with pytest.raises(ValueError, match=rf"dropout_rate is {rate}: expected a number in \[0, 1\)"):
+        tiny_config(dropout_rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("activation", "relo", r"'relo' \(did you mean 'relu'\?\): expected one of relu, gelu"),
+        ("remat", "ful", r"'ful' \(did you mean 'full'\?\): expected one of none, minimal, full"),
+        ("dtype", "float16", r"'float16' \(did you mean '(b)?float(16|32)'\?\): expected one of float32, bfloat16"),
+        ("param_dtype", "x", r"'x': expected one of float32, bfloat16"),
+    ],
+)
+def test_choices_name_the_nearest(name, value, message):
+    with pytest.raises(ValueError, match=rf"T5Config\.{name} is {message}"):
+        tiny_config(**{name: value})
+
+
+def test_a_config_is_frozen_hashable_and_builds_its_model():
+    config = tiny_config()
+    assert config == tiny_config() and hash(config) == hash(tiny_config()) and config != tiny_config(head_dim=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.head_dim = 3
+    assert isinstance(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), T5)

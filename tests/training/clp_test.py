@@ -1,0 +1,223 @@
+"""The multi-objective stage on a tiny T5: resuming to the bit, what it stores, and refusals."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import LENGTHS, MODEL, make_data, make_supervised
+
+from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning, Unconditioned
+from clp_jax.models.serialization import from_json, to_json
+from clp_jax.preferences import Dirichlet, corner_sampler, fixed
+from clp_jax.rewards.normalisation import RewardStatistics
+from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
+from clp_jax.train import train
+from clp_jax.training.checkpoints import Checkpoints, load_params, save_params
+from clp_jax.training.clp import ConditionalPolicy, WrittenPreference
+from clp_jax.training.estimators import LeaveOneOut, ValueBaseline
+from clp_jax.training.experience import ExperienceSource
+from clp_jax.training.learner import Learner
+from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+from clp_jax.training.optimizers import Adafactor
+from clp_jax.training.policies import load_policy
+
+FULL = ParameterConditioning("full", 2)
+REWARDS = (Brevity(limit=4), FunctionReward("letters", lambda p, completions, r: [len(text) for text in completions]))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    path = tmp_path_factory.mktemp("home")
+    make_data(path / "data")
+    make_supervised(path / "sft", path / "data")
+    return path
+
+
+def stage(home, **changes):
+    settings = {
+        "initial_checkpoint": str(home / "sft"),
+        "data_dir": str(home / "data"),
+        "rewards": REWARDS,
+        "preferences": Dirichlet(2, alpha=0.1),
+        "conditioning": FULL,
+        "estimator": ValueBaseline(hidden_dim=4),
+        "batch_size": 4,
+        "num_samples": 2,
+        "num_groups": 2,
+        "num_chunks": 2,
+        "max_length": 4,
+        "statistics_prompts": 8,
+    }
+    return ConditionalPolicy(**settings | changes)
+
+
+def run(path, home, num_steps, **changes):
+    return train(
+        run_dir=path,
+        stage=stage(home, **changes),
+        optimizer=Adafactor(0.05),
+        num_steps=num_steps,
+        log_every=1,
+        checkpoint_every=2,
+        seed=3,
+    )
+
+
+def lines(path):
+    return [{k: v for k, v in r.items() if k not in TIMING_METRICS} for r in read_metrics(path / "metrics.jsonl")]
+
+
+def last_state(path, home):
+    """The whole state of the last checkpoint, optimizer and random key too, and the position in the data."""
+    setup = stage(home).setup(path, seed=3)
+    learner = Learner(setup.loss_fn, Adafactor(0.05), logical_axes=setup.logical_axes)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        return checkpoints.restore(learner.abstract_state(setup.params))
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    run(home / "whole", home, 5)
+    return home / "whole"
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, home, whole, monkeypatch):
+    plain, steps = ExperienceSource.next, []
+
+    def killed_in_step_four(self, state):
+        if int(state.step) == 3 and len(steps) == 3:
+            raise Killed
+        steps.append(int(state.step))
+        return plain(self, state)
+
+    monkeypatch.setattr(ExperienceSource, "next", killed_in_step_four)
+    with pytest.raises(Killed):
+        run(tmp_path, home, 5)
+    run(tmp_path, home, 5)
+    assert steps == [0, 1, 2, 2, 3, 4]  # Step 3 was made again, from the checkpoint of step 2.
+    assert lines(tmp_path) == lines(whole)
+    assert [r["step"] for r in lines(whole)] == [1, 2, 3, 4, 5]
+    assert len({r["reward/brevity"] for r in lines(whole)}) > 1
+    (state, position), (expected, expected_position) = last_state(tmp_path, home), last_state(whole, home)
+    assert position == expected_position == {"examples": 20} and int(state.step) == 5
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    for name in ("rewards.json", "description.json"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_run_directory_rebuilds_the_policy_and_its_reference(home, whole):
+    loaded, (sft, _, _) = load_policy(whole), load_params(home / "sft")
+    assert loaded.step == 5 and loaded.conditioning == FULL and loaded.policy.config == MODEL
+    assert loaded.objectives == ("brevity", "letters") and loaded.max_length == 4
+    jax.tree.map(np.testing.assert_array_equal, loaded.reference, sft)
+    # Every component learned, and they came apart.
+    moved = jax.tree.map(lambda p, r: np.abs(p - r[None]).max(axis=tuple(range(1, p.ndim))), loaded.params, sft)
+    assert np.all(sum(jax.tree.leaves(moved)) > 0)
+    assert any(np.any(np.asarray(p[0]) != np.asarray(p[1])) for p in jax.tree.leaves(loaded.params))
+    metrics = lines(whole)[-1]
+    expected = {"loss", "kl", "objective", "reward/brevity", "reward/letters", "reward/weighted", "length", "finished"}
+    assert expected | {"value_loss", "value_explained_variance"} <= metrics.keys()
+
+
+def test_every_component_starts_as_the_supervised_policy(tmp_path, home):
+    setup = stage(home).setup(tmp_path, seed=0)
+    jax.tree.map(
+        lambda p, r: np.testing.assert_array_equal(p, np.stack([r, r])),
+        setup.params["policy"],
+        setup.frozen["reference"],
+    )
+    assert setup.tokens_per_batch == 4 * 2 * 4
+    with pytest.raises(TypeError, match="FunctionReward can't be stored"):
+        to_json(REWARDS[1])  # A run's description names rewards, it does not store them.
+    assert from_json(json.loads(json.dumps(setup.describe()["conditioning"]))) == FULL
+
+
+def test_statistics_are_fitted_once_on_the_reference_and_frozen(tmp_path, home):
+    stage(home).setup(tmp_path, seed=0)
+    fitted = RewardStatistics.load(tmp_path)
+    assert fitted.count == 8 and fitted.names == ("brevity", "letters")
+    changed = dataclasses.replace(fitted, mean=(5.0, 5.0))
+    changed.save(tmp_path)
+    setup = stage(home).setup(tmp_path, seed=1)
+    assert setup.source._rewards._statistics == changed
+
+
+def test_a_written_preference_becomes_tokens(tmp_path, home):
+    setup = stage(home, conditioning=WrittenPreference(bins=3), num_groups=1).setup(tmp_path, seed=0)
+    conditioning = setup.loss_fn.conditioning
+    assert isinstance(conditioning, PromptConditioning) and conditioning.num_objectives == 2
+    assert from_json(setup.describe()["conditioning"]) == conditioning
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preferences": Dirichlet(3)}, r"draws 3 weights, but the rewards are 2 objectives: brevity, letters"),
+        ({"preferences": fixed((1.0,))}, r"draws 1 weights, but the rewards are 2 objectives"),
+        (
+            {"rewards": (*REWARDS, ExtractiveCoverage())},
+            r"draws 2 weights, but the rewards are 3 objectives: brevity, letters, coverage",
+        ),
+        (
+            {"conditioning": ParameterConditioning("full", 3)},
+            r"conditioning mixes 3 objectives, but the rewards are 2: brevity, letters",
+        ),
+        ({"preferences": corner_sampler(2), "num_groups": 1, "num_chunks": 1}, "draws all 2 rows in turn"),
+        ({"rewards": ()}, "no rewards"),
+        ({"rewards": (Brevity(), Brevity())}, "two rewards are called 'brevity'"),
+    ],
+)
+def test_numbers_of_objectives_must_agree(tmp_path, home, changes, message):
+    with pytest.raises(ValueError, match=message):
+        stage(home, **changes).setup(tmp_path, seed=0)
+    assert not any(tmp_path.iterdir())  # Nothing was written.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_groups": 3}, "a batch of 4 prompts does not divide into num_groups=3"),
+        ({"num_chunks": 3}, "does not divide into num_chunks=3"),
+        ({"num_groups": 2, "num_chunks": 4}, "num_groups=2 must be 1 or a multiple of num_chunks=4"),
+    ],
+)
+def test_settings_are_checked_at_once(home, changes, message):
+    with pytest.raises(ValueError, match=message):
+        stage(home, **changes)
+
+
+def test_leaving_one_out_needs_several_samples(tmp_path, home):
+    with pytest.raises(ValueError, match="num_samples is 1, expected >= 2"):
+        stage(home, estimator=LeaveOneOut(), num_samples=1).setup(tmp_path, seed=0)
+
+
+def test_a_reward_that_never_varies_is_refused(tmp_path, home):
+    flat = FunctionReward("flat", lambda p, completions, r: [1.0] * len(completions))
+    with pytest.raises(ValueError, match="reward 'flat' has mean 1.0 and standard deviation 0.0"):
+        stage(home, rewards=(REWARDS[0], flat)).setup(tmp_path, seed=0)
+
+
+def test_another_vocabulary_is_refused(tmp_path, home):
+    params, description, _ = load_params(home / "sft")
+    save_params(tmp_path / "other", params, description | {"vocabulary": "another"})
+    with pytest.raises(ValueError, match="trained with another vocabulary than .*data was prepared with"):
+        stage(home, initial_checkpoint=str(tmp_path / "other")).setup(tmp_path / "run", seed=0)
+
+
+def test_only_a_supervised_policy_may_be_the_reference(tmp_path, home, whole):
+    with pytest.raises(ValueError, match="is a run of stage 'clp': expected a supervised policy"):
+        stage(home, initial_checkpoint=str(whole)).setup(tmp_path, seed=0)
+
+
+def test_an_unconditioned_policy_has_one_copy(tmp_path, home):
+    setup = stage(home, conditioning=Unconditioned(), preferences=fixed((1.0, 0.0))).setup(tmp_path, seed=0)
+    jax.tree.map(np.testing.assert_array_equal, setup.params["policy"], setup.frozen["reference"])
+    assert LENGTHS["targets"] == setup.source._data.manifest.lengths["targets"]
