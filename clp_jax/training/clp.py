@@ -91,20 +91,7 @@ class ConditionalPolicy:
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`; fixes the rewards' statistics and stores the reference the first time."""
         names = objective_names(self.rewards)
-        sampled = self.preferences(jax.random.key(0), self.num_groups).num_objectives
-        if sampled != len(names):
-            raise ValueError(
-                f"the preference sampler draws {sampled} weights, but the rewards are {len(names)} objectives: "
-                f"{', '.join(names)}."
-            )
-        conditioned = self.conditioning
-        if isinstance(conditioned, ParameterConditioning | PromptConditioning) and conditioned.num_objectives != len(
-            names
-        ):
-            raise ValueError(
-                f"the conditioning mixes {conditioned.num_objectives} objectives, but the rewards are {len(names)}: "
-                f"{', '.join(names)}."
-            )
+        _check_objectives(self, names)
         reference, description, _ = load_params(self.initial_checkpoint)
         if description.get("stage") != "supervised":
             raise ValueError(
@@ -226,6 +213,21 @@ class WrittenPreference:
     def tokenise(self, names: Sequence[str], encode: Callable[[str], list[int]]) -> PromptConditioning:
         """The conditioning with its texts as tokens."""
         return PromptConditioning.of(names, encode, with_alpha=self.with_alpha, bins=self.bins)
+
+
+def _check_objectives(stage: ConditionalPolicy, names: tuple[str, ...]) -> None:
+    """All parts must be made for the rewards there are."""
+    listed = ", ".join(names)
+    sampled = stage.preferences(jax.random.key(0), stage.num_groups).num_objectives
+    if sampled != len(names):
+        raise ValueError(
+            f"the preference sampler draws {sampled} weights, but the rewards are {len(names)} objectives: {listed}."
+        )
+    how = stage.conditioning
+    if isinstance(how, ParameterConditioning | PromptConditioning) and how.num_objectives != len(names):
+        raise ValueError(
+            f"the conditioning mixes {how.num_objectives} objectives, but the rewards are {len(names)}: {listed}."
+        )
 
 
 def _check_vocabulary(stage: ConditionalPolicy, vocabulary: Vocabulary, description: dict[str, Any]) -> None:

@@ -271,7 +271,15 @@ def test_a_checkpoint_that_is_no_policy(home, capfd):
 
 
 def test_a_vocabulary_larger_than_the_model(capfd):
-    words = ["train", "--gin_file=examples/pydoc_sft.gin", *MODEL, *DATA, *STEPS, "--gin.RUN_DIR=small", "--gin.WARMUP_STEPS=1"]
+    words = [
+        "train",
+        "--gin_file=examples/pydoc_sft.gin",
+        *MODEL,
+        *DATA,
+        *STEPS,
+        "--gin.RUN_DIR=small",
+        "--gin.WARMUP_STEPS=1",
+    ]
     assert "set vocab_size to at least 50" in refuses(capfd, *words, "--gin.VOCAB_SIZE=30")
 
 

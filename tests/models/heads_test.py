@@ -52,11 +52,14 @@ def test_a_score_is_the_mean_over_the_completion():
     params = varied_params(SCORER)
 
     @jax.jit
-    def encode(params):
+    def encode(params, tokens, kinds):
         model = SCORER.bind(params)
-        return model.encoder(model.token_embedder(jnp.asarray(DOCUMENTS), jnp.dtype("float32")), jnp.asarray(KINDS > 0, jnp.int32))
+        embedded = model.token_embedder(tokens, jnp.dtype("float32"))
+        # Document and completion are told apart by a vector added to each.
+        marks = params["kind_embedding"][jnp.asarray([0, 0, 1])[kinds]]
+        return model.encoder(embedded + marks, (kinds > 0).astype(jnp.int32))
 
-    states = np.asarray(encode(params), np.float64)
+    states = np.asarray(encode(params, DOCUMENTS, KINDS), np.float64)
     means = np.stack([states[0, 3:5].mean(0), states[1, 1:].mean(0)])
     expected = means @ np.asarray(params["score_head"], np.float64) + float(params["score_bias"])
     np.testing.assert_allclose(score(params, DOCUMENTS, KINDS), expected, rtol=1e-5, atol=1e-6)
@@ -79,7 +82,7 @@ def test_a_row_without_a_completion_scores_the_bias():
 
 
 def test_a_scorer_has_no_decoder():
-    assert set(SCORER.abstract()) == {"token_embedder", "encoder", "score_head", "score_bias"}
+    assert set(SCORER.abstract()) == {"token_embedder", "kind_embedding", "encoder", "score_head", "score_bias"}
 
 
 @pytest.mark.parametrize("name", ["embed_dim", "num_features", "hidden_dim"])

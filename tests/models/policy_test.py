@@ -21,7 +21,7 @@ def test_initialisation_is_decided_by_the_key():
     first, again, other = (POLICY.init(jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert np.any(first["logits_head"]["kernel"] != other["logits_head"]["kernel"])
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal((a.shape, a.dtype), (b.shape, b.dtype)), first, POLICY.abstract())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), first) == jax.tree.map(lambda x: (x.shape, x.dtype), POLICY.abstract())
     # No two matrices start alike.
     draws = [leaf.ravel()[0] for path, leaf in jax.tree_util.tree_leaves_with_path(first) if path[-1].key != "scale"]
     assert len({float(x) for x in draws}) == len(draws)
@@ -46,11 +46,11 @@ def test_the_number_of_parameters():
     [tiny_config(), tiny_config(tied_head=True, gated=False), ScorerConfig(tiny_config()), ValueHeadConfig(8, 3)],
     ids=["untied", "tied", "scorer", "value"],
 )
-def test_every_dimension_of_every_parameter_has_a_logical_axis(config):
+def test_parameters_have_known_logical_axes_one_for_each_dimension(config):
     policy = Policy(config)
 
     def check(axes, leaf):
-        assert is_axes(axes) and len(axes) == leaf.ndim and set(axes) <= set(LOGICAL_AXES)
+        assert is_axes(axes) and len(axes) == leaf.ndim and set(axes) <= {None, *LOGICAL_AXES}
 
     jax.tree.map(check, policy.logical_axes(), policy.abstract(), is_leaf=is_axes)
 

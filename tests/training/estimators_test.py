@@ -31,7 +31,7 @@ def estimate(estimator, params, hidden=HIDDEN, returns=RETURNS, num_samples=2):
 
 @functools.partial(jax.jit, static_argnames="scale")
 def values_by_hand(params, scale):
-    features = np.concatenate([PREFERENCE.weights, PREFERENCE.alpha[:, None]], axis=-1)
+    features = jnp.concatenate([PREFERENCE.weights, PREFERENCE.alpha[:, None]], axis=-1)
     x = HIDDEN @ params["states"]["kernel"] + (features @ params["features"]["kernel"])[:, None]
     return scale * (jax.nn.gelu(x) @ params["out"] + params["bias"])
 

@@ -160,16 +160,19 @@ def test_the_newest_parameters_roll_out_the_whole_batch(data_dir):
         np.testing.assert_array_equal(tokens, token)
 
 
-def test_the_next_chunk_is_dispatched_before_rewards_are_waited_for(data_dir):
-    """The host scores the first chunk on another thread; a reward that fails stops the step with its own error."""
-    threads = []
+def test_every_chunk_is_dispatched_before_rewards_are_waited_for(data_dir):
+    """The host scores on another thread while the device generates; a reward that fails stops the step with its error."""
+    events = []
 
-    def slow(prompts, completions, references):
-        threads.append(threading.current_thread() is threading.main_thread())
+    def recording(prompts, completions, references):
+        events.append(threading.current_thread() is threading.main_thread())
         return letters(prompts, completions, references)
 
-    source(data_dir, rewards=(FunctionReward("letters", slow), REWARDS[1])).next(state())
-    assert threads == [False, False]
+    made_by = source(data_dir, rewards=(FunctionReward("letters", recording), REWARDS[1]))
+    roll_out = made_by._roll_out
+    made_by._roll_out = lambda *args: (events.append("dispatched"), roll_out(*args))[1]
+    made_by.next(state())
+    assert events == ["dispatched", "dispatched", False, False]
 
     def fails(prompts, completions, references):
         return [float("nan")] * len(completions)
