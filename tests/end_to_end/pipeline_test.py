@@ -171,7 +171,6 @@ def test_corners_of_soups_and_mixed_logits_are_the_experts(home):
             f"--gin.METHOD={method}",
             f"--gin.CHECKPOINTS={paths}",
             f"--output={name}.json",
-            "--gin.RUN_DIR=expert_0",
         ]
         clp(*EVALUATE, *words, "--gin.evaluate.weights=[(1.0, 0.0)]")
         sweeps.append(Sweep.load(home / f"{name}.json"))

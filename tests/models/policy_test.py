@@ -21,7 +21,9 @@ def test_initialisation_is_decided_by_the_key():
     first, again, other = (POLICY.init(jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert np.any(first["logits_head"]["kernel"] != other["logits_head"]["kernel"])
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), first) == jax.tree.map(lambda x: (x.shape, x.dtype), POLICY.abstract())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), first) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), POLICY.abstract()
+    )
     # No two matrices start alike.
     draws = [leaf.ravel()[0] for path, leaf in jax.tree_util.tree_leaves_with_path(first) if path[-1].key != "scale"]
     assert len({float(x) for x in draws}) == len(draws)

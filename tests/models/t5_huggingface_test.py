@@ -14,7 +14,9 @@ from clp_jax.nn.position import relative_position_bucket
 from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
 from clp_jax.sampling.strategies import Greedy
 
-SIZES = dict(vocab_size=29, embed_dim=12, mlp_dim=20, num_heads=3, head_dim=8, num_encoder_layers=2, num_decoder_layers=3)
+SIZES = dict(
+    vocab_size=29, embed_dim=12, mlp_dim=20, num_heads=3, head_dim=8, num_encoder_layers=2, num_decoder_layers=3
+)
 # Sequences reach beyond the last bucket in both directions.
 DISTANCES = dict(num_buckets=8, max_distance=12)
 ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
@@ -114,7 +116,11 @@ def test_logits_states_and_greedy_completions(config):
             decoder_input_ids=torch.tensor(decoder_inputs, dtype=torch.long),
         )
         written = model.generate(
-            torch.tensor(inputs, dtype=torch.long), attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=False
+            torch.tensor(inputs, dtype=torch.long),
+            attention_mask=mask,
+            max_new_tokens=10,
+            do_sample=False,
+            use_cache=False,
         )
 
     @jax.jit

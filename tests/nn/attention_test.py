@@ -26,12 +26,11 @@ def reference(query, key, value, mask, bias) -> np.ndarray:
     """One head of one example at a time, the keys that are masked left out."""
     out = np.zeros(query.shape)
     for b, t, n in np.ndindex(*query.shape[:3]):
-        seen = mask[b, t] if mask[b, t].any() else np.ones_like(mask[b, t])
-        logits = key[b, seen, n].astype(np.float64) @ query[b, t, n].astype(np.float64)
-        if mask[b, t].any():
-            logits = logits + bias[n, t, seen]
-        else:
-            logits = np.zeros_like(logits)
+        seen = mask[b, t]
+        if not seen.any():  # Nothing to see: the mean of everything.
+            out[b, t, n] = value[b, :, n].mean(0)
+            continue
+        logits = key[b, seen, n].astype(np.float64) @ query[b, t, n].astype(np.float64) + bias[n, t, seen]
         out[b, t, n] = softmax(logits) @ value[b, seen, n].astype(np.float64)
     return out
 
@@ -40,7 +39,9 @@ def reference(query, key, value, mask, bias) -> np.ndarray:
 def test_attention_is_unscaled_masked_softmax(with_bias):
     bias = BIAS if with_bias else np.zeros_like(BIAS)
     query, key, value = jax.tree.map(jnp.asarray, (QUERY, KEY, VALUE))
-    out = dot_product_attention(query, key, value, mask=jnp.asarray(MASK), bias=jnp.asarray(BIAS) if with_bias else None)
+    out = dot_product_attention(
+        query, key, value, mask=jnp.asarray(MASK), bias=jnp.asarray(BIAS) if with_bias else None
+    )
     np.testing.assert_allclose(out, reference(QUERY, KEY, VALUE, MASK, bias), rtol=1e-5, atol=1e-6)
 
 
@@ -67,7 +68,12 @@ def test_softmax_is_float32_although_activations_are_bfloat16():
 def test_dropped_weights_are_not_renormalised():
     ones = jnp.ones((1, S, 1, 1))
     out = dot_product_attention(
-        jnp.zeros((1, 2000, 1, 1)), ones, ones, mask=jnp.ones((1, 2000, S), bool), dropout_rate=0.5, dropout_key=jax.random.key(0)
+        jnp.zeros((1, 2000, 1, 1)),
+        ones,
+        ones,
+        mask=jnp.ones((1, 2000, S), bool),
+        dropout_rate=0.5,
+        dropout_key=jax.random.key(0),
     )
     # Each of the S weights of 1/S is doubled or gone.
     counts = np.asarray(out).ravel() * S / 2
@@ -108,6 +114,10 @@ def test_attend_projects_the_heads_together():
 def test_initial_attention_logits_have_a_variance_of_one():
     """T5 has no ``1/sqrt(H)``: the query's initialisation carries it."""
     attention = Attention(nnx.Rngs(0), 256, 4, 64, dropout_rate=0.0, dtype=jnp.dtype("float32"))
-    for layer, stddev in ((attention.query, (256 * 64) ** -0.5), (attention.key, 256**-0.5), (attention.out, 256**-0.5)):
+    for layer, stddev in (
+        (attention.query, (256 * 64) ** -0.5),
+        (attention.key, 256**-0.5),
+        (attention.out, 256**-0.5),
+    ):
         kernel = np.asarray(layer.kernel[...])
         assert abs(kernel.std() / stddev - 1) < 5 / np.sqrt(2 * kernel.size)

@@ -31,10 +31,7 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("gated", [True, False])
 def test_formula(activation, gated):
     mlp, act = _mlp(activation, gated), ACTIVATIONS[activation]
-    if gated:
-        hidden = act(X @ _kernel(mlp.wi_0)) * (X @ _kernel(mlp.wi_1))
-    else:
-        hidden = act(X @ _kernel(mlp.wi))
+    hidden = act(X @ _kernel(mlp.wi_0)) * (X @ _kernel(mlp.wi_1)) if gated else act(X @ _kernel(mlp.wi))
     np.testing.assert_allclose(mlp(jnp.asarray(X)), hidden @ _kernel(mlp.wo), rtol=1e-5, atol=1e-6)
 
 

@@ -23,7 +23,9 @@ def _expected(x: np.ndarray, eps: float) -> np.ndarray:
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_formula(eps):
-    np.testing.assert_allclose(_norm(eps)(jnp.asarray(X)), _expected(X, eps) * np.linspace(-1, 2, 16), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        _norm(eps)(jnp.asarray(X)), _expected(X, eps) * np.linspace(-1, 2, 16), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_fresh_norm_gives_a_root_mean_square_of_one():

@@ -16,7 +16,12 @@ from clp_jax.sampling.strategies import Greedy, Sampling
 
 POLICY = Policy(tiny_config(num_encoder_layers=1, num_decoder_layers=2))
 PARAMS = varied_params(POLICY)
-STRATEGIES = [Sampling(), Sampling(temperature=0.6, top_k=3), Sampling(temperature=1.4, top_p=0.8, min_p=0.02), Greedy()]
+STRATEGIES = [
+    Sampling(),
+    Sampling(temperature=0.6, top_k=3),
+    Sampling(temperature=1.4, top_p=0.8, min_p=0.02),
+    Greedy(),
+]
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "config", "num_samples"))
@@ -97,7 +102,9 @@ def test_samples_follow_the_policys_distribution_over_whole_completions():
     log_probs = jax.jit(lambda p, x, y: score(policy.bind(p), x, y))(params, prompt, every)
     probs = np.exp(np.asarray(log_probs, np.float64).sum(-1))
     np.testing.assert_allclose(probs.sum(), 1, rtol=1e-5)
-    out, _ = run(policy, params, prompt, row_keys(jax.random.key(0), 4096), SamplingConfig(max_length=3), num_samples=4096)
+    out, _ = run(
+        policy, params, prompt, row_keys(jax.random.key(0), 4096), SamplingConfig(max_length=3), num_samples=4096
+    )
     check_frequencies(out.tokens, every, probs)
 
 
@@ -131,10 +138,15 @@ def chain(*next_tokens: int) -> jax.Array:
 
 
 def test_after_the_end_of_sequence_comes_nothing():
-    out = run_chain(chain(2, 0, 3, EOS_ID), row_keys(jax.random.key(0), 2), SamplingConfig(max_length=6))
-    np.testing.assert_array_equal(out.tokens, [[2, 3, EOS_ID, 0, 0, 0]] * 2)
-    np.testing.assert_array_equal(out.mask, [[1, 1, 1, 0, 0, 0]] * 2)
-    np.testing.assert_array_equal(out.log_probs[:, 3:], 0)
+    """Token 2 ends, token 3 goes on for ever, and after the end the chain itself would go on."""
+    table = chain(0, 2, EOS_ID, 3).at[0].set(jnp.asarray([-50.0, -50.0, 0.0, 0.0]))
+    out = run_chain(table, row_keys(jax.random.key(0), 16), SamplingConfig(max_length=6))
+    ended = np.asarray(out.tokens)[:, 0] == 2
+    assert 0 < ended.sum() < 16
+    np.testing.assert_array_equal(out.tokens, np.where(ended[:, None], [2, EOS_ID, 0, 0, 0, 0], 3))
+    np.testing.assert_array_equal(out.mask, np.where(ended[:, None], [1, 1, 0, 0, 0, 0], 1))
+    np.testing.assert_array_equal(np.asarray(out.log_probs)[ended, 2:], 0)
+    np.testing.assert_allclose(out.log_probs[:, 0], np.log(0.5), rtol=1e-6)
 
 
 def test_without_an_end_of_sequence_all_tokens_count_padding_too():

@@ -212,5 +212,7 @@ def test_nothing_behind_the_end_of_a_completion_counts(estimator):
     assert np.isnan(hidden).any()
     fields = {name: getattr(whole.rollout, name) + hidden for name in ("log_probs", "reference_log_probs")}
     poisoned = dataclasses.replace(whole, rollout=dataclasses.replace(whole.rollout, **fields))
-    run = jax.value_and_grad(lambda p, e: loss_of(2, estimator)(p, frozen, e, jax.random.key(0))[::2], has_aux=True)
+    run = jax.jit(
+        jax.value_and_grad(lambda p, e: loss_of(2, estimator)(p, frozen, e, jax.random.key(0))[::2], has_aux=True)
+    )
     jax.tree.map(np.testing.assert_array_equal, run(params, poisoned), run(params, whole))

@@ -1,0 +1,126 @@
+"""What the benchmarks share: shapes, alternating timings, and Hugging Face's torch T5 of the same shape."""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from clp_jax.models.config import T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model and a batch.
+
+    Attributes:
+        model: the policy's sizes.
+        batch_size: rows of a training batch.
+        inputs: tokens of a prompt.
+        targets: tokens of a completion.
+    """
+
+    model: T5Config
+    batch_size: int
+    inputs: int
+    targets: int
+
+
+def _t5(width: int, mlp: int, heads: int, head_dim: int, layers: int) -> T5Config:
+    sizes = {"embed_dim": width, "mlp_dim": mlp, "num_heads": heads, "head_dim": head_dim}
+    return T5Config.t5_1_1(vocab_size=2048, num_encoder_layers=layers, num_decoder_layers=layers, **sizes)
+
+
+SHAPES = {
+    "tiny": Shape(_t5(128, 256, 4, 32, 2), batch_size=64, inputs=64, targets=24),  # The quickstart's.
+    "small": Shape(_t5(512, 1024, 8, 64, 4), batch_size=16, inputs=128, targets=32),
+}
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """The command line of a benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", choices=SHAPES, default="small", help="model and batch (default: small)")
+    parser.add_argument("--repeats", type=int, default=9, help="timings of each program; the median counts (default: 9)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; JAX takes all cores of a CPU")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    return parser.parse_args()
+
+
+def medians(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each program, taken in turn so that a busy moment of the machine hits all of them."""
+    for program in programs.values():
+        program()
+        program()
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+def peak_bytes(compiled: Any) -> int | None:
+    """What a compiled program holds beyond its arguments, where the backend tells."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
+
+
+def random_tokens(rows: int, length: int, vocab_size: int, seed: int) -> np.ndarray:
+    """Token ids without padding or an end."""
+    return np.random.default_rng(seed).integers(2, vocab_size, (rows, length)).astype(np.int32)
+
+
+def torch_t5(config: T5Config, threads: int) -> Any:
+    """Hugging Face's T5 of the same shape, random and in training mode; None without torch or transformers."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    same = transformers.T5Config(
+        vocab_size=config.vocab_size,
+        d_model=config.embed_dim,
+        d_ff=config.mlp_dim,
+        num_heads=config.num_heads,
+        d_kv=config.head_dim,
+        num_layers=config.num_encoder_layers,
+        num_decoder_layers=config.num_decoder_layers,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return transformers.T5ForConditionalGeneration(same)
+
+
+def report(title: str, rows: Sequence[tuple[str, str]], figures: Mapping[str, Any], path: str | None) -> None:
+    """Prints rows, and writes figures as JSON where a path is given."""
+    print(title)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+    if path:
+        with open(path, "w") as file:
+            json.dump(dict(figures), file, indent=2)
+
+
+def mebibytes(count: int | None) -> str:
+    """A number of bytes to read."""
+    return "not told by this backend" if count is None else f"{count / 2**20:.1f} MiB"
