@@ -47,7 +47,11 @@ def main() -> None:
 
         return run
 
-    runs = {"sampling": program(Sampling(), 1), "greedy": program(Greedy(), 1), "sampling, 4 of a prompt": program(Sampling(), 4)}
+    runs = {
+        "sampling": program(Sampling(), 1),
+        "greedy": program(Greedy(), 1),
+        "sampling, 4 of a prompt": program(Sampling(), 4),
+    }
     given = {name: jnp.asarray(prompts[: BATCH_SIZE // (4 if "4" in name else 1)]) for name in runs}
     programs: dict[str, Any] = {
         name: lambda run=run, x=given[name]: jax.block_until_ready(run(params, x, jax.random.key(1)))
@@ -62,7 +66,9 @@ def main() -> None:
         f"{name} / torch generate": times[f"torch {name}"] / times[name] for name in runs if f"torch {name}" in times
     }
     rows += [(name, f"{value:8.2f}") for name, value in ratios.items()]
-    cache = jax.eval_shape(lambda p, x: CachedDecoder(policy.bind(p)).start(x, shape.targets, 1), params, given["greedy"])
+    cache = jax.eval_shape(
+        lambda p, x: CachedDecoder(policy.bind(p)).start(x, shape.targets, 1), params, given["greedy"]
+    )
     key = jax.random.key(1)
     memory = {
         "parameters": num_bytes(params),
@@ -72,7 +78,9 @@ def main() -> None:
     rows += [(name, mebibytes(count)) for name, count in memory.items()]
     compiled = {name: run._cache_size() for name, run in runs.items()}
     rows.append(("programs compiled for each", ", ".join(map(str, compiled.values()))))
-    title = f"{arguments.size}: {BATCH_SIZE} rows, {shape.inputs} tokens in, {shape.targets} out, {jax.default_backend()}"
+    title = (
+        f"{arguments.size}: {BATCH_SIZE} rows, {shape.inputs} tokens in, {shape.targets} out, {jax.default_backend()}"
+    )
     figures = {"seconds": times, "ratios": ratios, "bytes": memory, "compile_count": compiled}
     report(title, rows, figures, arguments.json)
 

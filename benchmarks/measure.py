@@ -47,7 +47,9 @@ def parse_arguments(description: str) -> argparse.Namespace:
     """The command line of a benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--size", choices=SHAPES, default="small", help="model and batch (default: small)")
-    parser.add_argument("--repeats", type=int, default=9, help="timings of each program; the median counts (default: 9)")
+    parser.add_argument(
+        "--repeats", type=int, default=9, help="timings of each program; the median counts (default: 9)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; JAX takes all cores of a CPU")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     return parser.parse_args()

@@ -1,6 +1,6 @@
 """Speed and memory of a training step: supervised, plain policy gradient and full-CLP, beside Hugging Face's torch T5.
 
-    python benchmarks/train_step.py --size small
+python benchmarks/train_step.py --size small
 """
 
 from typing import Any
@@ -56,7 +56,8 @@ def main() -> None:
     rows += [(name, mebibytes(count)) for name, count in memory.items()]
     rows.append(("programs compiled for the step", str(learner.compile_count)))
     figures = {"seconds": times, "ratios": ratios, "bytes": memory, "compile_count": learner.compile_count}
-    title = f"{arguments.size}: {policy.num_params():,} parameters, {shape.batch_size} x ({shape.inputs} + {shape.targets}) tokens"
+    tokens = f"{shape.batch_size} x ({shape.inputs} + {shape.targets}) tokens"
+    title = f"{arguments.size}: {policy.num_params():,} parameters, {tokens}"
     report(f"{title}, {jax.default_backend()}", rows, figures, arguments.json)
 
 

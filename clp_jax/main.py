@@ -12,17 +12,14 @@ from clp_jax import __version__
 from clp_jax.command_line import EntryPoint, Invocation, parse, usage
 from clp_jax.gin_utils.files import ConfigError, Header, SearchPath, all_files, bindings, read_file, suggest
 
-# In the order they are used. A command whose module this installation lacks is not shown.
+# In the order they are used.
 COMMANDS = {
     "prepare": "clp_jax.prepare.prepare",
     "train": "clp_jax.train.train",
     "evaluate": "clp_jax.evaluate.evaluate",
     "report": "clp_jax.report.report",
     "sample": "clp_jax.sample.sample",
-    "score": "clp_jax.score.score",
     "experiment": "clp_jax.experiment.experiment",
-    "convert": "clp_jax.convert.convert",
-    "compile": "clp_jax.compile.compile",
 }
 
 PACKAGE = "clp_jax"

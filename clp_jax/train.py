@@ -129,7 +129,8 @@ def train(
             description=description | {"config": config_text},
             stop=stop,
         )
-        state = loop.run(state)
+        with learner.activate():  # Rollouts and evaluations follow the mesh, too.
+            state = loop.run(state)
     step = int(state.step)
     if step < num_steps and stop.received is not None:
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")

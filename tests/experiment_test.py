@@ -28,7 +28,11 @@ def test_experts_are_ordinary_policies_at_the_corners():
 def test_one_policy_for_each_weight_of_the_lattice():
     method = PerWeight(2)
     rows = method.sweeps(2)["per_weight"]["weights"]
-    assert [list(run.stage.preferences.weights[0]) for run in method.runs(STAGE, 9)] == rows == [[0, 1], [0.5, 0.5], [1, 0]]
+    assert (
+        [list(run.stage.preferences.weights[0]) for run in method.runs(STAGE, 9)]
+        == rows
+        == [[0, 1], [0.5, 0.5], [1, 0]]
+    )
 
 
 @pytest.mark.parametrize(

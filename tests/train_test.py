@@ -30,7 +30,7 @@ class Noise:
     def __init__(self, seed, log):
         self.seed, self.examples, self.log = seed, 0, log
 
-    def next(self, state):
+    def next(self, state, frozen):
         self.log.append(self.examples)
         rng = np.random.default_rng([self.seed, self.examples])
         self.examples += 4

@@ -143,7 +143,7 @@ def _existing(request: Request, output_dir: Path) -> Manifest:
             f"{output_dir} was prepared by another request ({'; '.join(different)}): choose another output_dir."
         )
     for split in manifest.splits:
-        manifest.verify(output_dir, split)
+        manifest.verify(output_dir, split, contents=True)
     if Vocabulary.load(output_dir).fingerprint != manifest.vocabulary_fingerprint:
         raise ValueError(f"the vocabulary in {output_dir} is not the one it was prepared with: prepare the data again.")
     return manifest

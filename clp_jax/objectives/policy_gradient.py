@@ -31,5 +31,9 @@ def reinforce_loss(
 def value_loss(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Float[Array, "B T"]
 ) -> Float[Array, ""]:
-    """Mean squared error of a value baseline on the tokens that count; no gradient flows through the returns."""
-    return masked_mean(jnp.square(values - jax.lax.stop_gradient(returns)), mask)
+    """Squared error of a value baseline: the mean over a row's tokens that count, then over rows.
+
+    Each row weighs the same, so that a batch cut into slices has the gradient of the whole. No gradient flows through the
+    returns.
+    """
+    return jnp.mean(masked_mean(jnp.square(values - jax.lax.stop_gradient(returns)), mask, axis=-1))

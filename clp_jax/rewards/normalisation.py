@@ -57,7 +57,10 @@ class RewardStatistics:
 
     def save(self, directory: str | Path) -> None:
         """Writes ``rewards.json``; numbers come back to the bit."""
-        (Path(directory) / FILE_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        path = Path(directory) / FILE_NAME
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        partial.replace(path)  # There whole or not at all.
 
     @classmethod
     def load(cls, directory: str | Path) -> "RewardStatistics":

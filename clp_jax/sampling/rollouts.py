@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
+from clp_jax.partitioning import constrain
 from clp_jax.preferences import Preference
 from clp_jax.sampling.generate import CachedDecoder, Completions, SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
@@ -52,6 +53,7 @@ def over_groups(function: Callable[..., Any], num_groups: int, mapped: tuple[Any
     if num_groups == 1:  # A vmap of size one would turn every matrix product into a batched one.
         return function(*mapped, *shared)
     grouped = jax.tree.map(lambda x: x.reshape(num_groups, x.shape[0] // num_groups, *x.shape[1:]), mapped)
+    grouped = jax.tree.map(lambda x: constrain(x, "group", *[None] * (x.ndim - 1)), grouped)
     structures: list[Any] = []
 
     def leaves_of(rows: tuple[Any, ...]) -> list[Array]:

@@ -92,7 +92,9 @@ class ConditionalPolicy:
         """See `clp_jax.training.stage.Stage`; fixes the rewards' statistics and stores the reference the first time."""
         names = objective_names(self.rewards)
         _check_objectives(self, names)
-        reference, description, _ = load_params(self.initial_checkpoint)
+        # A resumed run keeps the reference it began with, whatever has become of the supervised run.
+        stored = run_dir / REFERENCE_DIRECTORY
+        reference, description, _ = load_params(stored if stored.is_dir() else self.initial_checkpoint)
         if description.get("stage") != "supervised":
             raise ValueError(
                 f"{self.initial_checkpoint} is a run of stage {description.get('stage')!r}: expected a supervised policy."
@@ -133,7 +135,7 @@ class ConditionalPolicy:
                 rows_per_group=self.batch_size * self.num_samples // self.num_groups,
                 objectives=names,
             ),
-            source=self._source(policy, conditioning, reference, vocabulary, statistics, seed),
+            source=self._source(policy, conditioning, vocabulary, statistics, seed),
             describe=lambda: own,
             tokens_per_batch=self.batch_size * self.num_samples * self.max_length,
             vocabulary=vocabulary,
@@ -146,7 +148,6 @@ class ConditionalPolicy:
         self,
         policy: Policy,
         conditioning: Conditioning,
-        reference: Params,
         vocabulary: Vocabulary,
         statistics: RewardStatistics,
         seed: int,
@@ -164,7 +165,6 @@ class ConditionalPolicy:
             sampler=self.preferences,
             rewards=RewardStack(self.rewards, statistics),
             vocabulary=vocabulary,
-            reference=reference,
             num_groups=self.num_groups,
             num_chunks=self.num_chunks,
             seed=seed,

@@ -45,10 +45,14 @@ class ValueBaseline:
         output_scale: its output is multiplied by this. A baseline starts from nothing and must follow the policy, which
             moves little: with Adam or Adafactor, whose steps do not depend on the gradient's size, the factor acts as
             a learning rate that many times the policy's.
+        centred: subtract from each row what the value missed on average on the batch's other rows of the same preference.
+            Preferences change from batch to batch and returns with them; the value follows late, and what it misses is
+            the same for all rows. The other rows do not depend on the row's own tokens, so nothing is biased.
     """
 
     hidden_dim: int = 128
     output_scale: float = 10.0
+    centred: bool = True
 
     def __post_init__(self):
         if self.hidden_dim < 1 or self.output_scale <= 0:
@@ -76,13 +80,27 @@ class ValueBaseline:
         error = value_loss(values, returns, mask)
         variance = masked_mean(jnp.square(returns - masked_mean(returns, mask)), mask)
         explained = 1 - masked_mean(jnp.square(returns - values), mask) / jnp.maximum(variance, 1e-8)
-        advantages = jax.lax.stop_gradient(returns - values) * mask
+        missed = jax.lax.stop_gradient(returns - values)
+        if self.centred:
+            missed = missed - others_mean(masked_mean(missed, mask, axis=-1), preference)[:, None]
         metrics = {"value_loss": error, "value_explained_variance": explained}
-        return advantages, error * hidden.shape[0], metrics
+        return missed * mask, error * hidden.shape[0], metrics
 
     def _head(self, embed_dim: int, num_objectives: int) -> Policy:
         features = num_objectives + 1  # The weights and the KL weight.
         return Policy(ValueHeadConfig(embed_dim=embed_dim, num_features=features, hidden_dim=self.hidden_dim))
+
+
+def others_mean(values: Float[Array, "R"], preference: Preference) -> Float[Array, "R"]:
+    """The mean over the other rows of the same preference; 0 for a row that is alone with its own.
+
+    Args:
+        values: one number a row.
+        preference: of each row.
+    """
+    asked = jnp.concatenate([preference.weights, preference.alpha[:, None]], axis=-1)
+    same = jnp.all(asked[:, None] == asked[None, :], axis=-1) & ~jnp.eye(len(values), dtype=bool)
+    return masked_mean(jnp.broadcast_to(values[None, :], same.shape), same.astype(jnp.float32), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

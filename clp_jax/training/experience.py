@@ -76,7 +76,6 @@ class ExperienceSource:
         sampler: draws the preferences of a batch.
         rewards: the reward stack.
         vocabulary: of the policy.
-        reference: the frozen reference's parameters.
         num_groups: preferences in a batch.
         num_chunks: chunks a batch is rolled out in; more overlap more of the host's work.
         seed: with the step, decides preferences and samples.
@@ -90,7 +89,6 @@ class ExperienceSource:
         sampler: PreferenceSampler,
         rewards: RewardStack,
         vocabulary: Vocabulary,
-        reference: Params,
         num_groups: int,
         num_chunks: int,
         seed: int,
@@ -98,7 +96,6 @@ class ExperienceSource:
         self._data = data
         self._rewards = rewards
         self._vocabulary = vocabulary
-        self._reference = reference
         self._num_chunks = num_chunks
         self._seed = seed
 
@@ -119,16 +116,16 @@ class ExperienceSource:
         self._roll_out = jax.jit(roll_out)
         self._join = jax.jit(lambda chunks: jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks))
 
-    def next(self, state: Any) -> tuple[Experience, dict[str, float]]:
+    def next(self, state: Any, frozen: Any) -> tuple[Experience, dict[str, float]]:
         """Rolls out, scores and returns the next batch under the state's parameters."""
         batch: PromptBatch = self._data.next()
         policy = state.params["policy"]
         size = batch.inputs.shape[0] // self._num_chunks
         chunks, futures = [], []
         for c in range(self._num_chunks):
-            inputs = jnp.asarray(batch.inputs[c * size : (c + 1) * size])
+            inputs = batch.inputs[c * size : (c + 1) * size]
             chunks.append(
-                self._roll_out(policy, self._reference, inputs, state.step, np.uint32(self._seed), np.int32(c))
+                self._roll_out(policy, frozen["reference"], inputs, state.step, np.uint32(self._seed), np.int32(c))
             )
         for c, chunk in enumerate(chunks):
             futures.append(self._submit(batch, chunk, slice(c * size, (c + 1) * size)))

@@ -106,7 +106,7 @@ class TrainLoop:
         self._logged = (step, time.monotonic())
         pending = None
         while step < self._cadence.num_steps and not self._stop.requested:
-            batch, source_metrics = self._setup.source.next(state)
+            batch, source_metrics = self._setup.source.next(state, self._frozen)
             state, metrics = self._learner.update(state, self._frozen, batch)
             if pending is not None:
                 self._report(*pending)

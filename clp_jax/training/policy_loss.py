@@ -53,6 +53,11 @@ class PolicyGradientLoss:
         rollout = experience.rollout
         rows = rollout.tokens.shape[0]
         # Accumulation cuts batches into slices: of several whole groups, or each of one group.
+        if rows % self.rows_per_group and self.rows_per_group % rows:
+            raise ValueError(
+                f"a slice of {rows} rows cuts groups of {self.rows_per_group} rows with one preference each: choose an "
+                "accumulation that divides the groups, or each group."
+            )
         num_groups = max(1, rows // self.rows_per_group)
 
         def one_group(inputs, preference, tokens, policy_params, reference) -> Forced:

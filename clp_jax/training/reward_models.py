@@ -25,6 +25,7 @@ from clp_jax.objectives.preference_losses import binary_cross_entropy, bradley_t
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
 from clp_jax.training.checkpoints import load_params
+from clp_jax.training.run_directory import write_atomically
 from clp_jax.training.stage import StageSetup
 from clp_jax.training.train_state import TrainState
 
@@ -116,7 +117,7 @@ class RewardModel:
 
         def evaluate(params: Params) -> dict[str, float]:
             result = self._evaluate(score_pairs, params, seed)
-            (run_dir / ACCURACY_FILE).write_text(json.dumps(result, indent=2) + "\n")
+            write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
             return result
 
         description = {
@@ -152,13 +153,18 @@ class RewardModel:
         right: list[np.ndarray] = []
         kinds: list[np.ndarray] = []
         for batch in data.epoch_batches(self.evaluation_pairs):
-            if (batch.example_ids < 0).any() and right:
-                break  # A last batch that is not full would need its padding paired with itself.
+            real = batch.example_ids >= 0
+            if real.sum() < 2:
+                break  # There is nothing to exchange summaries with.
+            batch = jax.tree.map(lambda x, real=real: x[real], batch)
             pairs, kind = make_pairs(batch, corrupter)
             right.append(np.asarray(LOSSES[self.loss](*score_pairs(params, pairs))[1]))
             kinds.append(kind)
+        if not right:
+            raise ValueError(f"the validation split of {self.data_dir} has fewer than 2 examples: nothing to pair.")
         accuracy, kind = np.concatenate(right), np.concatenate(kinds)
-        by_kind = {f"accuracy_{name}": float(accuracy[kind == i].mean()) for i, name in enumerate(self.corruptions)}
+        found = [(i, name) for i, name in enumerate(self.corruptions) if (kind == i).any()]
+        by_kind = {f"accuracy_{name}": float(accuracy[kind == i].mean()) for i, name in found}
         return {"accuracy": float(accuracy.mean())} | by_kind
 
 
@@ -174,7 +180,7 @@ class PairSource:
     data: DataSource
     corrupter: Corrupter
 
-    def next(self, state: TrainState) -> tuple[ScoredPairs, dict[str, float]]:
+    def next(self, state: TrainState, frozen: Any) -> tuple[ScoredPairs, dict[str, float]]:
         """The next batch."""
         return make_pairs(self.data.next(), self.corrupter)[0], {}
 

@@ -203,7 +203,7 @@ def _check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
     different = [
         name
         for name in [*old, *(name for name in new if name not in old)]
-        if old.get(name) != new.get(name) and re.split(r"[./]", name)[-1].lower() not in FREE_BINDINGS
+        if old.get(name) != new.get(name) and not _is_free(name, new)
     ]
     if not different:
         return
@@ -216,6 +216,14 @@ def _check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
         f"{path} holds a run of another configuration (old -> new):\n{lines}\n"
         "Nothing was changed. Train in a new run directory, or go back to the old values."
     )
+
+
+def _is_free(name: str, bindings: dict[str, str]) -> bool:
+    """Whether a binding may change: it, and what uses it if it is a macro, such as a schedule's length."""
+    if re.split(r"[./]", name)[-1].lower() not in FREE_BINDINGS:
+        return False
+    used = re.compile(rf"%{re.escape(name)}\b")
+    return all(_is_free(user, bindings) for user, value in bindings.items() if user != name and used.search(value))
 
 
 def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any]:

@@ -21,7 +21,7 @@ LossFn: TypeAlias = Callable[[Params, Any, Any, PRNGKeyArray], tuple[Array, Arra
 class Source(Protocol):
     """Yields batches; its position, with the train state, decides all that it yields."""
 
-    def next(self, state: TrainState) -> tuple[Any, dict[str, float]]:
+    def next(self, state: TrainState, frozen: Any) -> tuple[Any, dict[str, float]]:
         """The batch that `state` learns from, a pytree whose leaves lead with examples, and metrics of making it."""
 
     def position(self) -> dict[str, int]:
@@ -105,7 +105,7 @@ class DataBatches:
 
     data: BatchStream
 
-    def next(self, state: TrainState) -> tuple[Any, dict[str, float]]:
+    def next(self, state: TrainState, frozen: Any) -> tuple[Any, dict[str, float]]:
         """The next batch of examples."""
         return self.data.next(), {}
 

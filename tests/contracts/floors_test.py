@@ -260,10 +260,14 @@ def test_a_planted_violation_is_found(path):
 
 
 def test_orbax_is_in_one_module():
-    using = {path for path, text in sources().items() if any(i.name.startswith("orbax") for i in imports(ast.parse(text)))}
+    using = {
+        path for path, text in sources().items() if any(i.name.startswith("orbax") for i in imports(ast.parse(text)))
+    }
     assert using == {"clp_jax/training/checkpoints.py"}
 
 
 def test_the_table_names_every_folder_and_module():
-    there = {p.stem if p.suffix == ".py" else p.name for p in (ROOT / "clp_jax").iterdir() if not p.name.startswith("__")}
+    there = {
+        p.stem if p.suffix == ".py" else p.name for p in (ROOT / "clp_jax").iterdir() if not p.name.startswith("__")
+    }
     assert there <= set(FLOOR_OF)

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-INSTALLED_AS = {"clp_jax": "clp_jax", "gin_configs": "clp_jax/gin_configs", "tasks": "clp_jax/tasks", "launch": "clp_jax/launch"}
+INSTALLED_AS = {
+    "clp_jax": "clp_jax",
+    "gin_configs": "clp_jax/gin_configs",
+    "tasks": "clp_jax/tasks",
+    "launch": "clp_jax/launch",
+}
 NEEDED = ("pyproject.toml", "README.md", "LICENSE")
 
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "seqio", "grain", "numpy", "matplotlib", "scipy")

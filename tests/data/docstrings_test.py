@@ -88,7 +88,10 @@ def test_more_documents_add_to_fewer(tree):
 
 def test_a_document_or_a_summary_seen_before_is_left_out(tmp_path):
     long = "the very same words stand here, more than two dozen of them so that they are taken to be equal: " + BODY
-    same_document = [("f", f"Says one thing here.\n\n{long} First."), ("f", f"Says another thing here.\n\n{long} Second.")]
+    same_document = [
+        ("f", f"Says one thing here.\n\n{long} First."),
+        ("f", f"Says another thing here.\n\n{long} Second."),
+    ]
     same_summary = [("g", f"Says it all again.\n\n{BODY}"), ("h", f"says it all again.\n\nOther. {BODY}".capitalize())]
     write(tmp_path, {"m.py": module(*same_document, *same_summary)})
     texts = {e.targets for examples in corpus(PydocSettings(), [tmp_path]).values() for e in examples}
@@ -106,7 +109,15 @@ def test_splits_are_decided_by_the_name_alone():
 
 def test_which_files_are_read(tmp_path):
     kept = {"a/__init__.py": "a", "a/b.py": "a.b", "c.py": "c"}
-    left = ["a/tests/d.py", "a/test_e.py", "a/f_pb2.py", "site-packages/g.py", "__pycache__/h.py", "a/data.txt", "i.pyc"]
+    left = [
+        "a/tests/d.py",
+        "a/test_e.py",
+        "a/f_pb2.py",
+        "site-packages/g.py",
+        "__pycache__/h.py",
+        "a/data.txt",
+        "i.pyc",
+    ]
     write(tmp_path, dict.fromkeys([*kept, *left], ""))
     found = python_files([tmp_path])
     assert sorted(name for name, _ in found) == sorted(kept.values())
@@ -187,7 +198,19 @@ def test_summarise(name, docstring, inputs, targets):
         BODY.replace(".", ""),
         "",
     ],
-    ids=["short", "long", "body", "lower", "abbreviation", "accents", "code", "repeated", "no_stop", "no_sentence", "empty"],
+    ids=[
+        "short",
+        "long",
+        "body",
+        "lower",
+        "abbreviation",
+        "accents",
+        "code",
+        "repeated",
+        "no_stop",
+        "no_sentence",
+        "empty",
+    ],
 )
 def test_what_makes_no_good_pair_is_left_out(docstring):
     assert summarise("f", docstring, PydocSettings()) is None

@@ -98,7 +98,12 @@ def test_shards_and_the_rest_of_the_manifest(prepared):
     for split in SPLITS:
         manifest.verify(directory, split, contents=True)
     assert Manifest.load(directory) == manifest
-    assert (manifest.task, manifest.lengths, manifest.packed, manifest.vocabulary_size) == ("prepare_toy", LENGTHS, False, 45)
+    assert (manifest.task, manifest.lengths, manifest.packed, manifest.vocabulary_size) == (
+        "prepare_toy",
+        LENGTHS,
+        False,
+        45,
+    )
     assert manifest.vocabulary_fingerprint == Vocabulary.load(directory).fingerprint
     names = {shard.name for split in manifest.splits.values() for shard in split.shards}
     assert {path.name for path in directory.iterdir()} == names | {FILE_NAME, "vocabulary.model"}
@@ -175,7 +180,9 @@ def test_damage_is_found_and_named(tmp_path):
     shard = directory / manifest.splits["test"].shards[0].name
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"test-00000.arrayrecord has \d+ bytes, \d+ were written: prepare the data again"):
+    with pytest.raises(
+        ValueError, match=r"test-00000.arrayrecord has \d+ bytes, \d+ were written: prepare the data again"
+    ):
         materialise(REQUEST, directory)
     shard.write_bytes(whole)
     other = materialise(dataclasses.replace(REQUEST, vocabulary_size=44), tmp_path / "other")
@@ -212,7 +219,12 @@ def test_it_is_there_whole_or_not_at_all(prepared, tmp_path):
 def test_progress_is_told(tmp_path):
     told = []
     materialise(REQUEST, tmp_path / "data", lambda what, count: told.append((what, count)))
-    assert told[:4] == [("reading train", 0), ("reading validation", 0), ("reading test", 0), ("training the vocabulary", 0)]
+    assert told[:4] == [
+        ("reading train", 0),
+        ("reading validation", 0),
+        ("reading test", 0),
+        ("training the vocabulary", 0),
+    ]
     for split, size in SPLITS.items():
         assert [count for what, count in told if what == f"writing {split}"] == list(range(1, size + 1))
 
@@ -236,7 +248,9 @@ def test_one_example_is_enough_with_a_vocabulary(prepared, tmp_path):
     manifest = materialise(dataclasses.replace(request, vocabulary=str(directory / "vocabulary.model")), tmp_path / "a")
     assert [row["inputs"][-1] for row in read(tmp_path / "a", manifest, "train")] == [EOS_ID]
     assert manifest.splits["train"].statistics["inputs"]["p99"] == manifest.splits["train"].statistics["inputs"]["mean"]
-    with pytest.raises(ValueError, match="no vocabulary of 45 tokens can be trained on 2 lines: .*Lower vocabulary_size"):
+    with pytest.raises(
+        ValueError, match="no vocabulary of 45 tokens can be trained on 2 lines: .*Lower vocabulary_size"
+    ):
         materialise(request, tmp_path / "b")
 
 

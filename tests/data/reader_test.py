@@ -215,7 +215,9 @@ def test_what_cannot_be_read_is_said_before_reading(data_dir, tmp_path):
     with pytest.raises(ValueError, match="has no split 'dev': it has train"):
         DataSource(data_dir, "dev", batch_size=4, converter=sequence_batch)
     for batch_size, hosts in ((0, 1), (-4, 1), (6, 4)):
-        with pytest.raises(ValueError, match=f"batch_size is {batch_size}: expected a positive multiple of the {hosts} hosts"):
+        with pytest.raises(
+            ValueError, match=f"batch_size is {batch_size}: expected a positive multiple of the {hosts} hosts"
+        ):
             source(data_dir, batch_size=batch_size, shard_count=hosts)
     with pytest.raises(ValueError, match="position -1: expected a global example index"):
         source(data_dir).seek(-1)

@@ -9,7 +9,11 @@ from clp_jax.data.records import decode, encode
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16, ">i4"])
 def test_what_is_encoded_comes_back(dtype):
-    features = {"inputs": np.asarray([1, 0, 300], dtype), "targets": np.asarray([], dtype), "ends": np.asarray([3], dtype)}
+    features = {
+        "inputs": np.asarray([1, 0, 300], dtype),
+        "targets": np.asarray([], dtype),
+        "ends": np.asarray([3], dtype),
+    }
     decoded = decode(encode(features))
     assert list(decoded) == list(features)
     for name, values in features.items():

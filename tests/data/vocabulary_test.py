@@ -100,7 +100,9 @@ def test_it_is_saved_and_loaded_with_a_directory(model, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no vocabulary at .*vocabulary.model: expected a prepared data directory"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no vocabulary at .*vocabulary.model: expected a prepared data directory"
+    ):
         Vocabulary.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no vocabulary at .*absent"):
         Vocabulary.load(tmp_path / "absent")
@@ -129,5 +131,7 @@ def test_no_text_is_an_error(texts, tmp_path):
 
 @pytest.mark.parametrize("size", [4, 5_000])
 def test_a_size_that_the_text_does_not_allow_says_what_to_do(size, tmp_path):
-    with pytest.raises(ValueError, match=rf"no vocabulary of {size} tokens can be trained on 4 lines: .*vocabulary_size"):
+    with pytest.raises(
+        ValueError, match=rf"no vocabulary of {size} tokens can be trained on 4 lines: .*vocabulary_size"
+    ):
         train_vocabulary(TEXTS, size, tmp_path / "v")

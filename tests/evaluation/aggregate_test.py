@@ -68,7 +68,9 @@ def test_the_mean_front_is_the_mean_of_the_points():
 def test_table():
     summaries = [summarise_seeds([sweep(0), sweep(1)]), summarise_seeds([sweep(0, method="two")])]
     lines = markdown_table(summaries, {"separation": {"two": "1.41"}}).splitlines()
-    assert lines[0].startswith("| method | hypervolume | mean value | KL | ρ x | ρ y | range x | range y | model calls per token |")
+    assert lines[0].startswith(
+        "| method | hypervolume | mean value | KL | ρ x | ρ y | range x | range y | model calls per token |"
+    )
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| one |")
     assert "±" in lines[2]

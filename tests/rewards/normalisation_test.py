@@ -55,7 +55,10 @@ def test_it_comes_back_to_the_bit(tmp_path):
 @pytest.mark.parametrize("column", [[2.0, 2.0], [np.nan, 1.0], [np.inf, 0.0]], ids=["constant", "nan", "inf"])
 def test_a_reward_that_cannot_be_standardised_is_named(column):
     values = np.stack([np.asarray([0.0, 1.0]), np.asarray(column)], axis=1).astype(np.float32)
-    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="reward 'dull' has mean .* Remove it, or fit on more"):
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(ValueError, match="reward 'dull' has mean .* Remove it, or fit on more"),
+    ):
         RewardStatistics.fit(["lively", "dull"], values)
 
 
@@ -65,12 +68,20 @@ def test_columns_and_names_go_together():
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no .*rewards.json: expected the run directory of a multi-objective run"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no .*rewards.json: expected the run directory of a multi-objective run"
+    ):
         RewardStatistics.load(tmp_path)
     path = tmp_path / FILE_NAME
     RewardStatistics.fit(NAMES, rewards()).save(tmp_path)
     whole = path.read_text()
-    for damaged in ("", whole[:40], whole.replace('"std"', '"sdt"'), "[]", whole.replace('"count": 500', '"count": null')):
+    for damaged in (
+        "",
+        whole[:40],
+        whole.replace('"std"', '"sdt"'),
+        "[]",
+        whole.replace('"count": 500', '"count": null'),
+    ):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=re.escape(f"{path} can't be read: ")):
             RewardStatistics.load(tmp_path)

@@ -18,7 +18,10 @@ def summaries(seed=0, rows=40, shortest=1, longest=LENGTH - 1) -> np.ndarray:
     """Rows of different tokens, each ending in its own; row `i` uses tokens from ``100·i`` on."""
     rng = np.random.default_rng(seed)
     return np.stack(
-        [finish(100 * (i + 1) + rng.permutation(50)[: rng.integers(shortest, longest + 1)], LENGTH) for i in range(rows)]
+        [
+            finish(100 * (i + 1) + rng.permutation(50)[: rng.integers(shortest, longest + 1)], LENGTH)
+            for i in range(rows)
+        ]
     )
 
 
@@ -51,7 +54,13 @@ def test_content_ends_before_the_end(row, expected):
 
 @pytest.mark.parametrize(
     ("row", "expected"),
-    [((5, 6), (5, 6, 1, 0)), ((5, 6, 7), (5, 6, 7, 1)), ((5, 6, 7, 8), (5, 6, 8, 1)), (range(5, 25), (5, 6, 24, 1)), ((), (1, 0, 0, 0))],
+    [
+        ((5, 6), (5, 6, 1, 0)),
+        ((5, 6, 7), (5, 6, 7, 1)),
+        ((5, 6, 7, 8), (5, 6, 8, 1)),
+        (range(5, 25), (5, 6, 24, 1)),
+        ((), (1, 0, 0, 0)),
+    ],
 )
 def test_a_finished_row_has_its_last_token_and_an_end(row, expected):
     assert finish(np.asarray(list(row), np.int64), 4).tolist() == list(expected)
@@ -65,7 +74,9 @@ def test_each_corruption_does_what_it_says(size):
         rng = np.random.default_rng(seed)
         bad = {kind: function(true, other, rng).tolist() for kind, function in CORRUPTIONS.items()}
         assert bad["foreign"] == other.tolist()
-        assert bad["truncate"] == true[: len(bad["truncate"])].tolist() and 1 <= len(bad["truncate"]) <= max(1, 0.7 * size)
+        assert bad["truncate"] == true[: len(bad["truncate"])].tolist() and 1 <= len(bad["truncate"]) <= max(
+            1, 0.7 * size
+        )
         assert sorted(bad["shuffle"]) == true.tolist()
         replaced = [a != b for a, b in zip(bad["swap"], true, strict=True)]
         assert any(replaced) and set(bad["swap"]) <= {*true.tolist(), *other.tolist()}

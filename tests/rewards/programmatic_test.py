@@ -174,7 +174,10 @@ def test_a_function_of_the_users_is_a_reward():
     assert values.tolist() == [[2.0], [-1.0]] and values.dtype == np.float32
     assert seen == [(["a", "b"], ["abc", ""], ["x", "y"])]
     for kind in (np.asarray, tuple, lambda x: np.asarray(x, bool)):
-        assert FunctionReward("k", lambda p, c, r, kind=kind: kind([1, 0]))(inputs(["a", "b"])).tolist() == [[1.0], [0.0]]
+        assert FunctionReward("k", lambda p, c, r, kind=kind: kind([1, 0]))(inputs(["a", "b"])).tolist() == [
+            [1.0],
+            [0.0],
+        ]
 
 
 @pytest.mark.parametrize(

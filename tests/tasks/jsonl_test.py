@@ -22,7 +22,10 @@ SIZES = {"train": 30, "validation": 4, "test": 3}
 
 def examples(split: str) -> list[dict[str, str]]:
     rng = np.random.default_rng(list(split.encode()))
-    return [{"inputs": " ".join(rng.choice(WORDS, 8)), "targets": " ".join(rng.choice(WORDS, 3))} for _ in range(SIZES[split])]
+    return [
+        {"inputs": " ".join(rng.choice(WORDS, 8)), "targets": " ".join(rng.choice(WORDS, 3))}
+        for _ in range(SIZES[split])
+    ]
 
 
 @pytest.fixture
@@ -76,7 +79,10 @@ def test_a_changed_file_is_another_request(files, tmp_path, capsys):
         (b"\n  \n", "{path} holds no examples"),
         (b'{"inputs": "a", "targets": "b"}\n\nnot json\n', "{path}, line 3 is not JSON: Expecting value at column 1."),
         (b'{"inputs": "a", "targets": "b"', "{path}, line 1 is not JSON: Expecting ',' delimiter at column 31."),
-        (b'{"inputs": "a", "targets": "b"}\n{"inputs": "\xe9"}', "{path}, line 2 is not UTF-8 (byte 12): save the file as UTF-8"),
+        (
+            b'{"inputs": "a", "targets": "b"}\n{"inputs": "\xe9"}',
+            "{path}, line 2 is not UTF-8 (byte 12): save the file as UTF-8",
+        ),
         (b'["a", "b"]', '{path}, line 1 is list: expected an object with "inputs" and "targets".'),
         (b'{"inputs": "a"}', "{path}, line 1: 'targets' is None, expected a string that is not empty."),
         (b'{"inputs": "", "targets": "b"}', "{path}, line 1: 'inputs' is '', expected a string that is not empty."),

@@ -16,7 +16,9 @@ def sources(tmp_path, monkeypatch):
     """A small Python installation of 30 documented modules."""
     body = "It is written down with care and at some length, so that there is enough of it to be summarised."
     for i in range(30):
-        source = f'def f():\n    """Gives number {i} to the caller.\n\n    The caller of f{i} is thanked. {body}\n    """\n'
+        source = (
+            f'def f():\n    """Gives number {i} to the caller.\n\n    The caller of f{i} is thanked. {body}\n    """\n'
+        )
         (tmp_path / f"module{i}.py").write_text(source)
     monkeypatch.setattr(docstrings, "source_roots", lambda: [tmp_path])
     pydoc._examples.cache_clear()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clp_jax.preferences import Preference
-from clp_jax.training.estimators import LeaveOneOut, ValueBaseline
+from clp_jax.training.estimators import LeaveOneOut, ValueBaseline, others_mean
 
 RNG = np.random.default_rng(0)
 ROWS, LENGTH, EMBED = 4, 3, 5
@@ -40,7 +40,7 @@ def test_a_fresh_baseline_is_zero():
     estimator = ValueBaseline(hidden_dim=8)
     advantages, loss, metrics = estimate(estimator, estimator.init(jax.random.key(0), EMBED, 2))
     np.testing.assert_array_equal(advantages, RETURNS)
-    mean_square = (np.square(RETURNS) * MASK).sum() / MASK.sum()
+    mean_square = ((np.square(RETURNS) * MASK).sum(-1) / MASK.sum(-1)).mean()
     np.testing.assert_allclose(metrics["value_loss"], mean_square, rtol=1e-5)
     np.testing.assert_allclose(loss, ROWS * mean_square, rtol=1e-5)
 
@@ -117,3 +117,34 @@ def test_a_baseline_of_other_objectives_is_refused():
     estimator = ValueBaseline(hidden_dim=8)
     with pytest.raises(ValueError, match=r"'features/kernel' has shape \(4, 8\), the model's has \(3, 8\)"):
         estimate(estimator, estimator.init(jax.random.key(0), EMBED, 3))
+
+
+def test_what_rows_of_one_preference_miss_together_is_taken_off():
+    weights = jnp.asarray([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.25, 0.75]], jnp.float32)
+    preference = Preference(weights, jnp.asarray([0.1, 0.1, 0.2, 0.1]))
+    # Rows 0 and 1 have each other; row 2 has another KL weight, row 3 other weights.
+    np.testing.assert_array_equal(others_mean(jnp.asarray([1.0, 2.0, 4.0, 8.0]), preference), [2, 1, 0, 0])
+    estimator = ValueBaseline(hidden_dim=8)
+    params = estimator.init(jax.random.key(0), EMBED, 2)  # Its values are 0.
+    advantages, _, _ = estimator(params, HIDDEN, preference, RETURNS, MASK, 1)
+    rows = np.asarray((RETURNS * MASK).sum(-1) / MASK.sum(-1))
+    np.testing.assert_allclose(advantages[0], (RETURNS[0] - rows[1]) * MASK[0], rtol=1e-5)
+    np.testing.assert_allclose(advantages[3], RETURNS[3] * MASK[3], rtol=1e-5)
+
+
+def test_centring_leaves_the_expected_gradient_alone():
+    """Over all pairs of completions: two rows of one preference, each a Bernoulli token with one logit."""
+    estimator, alone = ValueBaseline(hidden_dim=8), ValueBaseline(hidden_dim=8, centred=False)
+    params = moved(estimator.init(jax.random.key(0), EMBED, 2))
+    preference = Preference(jnp.full((2, 2), 0.5), jnp.full((2,), 0.1))
+    mask, rewards, p = jnp.ones((2, 1)), np.asarray([0.3, -1.7]), np.asarray([0.8, 0.2])
+    expected = {True: 0.0, False: 0.0}
+    for i in range(2):
+        for j in range(2):
+            returns = jnp.asarray(rewards[[i, j]], jnp.float32)[:, None]
+            score = np.asarray([(k == 0) - p[0] for k in (i, j)])  # Of log p in the logit of token 0.
+            for one in (estimator, alone):
+                advantages, _, _ = one(params, HIDDEN[:2, :1], preference, returns, mask, 1)
+                expected[one.centred] += p[i] * p[j] * float((np.asarray(advantages)[:, 0] * score).mean())
+    true = p[0] * p[1] * (rewards[0] - rewards[1])
+    np.testing.assert_allclose([expected[True], expected[False]], true, rtol=1e-5)

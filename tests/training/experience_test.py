@@ -66,11 +66,13 @@ def source(data_dir, groups=1, chunks=2, seed=7, rewards=REWARDS):
         sampler=Dirichlet(2, alpha=AlphaRange(0.05, 0.5)),
         rewards=RewardStack(rewards, RewardStatistics(("letters", "common"), MEAN, STD, 1)),
         vocabulary=Vocabulary.load(data_dir),
-        reference=REFERENCE,
         num_groups=groups,
         num_chunks=chunks,
         seed=seed,
     )
+
+
+FROZEN = {"reference": REFERENCE}
 
 
 def state(step=0, params=PARAMS):
@@ -80,7 +82,7 @@ def state(step=0, params=PARAMS):
 @pytest.fixture(scope="module", params=[(1, 2), (4, 2)], ids=lambda p: f"{p[0]} groups, {p[1]} chunks")
 def made(request, data_dir):
     groups, chunks = request.param
-    experience, metrics = source(data_dir, groups, chunks).next(state())
+    experience, metrics = source(data_dir, groups, chunks).next(state(), FROZEN)
     assert metrics == {}
     return groups, experience
 
@@ -136,18 +138,18 @@ def assert_equal(a, b):
 
 def test_step_seed_and_position_decide_everything(data_dir):
     first = source(data_dir)
-    one, two = first.next(state(0))[0], first.next(state(1))[0]
+    one, two = first.next(state(0), FROZEN)[0], first.next(state(1), FROZEN)[0]
     assert first.position() == {"examples": 8}
     second = source(data_dir)
     second.restore({"examples": 4})
-    assert_equal(second.next(state(1))[0], two)  # A resumed run goes on as the first one did.
+    assert_equal(second.next(state(1), FROZEN)[0], two)  # A resumed run goes on as the first one did.
     second.restore({"examples": 0})
-    assert_equal(second.next(state(0))[0], one)
+    assert_equal(second.next(state(0), FROZEN)[0], one)
     second.restore({"examples": 0})
-    later = second.next(state(1))[0]
+    later = second.next(state(1), FROZEN)[0]
     assert np.any(later.rollout.tokens != one.rollout.tokens)
     assert np.any(later.rollout.preference.weights != one.rollout.preference.weights)
-    other = source(data_dir, seed=8).next(state(0))[0]
+    other = source(data_dir, seed=8).next(state(0), FROZEN)[0]
     assert np.any(other.rollout.preference.weights != one.rollout.preference.weights)
 
 
@@ -156,7 +158,7 @@ def test_the_newest_parameters_roll_out_the_whole_batch(data_dir):
     made_by = source(data_dir)
     for step, token in enumerate((3, 5)):
         params = jax.tree.map(lambda p, token=token: jnp.zeros_like(p).at[..., token].set(1e3), PARAMS)
-        tokens = made_by.next(state(step, params))[0].rollout.tokens
+        tokens = made_by.next(state(step, params), FROZEN)[0].rollout.tokens
         np.testing.assert_array_equal(tokens, token)
 
 
@@ -171,14 +173,14 @@ def test_every_chunk_is_dispatched_before_rewards_are_waited_for(data_dir):
     made_by = source(data_dir, rewards=(FunctionReward("letters", recording), REWARDS[1]))
     roll_out = made_by._roll_out
     made_by._roll_out = lambda *args: (events.append("dispatched"), roll_out(*args))[1]
-    made_by.next(state())
+    made_by.next(state(), FROZEN)
     assert events == ["dispatched", "dispatched", False, False]
 
     def fails(prompts, completions, references):
         return [float("nan")] * len(completions)
 
     with pytest.raises(ValueError, match=r"reward letters is \[nan\] for the completion .*: not finite"):
-        source(data_dir, rewards=(FunctionReward("letters", fails), REWARDS[1])).next(state())
+        source(data_dir, rewards=(FunctionReward("letters", fails), REWARDS[1])).next(state(), FROZEN)
 
 
 def test_reward_inputs_repeat_prompts_for_their_samples(data_dir):

@@ -91,8 +91,8 @@ def test_the_completions_are_all_there_are():
 @pytest.mark.parametrize(
     ("policy", "subset", "alpha_min", "estimator"),
     [
-        (T5, "attention", 0.1, ValueBaseline(hidden_dim=4)),
-        (TABLE, "full", None, ValueBaseline(hidden_dim=4)),
+        (T5, "attention", 0.1, ValueBaseline(hidden_dim=4, centred=False)),
+        (TABLE, "full", None, ValueBaseline(hidden_dim=4, centred=False)),
         (TABLE, "full", 0.1, LeaveOneOut()),
     ],
     ids=["T5, value", "table, value", "table, leave one out"],
@@ -204,7 +204,7 @@ def test_metrics_and_loss_by_hand():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("estimator", [LeaveOneOut(), ValueBaseline(hidden_dim=4)])
+@pytest.mark.parametrize("estimator", [LeaveOneOut(), ValueBaseline(hidden_dim=4, centred=False)])
 def test_nothing_behind_the_end_of_a_completion_counts(estimator):
     params, frozen = setting(TABLE, FULL, estimator)
     _, whole = batch()
