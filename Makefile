@@ -23,10 +23,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own documentation: 15 minutes on 2 cores.
+.PHONY: policy
+policy: $(INSTALLED)
 	$(CLP) prepare --gin_file=examples/pydoc_prepare.gin
 	$(CLP) train --gin_file=examples/pydoc_sft.gin
 	$(CLP) train --gin_file=examples/pydoc_preference.gin
+
+quickstart: policy ## Trains and steers a policy on this machine's own documentation: 15 minutes on 2 cores.
 	$(CLP) train --gin_file=examples/pydoc_clp_full.gin
 	$(CLP) evaluate --gin_file=examples/pydoc_evaluate.gin
 	$(CLP) report --run_dirs=runs/pydoc/clp_full
@@ -45,7 +48,7 @@ bench: $(INSTALLED) ## Speed of a training step and of decoding.
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/decode.py
 
-experiment: $(INSTALLED) ## The table of docs/experiments/clp.md: hours.
+experiment: policy ## The table of docs/experiments/clp.md: hours.
 	$(CLP) experiment --gin_file=examples/pydoc_experiment.gin
 
 clean: ## Removes the environment, and nothing that was trained.

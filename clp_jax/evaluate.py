@@ -3,26 +3,28 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.evaluation.sweep import FILE_NAME, Samples, Sweep, summarise
 from clp_jax.evaluation.tables import print_table
+from clp_jax.models.conditioning import check_alpha
 from clp_jax.preferences import Preference, simplex_lattice, validate_weights
 from clp_jax.rewards.protocol import RewardFunction
-from clp_jax.rewards.stack import RewardStack, objective_names
+from clp_jax.rewards.stack import RewardStack, fingerprint, objective_names
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.score import score
 from clp_jax.sampling.steering import Steerable
+from clp_jax.training.checkpoints import find_checkpoint
 from clp_jax.training.experience import reward_inputs
 from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_per_weight, load_policy, load_soup
+from clp_jax.training.progress import Progress
 
 METHODS = ("checkpoint", "soup", "mod", "dera", "per_weight")
 
@@ -87,13 +89,25 @@ def evaluate(
             f"{paths[0]} was trained for {', '.join(loaded.objectives) or 'no rewards (it is supervised)'}; "
             f"the rewards given are {', '.join(names)}: give the run's, in its order."
         )
-    grid = simplex_lattice(len(names), resolution or (10 if len(names) == 2 else 4)) if weights is None else weights
+    prints = tuple(fingerprint(reward) for reward in rewards)
+    for objective, own, given in zip(loaded.objectives, loaded.reward_fingerprints, prints, strict=True):
+        if own != given:
+            raise ValueError(
+                f"{paths[0]} was trained with another reward {objective!r} than the one given (other settings, code or "
+                "reward model of the same name): give the run's."
+            )
+    check_alpha(loaded.conditioning, alpha)
+    if resolution is None:
+        resolution = 10 if len(names) == 2 else 4
+    grid = simplex_lattice(len(names), resolution) if weights is None else weights
     preferences = [Preference.of(validate_weights(row, len(names), names), alpha) for row in grid]
     data = DataSource(data_dir, split, batch_size=min(batch_size, num_prompts), converter=prompt_batch)
     config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
     settings = {
         "checkpoints": [str(Path(path).expanduser().absolute()) for path in paths],
-        "step": loaded.step,
+        "steps": [int(find_checkpoint(path).name) for path in paths],
+        "name": name,
+        "rewards": list(prints),
         "data": data.manifest.fingerprint,
         "method": method,
         "alpha": [alpha, alpha_min],
@@ -106,7 +120,11 @@ def evaluate(
     sweep = _earlier(target, settings)
     if sweep is None:
         worker = _Worker(loaded, steerable, RewardStack(rewards, loaded.statistics), data, num_prompts, config, seed)
-        samples = [worker(preference) for preference in _with_progress(preferences)]
+        samples = []
+        with Progress("evaluating", len(preferences), 0, worker.tokens_per_preference, unit="weights") as progress:
+            for done, preference in enumerate(preferences, start=1):
+                samples.append(worker(preference))
+                progress.update(done, f"KL {samples[-1].kl.mean():.2f}")
         sweep = summarise(
             method=name or loaded.run_dir.name,
             objectives=names,
@@ -165,12 +183,6 @@ def _earlier(target: Path, settings: dict[str, Any]) -> Sweep | None:
     return None
 
 
-def _with_progress(preferences: Sequence[Preference]) -> Iterator[Preference]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} weights"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        yield from bar.track(preferences, description="evaluating")
-
-
 class _Worker:
     """Generates and scores the same prompts at one preference after another, with programs compiled once."""
 
@@ -193,6 +205,7 @@ class _Worker:
         self._score = jax.jit(lambda params, inputs, tokens: score(loaded.policy.bind(params), inputs, tokens))
         decode = loaded.vocabulary.decode_batch
         self.prompts = [t for b in self._batches for t in decode(b.inputs[b.example_ids >= 0])]
+        self.tokens_per_preference = len(self._batches) * data.batch_size * config.max_length
         self.references = [t for b in self._batches for t in decode(b.targets[b.example_ids >= 0])]
 
     def __call__(self, preference: Preference) -> Samples:
@@ -203,13 +216,13 @@ class _Worker:
             key = jax.random.fold_in(self._key, number)
             out = self._steerable.generate(batch.inputs, preference, key, self._config)
             reference = self._score(self._loaded.reference, batch.inputs, out.tokens)
-            real = batch.example_ids >= 0
-            tokens = np.asarray(out.tokens)
-            inputs = reward_inputs(self._loaded.vocabulary, batch.inputs, batch.targets, tokens)
-            rewards.append(self._rewards(inputs)[real])
+            real = batch.example_ids >= 0  # Reward functions do not see what fills a last batch up.
+            tokens = np.asarray(out.tokens)[real]
+            inputs = reward_inputs(self._loaded.vocabulary, batch.inputs[real], batch.targets[real], tokens)
+            rewards.append(self._rewards(inputs))
             kls.append(np.asarray((out.log_probs - reference).sum(-1))[real])
             lengths.append(np.asarray(out.mask.sum(-1))[real])
-            texts += [text for text, kept in zip(inputs.completions, real, strict=True) if kept]
+            texts += inputs.completions
         return Samples(
             weights=tuple(float(x) for x in preference.weights),
             rewards=np.concatenate(rewards),

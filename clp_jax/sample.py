@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from clp_jax.models.conditioning import check_alpha
 from clp_jax.preferences import Preference, validate_weights
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.steering import Steerable
@@ -63,6 +64,16 @@ class Session:
             raise ValueError(f"{self.loaded.run_dir} is a supervised policy: it has no rewards to weigh.")
         self.weights = validate_weights(weights, len(names), names)
 
+    def set_alpha(self, alpha: float) -> None:
+        """Changes the KL weight.
+
+        Raises:
+            ValueError: when it is outside [0, 1], or below what the policy was trained for.
+        """
+        checked = float(Preference.of([1.0], alpha).alpha)
+        check_alpha(self.loaded.conditioning, checked)
+        self.alpha = checked
+
     def complete(self, prompts: Sequence[str]) -> tuple[list[list[Completion]], list[int]]:
         """Completions of prompts, and the numbers of the prompts that were too long and were cut."""
         inputs, cut = encode_prompts(self.loaded.vocabulary, prompts, self.max_prompt)
@@ -70,6 +81,15 @@ class Session:
         key = jax.random.key(self.seed)
         found = complete(self.steerable, self.loaded.vocabulary, inputs, preference, key, self.config, self.num_samples)
         return found, cut
+
+    def set_temperature(self, temperature: float) -> None:
+        """Changes the temperature and leaves the rest of how tokens are chosen alone; 0 is greedy."""
+        before = self.config.strategy
+        if temperature == 0 or not isinstance(before, Sampling):
+            strategy = _strategy(temperature, 0, 1.0)
+        else:
+            strategy = dataclasses.replace(before, temperature=temperature)
+        self.config = dataclasses.replace(self.config, strategy=strategy)
 
     def describe(self) -> str:
         """The current trade-off in words."""
@@ -90,7 +110,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     max_tokens: int | None = None,
-    max_prompt: int = 512,
+    max_prompt: int | None = None,
     seed: int = 0,
     input: str | None = None,  # noqa: A002 - it is the name of a flag.
     output: str | None = None,
@@ -107,7 +127,8 @@ def sample(
         top_k: keeps the k most probable tokens; 0 keeps all.
         top_p: keeps the most probable tokens that reach this probability; 1 keeps all.
         max_tokens: of a completion; by default that of training.
-        max_prompt: tokens of a prompt; longer ones lose their end, and a warning says so.
+        max_prompt: tokens of a prompt, by default as many as in training; longer ones lose their end, and a warning says
+            so.
         seed: of the samples.
         input: JSON lines with ``inputs``, instead of a prompt.
         output: JSON lines with ``text``, ``tokens`` and ``logprobs`` of every line of `input`, in order.
@@ -115,8 +136,11 @@ def sample(
     Raises:
         ValueError: for weights that are not a point of the simplex, or do not match the policy.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}: expected at least 1.")
+    for name, number in (("num_samples", num_samples), ("max_tokens", max_tokens), ("max_prompt", max_prompt)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}: expected at least 1.")
+    if output is not None and Path(output).exists():
+        raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
     loaded = load_policy(checkpoint)
     count = max(1, len(loaded.objectives))
     session = Session(
@@ -126,12 +150,12 @@ def sample(
         alpha=alpha,
         num_samples=num_samples,
         config=SamplingConfig(max_tokens or loaded.max_length or 64, _strategy(temperature, top_k, top_p)),
-        max_prompt=max_prompt,
+        max_prompt=max_prompt or loaded.prompt_length,
         seed=seed,
     )
     if weights is not None:
         session.set_weights(weights)
-    Preference.of(session.weights, alpha)
+    session.set_alpha(alpha)
     if input is not None:
         _complete_file(session, Path(input), Path(output) if output else None)
     elif prompt is not None:
@@ -185,11 +209,9 @@ def _command(session: Session, line: str, console: Console) -> None:
     name, _, argument = line.partition(" ")
     settings: dict[str, Callable[[str], None]] = {
         "/weights": lambda text: session.set_weights(parse_numbers(text)),
-        "/alpha": lambda text: setattr(session, "alpha", float(Preference.of([1.0], float(text)).alpha)),
+        "/alpha": lambda text: session.set_alpha(float(text)),
         "/samples": lambda text: setattr(session, "num_samples", max(1, int(text))),
-        "/temperature": lambda text: setattr(
-            session, "config", dataclasses.replace(session.config, strategy=_strategy(float(text), 0, 1.0))
-        ),
+        "/temperature": lambda text: session.set_temperature(float(text)),
     }
     if name == "/help":
         console.print(_HELP, highlight=False, markup=False)
@@ -231,7 +253,9 @@ def _complete_file(session: Session, source: Path, target: Path | None, batch_si
             records.append((number, text))
         except (ValueError, KeyError, TypeError) as error:
             print(f"warning: {source}, line {number} was skipped: {error!r}", file=sys.stderr)
-    out = target.open("w", encoding="utf-8") if target else sys.stdout
+    if not records:
+        raise ValueError(f'{source} holds no prompts: expected one JSON object a line, with "inputs".')
+    out = target.open("x", encoding="utf-8") if target else sys.stdout
     try:
         for start in range(0, len(records), batch_size):
             part = records[start : start + batch_size]

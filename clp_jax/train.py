@@ -135,7 +135,11 @@ def train(
     if step < num_steps and stop.received is not None:
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
         raise SystemExit(128 + stop.received)
-    return _result(directory, step)
+    result = _result(directory, step)
+    found = {name.split("/", 1)[1]: value for name, value in result.metrics.items() if name.startswith("evaluation/")}
+    if found:
+        _say(f"{name}: held out: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+    return result
 
 
 def _describe(directory: RunDirectory, setup: StageSetup) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from clp_jax.data import packing, records
 from clp_jax.data.batch import Batch, PromptBatch
 from clp_jax.data.manifest import Manifest
+from clp_jax.data.vocabulary import Vocabulary
 
 # (records, their ids, lengths by feature) -> a batch. An id of -1 stands for an empty row.
 Converter: TypeAlias = Callable[[Sequence[dict[str, np.ndarray]], np.ndarray, dict[str, int]], Any]
@@ -53,10 +54,16 @@ class DataSource:
         self.manifest.verify(directory, split)
         if batch_size < 1 or batch_size % shard_count:
             raise ValueError(f"batch_size is {batch_size}: expected a positive multiple of the {shard_count} hosts.")
+        found = Vocabulary.load(directory).fingerprint
+        if found != self.manifest.vocabulary_fingerprint:
+            raise ValueError(
+                f"the vocabulary in {directory} (fingerprint {found[:12]}) is not the one the data was prepared with "
+                f"({self.manifest.vocabulary_fingerprint[:12]}): prepare the data again."
+            )
         self.size = self.manifest.splits[split].records
         self.position = 0
         self._paths = [str(Path(directory) / shard.name) for shard in self.manifest.splits[split].shards]
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._converter = converter
         self._seed = seed
         self._shuffle = shuffle
@@ -85,8 +92,8 @@ class DataSource:
 
     def next(self) -> Any:
         """This host's part of the next global batch."""
-        ids = self.example_ids(self.position, self._batch_size)[self._slice]
-        self.position += self._batch_size
+        ids = self.example_ids(self.position, self.batch_size)[self._slice]
+        self.position += self.batch_size
         return self._read(ids)
 
     def seek(self, position: int) -> None:
@@ -98,8 +105,8 @@ class DataSource:
     def epoch_batches(self, max_examples: int | None = None) -> Iterator[Any]:
         """One pass in the order on disk; rows that fill up the last batch have example id -1."""
         total = self.size if max_examples is None else min(self.size, max_examples)
-        for start in range(0, total, self._batch_size):
-            ids = np.arange(start, start + self._batch_size, dtype=np.int32)
+        for start in range(0, total, self.batch_size):
+            ids = np.arange(start, start + self.batch_size, dtype=np.int32)
             yield self._read(np.where(ids < total, ids, -1)[self._slice])
 
     def _read(self, ids: np.ndarray) -> Any:

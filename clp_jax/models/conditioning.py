@@ -276,3 +276,17 @@ def stack_experts(experts: Sequence[Params]) -> Params:
         experts: parameter trees of one shape, the k-th trained for objective k alone.
     """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *experts)
+
+
+def check_alpha(conditioning: object, alpha: float) -> None:
+    """Checks a KL weight that a user asks of a policy.
+
+    Raises:
+        ValueError: when the policy is conditioned on the KL weight and was trained for larger ones only.
+    """
+    smallest = conditioning.alpha_min if isinstance(conditioning, ParameterConditioning) else None
+    if smallest is not None and alpha < smallest:
+        raise ValueError(
+            f"alpha is {alpha:g}: this policy is conditioned on KL weights from alpha_min={smallest:g} to 1; below, its "
+            "components would be extrapolated."
+        )

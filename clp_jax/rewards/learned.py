@@ -1,6 +1,7 @@
 """A trained scorer as a reward."""
 
 import functools
+import hashlib
 from typing import Any
 
 import jax
@@ -26,7 +27,6 @@ class LearnedReward:
         vocabulary_fingerprint: of the vocabulary it was trained with.
         bound: the largest reward.
         document_length: tokens of a document it was trained with; longer ones are cut.
-        source: the run directory it came from, so that a checkpoint can name it; None when there is none.
     """
 
     def __init__(
@@ -38,7 +38,6 @@ class LearnedReward:
         *,
         bound: float = 4.0,
         document_length: int | None = None,
-        source: str | None = None,
     ):
         if bound <= 0:
             raise ValueError(f"LearnedReward {name!r}: bound is {bound}, expected a positive number.")
@@ -48,12 +47,19 @@ class LearnedReward:
         self.vocabulary_fingerprint = vocabulary_fingerprint
         self.bound = bound
         self.document_length = document_length
-        self.source = source
 
     @property
     def names(self) -> tuple[str, ...]:
         """The objective's name."""
         return (self._name,)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells it from other models of its name."""
+        digest = hashlib.sha256(f"{self._name} {self.bound} {self.document_length}".encode())
+        for leaf in jax.tree.leaves(self._params):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
     @functools.cached_property
     def _score(self) -> Any:

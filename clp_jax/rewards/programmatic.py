@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Callable, Sequence
 
@@ -155,6 +156,15 @@ class FunctionReward:
     def names(self) -> tuple[str, ...]:
         """The objective's name."""
         return (self.name,)
+
+    @property
+    def fingerprint(self) -> str:
+        """The name and the function's source, where it can be read."""
+        try:
+            source = inspect.getsource(self.function)
+        except (OSError, TypeError):
+            source = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return f"{self.name}\n{source}"
 
     def __call__(self, inputs: RewardInputs) -> Float[np.ndarray, "R 1"]:
         """See `RewardFunction`.

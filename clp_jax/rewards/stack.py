@@ -1,7 +1,7 @@
 """Several rewards as one vector, checked and standardised, computed beside the device's work."""
 
 import collections
-import difflib
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -83,14 +83,9 @@ def objective_names(functions: Sequence[RewardFunction]) -> tuple[str, ...]:
     return names
 
 
-def check_known(name: str, known: Sequence[str]) -> int:
-    """The place of an objective among those of a run.
+def fingerprint(reward: RewardFunction) -> str:
+    """What tells a reward function from another of the same name: its settings, and its code or its parameters.
 
-    Raises:
-        ValueError: for an unknown name, with the nearest.
+    A reward may say it itself with an attribute ``fingerprint``; otherwise it is what its `repr` shows.
     """
-    if name in known:
-        return list(known).index(name)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"unknown reward {name!r}{hint}: the run has {', '.join(known)}.")
+    return hashlib.sha256(str(getattr(reward, "fingerprint", None) or repr(reward)).encode()).hexdigest()[:16]

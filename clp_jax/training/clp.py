@@ -13,16 +13,24 @@ import jax
 import numpy as np
 
 from clp_jax.array_types import Params, PRNGKeyArray
+from clp_jax.data.manifest import Manifest
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
-from clp_jax.models.conditioning import Conditioning, ParameterConditioning, PromptConditioning, Unconditioned
+from clp_jax.models.conditioning import (
+    Conditioning,
+    ParameterConditioning,
+    PromptConditioning,
+    Unconditioned,
+    check_alpha,
+)
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
+from clp_jax.preferences import AlphaRange
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.protocol import RewardFunction
-from clp_jax.rewards.stack import RewardStack, objective_names
+from clp_jax.rewards.stack import RewardStack, fingerprint, objective_names
 from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
@@ -99,6 +107,9 @@ class ConditionalPolicy:
             raise ValueError(
                 f"{self.initial_checkpoint} is a run of stage {description.get('stage')!r}: expected a supervised policy."
             )
+        alpha = getattr(self.preferences, "alpha", None)
+        if alpha is not None:
+            check_alpha(self.conditioning, alpha.low if isinstance(alpha, AlphaRange) else alpha)
         policy = Policy(from_json(description["model"]))
         vocabulary = Vocabulary.load(self.data_dir)
         _check_vocabulary(self, vocabulary, description)
@@ -118,6 +129,8 @@ class ConditionalPolicy:
             "model": description["model"],
             "conditioning": to_json(conditioning),
             "rewards": list(names),
+            "reward_fingerprints": [fingerprint(reward) for reward in self.rewards],
+            "prompt_length": Manifest.load(self.data_dir).lengths["inputs"],
             "max_length": self.max_length,
             "vocabulary": vocabulary.fingerprint,
         }

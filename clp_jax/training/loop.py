@@ -139,7 +139,7 @@ class TrainLoop:
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
             raise NonFiniteLossError(self._non_finite(step, loss, jax.device_get(metrics)))
-        self._progress.update(step, loss)
+        self._progress.update(step, f"loss {loss:.4g}")
         if not evaluation and not self._cadence.due(step, self._cadence.log_every):
             return {}
         values = {name: float(value) for name, value in jax.device_get(metrics).items()} | source_metrics

@@ -33,6 +33,8 @@ class LoadedPolicy:
         statistics: of the rewards; None for a supervised run.
         vocabulary: its own.
         max_length: tokens of a completion in training; None for a supervised run.
+        prompt_length: tokens of a prompt in training.
+        reward_fingerprints: of the rewards it was trained with.
     """
 
     run_dir: Path
@@ -45,6 +47,8 @@ class LoadedPolicy:
     statistics: RewardStatistics | None
     vocabulary: Vocabulary
     max_length: int | None
+    prompt_length: int
+    reward_fingerprints: tuple[str, ...] = ()
 
     def steerable(self) -> ConditionedPolicy:
         """The policy, ready to generate at any preference."""
@@ -68,7 +72,8 @@ def load_policy(path: str | Path) -> LoadedPolicy:
     if vocabulary.fingerprint != description["vocabulary"]:
         raise CheckpointError(f"the vocabulary in {run_dir} is not the one the policy was trained with.")
     if stage == "supervised":
-        return LoadedPolicy(run_dir, step, policy, params, params, Unconditioned(), (), None, vocabulary, None)
+        length = description["prompt_length"]
+        return LoadedPolicy(run_dir, step, policy, params, params, Unconditioned(), (), None, vocabulary, None, length)
     reference, _, _ = load_params(run_dir / REFERENCE_DIRECTORY, expected=policy.abstract())
     return LoadedPolicy(
         run_dir=run_dir,
@@ -81,6 +86,8 @@ def load_policy(path: str | Path) -> LoadedPolicy:
         statistics=RewardStatistics.load(run_dir),
         vocabulary=vocabulary,
         max_length=description["max_length"],
+        prompt_length=description["prompt_length"],
+        reward_fingerprints=tuple(description["reward_fingerprints"]),
     )
 
 

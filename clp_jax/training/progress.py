@@ -15,6 +15,7 @@ class Progress:
         num_steps: of the whole run.
         start: steps made before.
         tokens_per_step: for tokens per second.
+        unit: what a step is called.
         stream: standard error by default, so that results can be piped.
         line_every: seconds between lines where `stream` is not a terminal.
         clock: seconds; replaced in tests.
@@ -27,6 +28,7 @@ class Progress:
         start: int,
         tokens_per_step: int,
         *,
+        unit: str = "steps",
         stream: Any | None = None,
         line_every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -36,6 +38,7 @@ class Progress:
         self._start = start
         self._tokens_per_step = tokens_per_step
         self._stream = sys.stderr if stream is None else stream
+        self._unit = unit
         self._line_every = line_every
         self._clock = clock
         self._rate = _Rate(start, clock())
@@ -57,12 +60,11 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def update(self, step: int, loss: float) -> None:
-        """Shows that `step` steps are done, the last with this loss."""
+    def update(self, step: int, status: str) -> None:
+        """Shows that `step` steps are done, and a word on the last, such as its loss."""
         rate = self._rate.update(step, self._clock())
-        speed = "" if rate is None else f"{rate:.3g} steps/s  {_short(rate * self._tokens_per_step)} tokens/s"
+        speed = "" if rate is None else f"{rate:.3g} {self._unit}/s  {_short(rate * self._tokens_per_step)} tokens/s"
         left = "" if rate is None else f"{_duration((self._num_steps - step) / rate)} left"
-        status = f"loss {loss:.4g}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, speed=speed, left=left, status=status)
             return

@@ -236,7 +236,6 @@ def load_learned_reward(checkpoint: str, *, name: str | None = None, bound: floa
         description["vocabulary"],
         bound=bound,
         document_length=description["document_length"],
-        source=str(Path(checkpoint).expanduser().absolute()),
     )
 
 

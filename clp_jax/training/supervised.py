@@ -63,8 +63,13 @@ class Supervised:
         policy = Policy(self.model)
         loss_fn = SupervisedLoss(policy, self.z_loss)
         data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=sequence_batch, seed=seed)
-        own = {"stage": "supervised", "model": to_json(self.model), "vocabulary": vocabulary.fingerprint}
         lengths = data.manifest.lengths
+        own = {
+            "stage": "supervised",
+            "model": to_json(self.model),
+            "vocabulary": vocabulary.fingerprint,
+            "prompt_length": lengths["inputs"],
+        }
         return StageSetup(
             params=self._initial(policy, seed),
             loss_fn=loss_fn,

@@ -9,7 +9,7 @@ import pytest
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, FunctionReward
 from clp_jax.rewards.protocol import RewardInputs
-from clp_jax.rewards.stack import RewardStack, check_known, objective_names
+from clp_jax.rewards.stack import RewardStack, fingerprint, objective_names
 
 TOKENS = np.zeros((3, 2), np.int32)
 INPUTS = RewardInputs(["p"] * 3, ["a", "b c", "d e f"], ["r"] * 3, TOKENS, TOKENS)
@@ -76,16 +76,6 @@ def test_names_are_there_and_differ():
     assert objective_names([Given(("a", "b"), None), constant("c", 1)]) == ("a", "b", "c")
 
 
-def test_an_unknown_name_comes_with_the_nearest():
-    known = ("rouge_l", "brevity", "faithfulness")
-    assert [check_known(name, known) for name in known] == [0, 1, 2]
-    expected = "unknown reward 'brevty' (did you mean 'brevity'?): the run has rouge_l, brevity, faithfulness."
-    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
-        check_known("brevty", known)
-    with pytest.raises(ValueError, match="unknown reward 'zzz': the run has rouge_l"):
-        check_known("zzz", known)
-
-
 def test_rewards_are_computed_in_the_background_one_batch_at_a_time():
     release, threads = threading.Event(), []
 
@@ -107,3 +97,16 @@ def test_a_mistake_in_the_background_is_raised_where_the_result_is_asked_for():
     future = RewardStack([constant("broken", 1, 2)]).submit(INPUTS)
     with pytest.raises(ValueError, match="reward 'broken': its function gave list"):
         future.result()
+
+
+def test_a_fingerprint_tells_settings_and_code_apart():
+    def short(prompts, completions, references):
+        return [1.0 / (1 + len(text)) for text in completions]
+
+    def long(prompts, completions, references):
+        return [float(len(text)) for text in completions]
+
+    known = [Brevity(), Brevity(limit=9), FunctionReward("f", short), FunctionReward("f", long)]
+    assert len({fingerprint(reward) for reward in known}) == 4
+    assert fingerprint(Brevity(limit=9)) == fingerprint(known[1])
+    assert fingerprint(FunctionReward("f", short)) == fingerprint(known[2])

@@ -66,9 +66,9 @@ def test_the_loss_trains_the_baseline_and_nothing_else():
         return estimate(estimator, params, hidden, returns)[1]
 
     grads, to_policy, to_returns = jax.grad(loss, argnums=(0, 1, 2))(params, HIDDEN, RETURNS)
-    expected = jax.grad(lambda p: ROWS * jnp.sum(jnp.square(values_by_hand(p, 10.0) - RETURNS) * MASK) / MASK.sum())(
-        params
-    )
+    expected = jax.grad(
+        lambda p: jnp.sum(jnp.square(values_by_hand(p, 10.0) - RETURNS) * MASK / MASK.sum(-1, keepdims=True))
+    )(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grads, expected)
     assert not np.any(to_policy) and not np.any(to_returns)
 

@@ -20,7 +20,7 @@ def run(stream, *, seconds_per_step=2.0, pause_at=None, **kwargs):
     with Progress("toy", 20, 0, 500, stream=stream, clock=clock, **kwargs) as progress:
         for step in range(1, 21):
             clock.now += 100.0 if step == 1 else seconds_per_step  # The first compiles.
-            progress.update(step, 1.0 / step)
+            progress.update(step, f"loss {1.0 / step:.4g}")
             if step == pause_at:
                 with progress.activity("evaluating"):
                     clock.now += 1000.0
