@@ -16,6 +16,7 @@ from clp_jax.evaluation.sweep import FILE_NAME, Samples, Sweep, summarise
 from clp_jax.evaluation.tables import print_table
 from clp_jax.models.conditioning import check_alpha
 from clp_jax.preferences import Preference, simplex_lattice, validate_weights
+from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.protocol import RewardFunction
 from clp_jax.rewards.stack import RewardStack, fingerprint, objective_names
 from clp_jax.sampling.generate import SamplingConfig
@@ -83,20 +84,9 @@ def evaluate(
     if num_prompts < 1 or batch_size < 1:
         raise ValueError(f"evaluate: num_prompts={num_prompts}, batch_size={batch_size}: expected at least 1.")
     loaded, steerable = _load(method, paths, alpha_min, weights)
-    names = objective_names(rewards)
-    if loaded.statistics is None or names != loaded.objectives:
-        raise ValueError(
-            f"{paths[0]} was trained for {', '.join(loaded.objectives) or 'no rewards (it is supervised)'}; "
-            f"the rewards given are {', '.join(names)}: give the run's, in its order."
-        )
-    prints = tuple(fingerprint(reward) for reward in rewards)
-    for objective, own, given in zip(loaded.objectives, loaded.reward_fingerprints, prints, strict=True):
-        if own != given:
-            raise ValueError(
-                f"{paths[0]} was trained with another reward {objective!r} than the one given (other settings, code or "
-                "reward model of the same name): give the run's."
-            )
+    statistics = _check_rewards(paths[0], loaded, rewards)
     check_alpha(loaded.conditioning, alpha)
+    names = loaded.objectives
     if resolution is None:
         resolution = 10 if len(names) == 2 else 4
     grid = simplex_lattice(len(names), resolution) if weights is None else weights
@@ -104,10 +94,9 @@ def evaluate(
     data = DataSource(data_dir, split, batch_size=min(batch_size, num_prompts), converter=prompt_batch)
     config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
     settings = {
-        "checkpoints": [str(Path(path).expanduser().absolute()) for path in paths],
-        "steps": [int(find_checkpoint(path).name) for path in paths],
+        "checkpoints": [str(find_checkpoint(path)) for path in paths],
         "name": name,
-        "rewards": list(prints),
+        "rewards": [fingerprint(reward) for reward in rewards],
         "data": data.manifest.fingerprint,
         "method": method,
         "alpha": [alpha, alpha_min],
@@ -119,7 +108,7 @@ def evaluate(
     target = Path(output) if output else loaded.run_dir / FILE_NAME
     sweep = _earlier(target, settings)
     if sweep is None:
-        worker = _Worker(loaded, steerable, RewardStack(rewards, loaded.statistics), data, num_prompts, config, seed)
+        worker = _Worker(loaded, steerable, RewardStack(rewards, statistics), data, num_prompts, config, seed)
         samples = []
         with Progress("evaluating", len(preferences), 0, worker.tokens_per_preference, unit="weights") as progress:
             for done, preference in enumerate(preferences, start=1):
@@ -129,8 +118,8 @@ def evaluate(
             method=name or loaded.run_dir.name,
             objectives=names,
             alpha=alpha,
-            reference_mean=loaded.statistics.mean,
-            reference_std=loaded.statistics.std,
+            reference_mean=statistics.mean,
+            reference_std=statistics.std,
             samples=samples,
             prompts=worker.prompts[:_EXAMPLES],
             references=worker.references[:_EXAMPLES],
@@ -142,6 +131,23 @@ def evaluate(
     print_table(sweep, Console())
     print(f"results: {target}", file=sys.stderr)
     return sweep
+
+
+def _check_rewards(path: str, loaded: LoadedPolicy, rewards: Sequence[RewardFunction]) -> RewardStatistics:
+    """The statistics of a run, if these are its rewards."""
+    names = objective_names(rewards)
+    if loaded.statistics is None or names != loaded.objectives:
+        raise ValueError(
+            f"{path} was trained for {', '.join(loaded.objectives) or 'no rewards (it is supervised)'}; "
+            f"the rewards given are {', '.join(names)}: give the run's, in its order."
+        )
+    for reward, own in zip(rewards, loaded.reward_fingerprints, strict=True):
+        if fingerprint(reward) != own:
+            raise ValueError(
+                f"{path} was trained with another reward {reward.names[0]!r} than the one given (other settings, code or "
+                "reward model of the same name): give the run's."
+            )
+    return loaded.statistics
 
 
 def _load(

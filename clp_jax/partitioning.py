@@ -27,8 +27,6 @@ LOGICAL_AXES: Mapping[str, str] = {
     "embed": "model dimension of a parameter",
     "heads": "query heads times head size",
     "kv_heads": "key/value heads times head size",
-    "qkv": "the fused query, key and value projections",
-    "gate": "the fused gate and up projections",
     "head_dim": "head size",
     "mlp": "feed-forward dimension",
     "buckets": "relative position buckets",
@@ -163,6 +161,17 @@ def constrain(x: Array, *axes: str | None) -> Array:
         return x
     mesh, rules = active
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(axes)))
+
+
+def is_sharded(axis: str) -> bool:
+    """Whether the active rules shard a logical axis.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _check_name(axis)
+    active = _active.get()
+    return active is not None and active[1].spec((axis,))[0] is not None
 
 
 def named_sharding(axes: Sequence[str | None], mesh: Mesh, rules: Rules) -> NamedSharding:

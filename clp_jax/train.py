@@ -89,9 +89,7 @@ def train(
         stack.enter_context(directory.lock())
         done = directory.latest_step() or 0
         if done >= num_steps and directory.description() is not None:
-            _say(
-                f"{directory.path} is complete: {done} of {num_steps} steps. Nothing to do; raise num_steps to train on."
-            )
+            _say(f"{directory.path} is complete: {done} steps of {num_steps}. To train on, raise num_steps.")
             return _result(directory, done)
         stop = stack.enter_context(StopSignal())
         setup = stage.setup(directory.path, seed)
@@ -136,10 +134,14 @@ def train(
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
         raise SystemExit(128 + stop.received)
     result = _result(directory, step)
-    found = {name.split("/", 1)[1]: value for name, value in result.metrics.items() if name.startswith("evaluation/")}
-    if found:
-        _say(f"{name}: held out: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+    _say_held_out(name, result.metrics)
     return result
+
+
+def _say_held_out(name: str, metrics: dict[str, Any]) -> None:
+    found = [f"{key.split('/', 1)[1]} {value:.3f}" for key, value in metrics.items() if key.startswith("evaluation/")]
+    if found:
+        _say(f"{name}: held out: {', '.join(found)}")
 
 
 def _describe(directory: RunDirectory, setup: StageSetup) -> dict[str, Any]:

@@ -46,6 +46,15 @@ def test_make_mesh_sizes():
         partitioning.make_mesh(tenser=2)
 
 
+def test_an_axis_is_sharded_by_the_active_rules_alone():
+    assert not partitioning.is_sharded("batch")
+    with partitioning.use_mesh(partitioning.make_mesh(), partitioning.Rules()):
+        assert partitioning.is_sharded("batch")
+        assert not partitioning.is_sharded("length")
+    with pytest.raises(ValueError, match="did you mean 'length'"):
+        partitioning.is_sharded("lenght")
+
+
 def test_constrain_acts_under_a_mesh():
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     with partitioning.use_mesh(mesh, partitioning.Rules()):

@@ -57,10 +57,10 @@ class Toy:
         source = Noise(seed, self.consumed)
         plain = source.next
 
-        def next_with_hook(state):
+        def next_with_hook(state, frozen):
             if self.hook is not None:
                 self.hook(source.examples // 4, run_dir)
-            return plain(state)
+            return plain(state, frozen)
 
         source.next = next_with_hook
 
@@ -196,7 +196,7 @@ def test_a_complete_run_returns_at_once_and_may_be_extended(tmp_path, capsys):
 
     result = run(tmp_path, 4, Toy(hook=fail), config_text="train.num_steps = 4\nwidth = 3\n")
     assert result.step == 4 and result.metrics["step"] == 4
-    assert "is complete: 4 of 4 steps" in capsys.readouterr().err
+    assert "is complete: 4 steps of 4" in capsys.readouterr().err
     with pytest.raises(RunDirectoryError, match="width: 3 -> 5"):
         run(tmp_path, 4, config_text="train.num_steps = 4\nwidth = 5\n")
     assert run(tmp_path, 6, config_text="train.num_steps = 6\nwidth = 3\n").step == 6

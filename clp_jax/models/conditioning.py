@@ -23,7 +23,7 @@ from clp_jax.preferences import Preference, kl_mixing_weight
 
 Path: TypeAlias = tuple[str, ...]
 
-_ATTENTION_PROJECTIONS = frozenset({"query", "key", "value", "out", "qkv", "kv", "key_value"})
+_ATTENTION_PROJECTIONS = frozenset({"query", "key", "value", "out"})
 
 
 @runtime_checkable

@@ -39,7 +39,7 @@ class T5Config:
         dtype: of activations, ``"float32"`` or ``"bfloat16"``; softmax, norms and logits are float32 always.
         param_dtype: of parameters.
         remat: what the backward pass recomputes: ``"none"``, ``"minimal"`` (keeps matrix products) or ``"full"``.
-        scan_unroll: layers in one iteration of the loop over layers.
+        scan_unroll: layers in one iteration of the loop over layers; None unrolls stacks of up to 4 altogether.
     """
 
     vocab_size: int
@@ -59,12 +59,12 @@ class T5Config:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
-    scan_unroll: int = 1
+    scan_unroll: int | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "embed_dim", "mlp_dim", "num_heads", "head_dim", "num_encoder_layers")
         for name in (*sizes, "num_decoder_layers", "max_distance", "scan_unroll"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"T5Config.{name} is {getattr(self, name)}: expected at least 1.")
         if self.num_buckets < 4 or self.num_buckets % 2:
             raise ValueError(f"T5Config.num_buckets is {self.num_buckets}: expected an even number, at least 4.")

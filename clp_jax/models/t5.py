@@ -8,7 +8,7 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
 from clp_jax.models.config import T5Config
-from clp_jax.nn.attention import Attention, segment_mask
+from clp_jax.nn.attention import Attention, segment_mask, swap_heads
 from clp_jax.nn.embeddings import Embedding
 from clp_jax.nn.kv_cache import Cache
 from clp_jax.nn.linear import Linear, dropout
@@ -108,8 +108,14 @@ class DecoderLayer(nnx.Module):
         q, k, v = self.self_attention.project_qkv(self.self_attention_norm(x))
         y = self.self_attention.attend(q, k, v, mask=mask, bias=bias, dropout_key=_fold(key, 0))
         x = x + dropout(y, self.dropout_rate, key, salt=1)
-        cross_kv = self.cross_attention.project_kv(encoded)
-        return self._after_self_attention(x, cross_kv, cross_mask, _fold(key, 4))
+        return self._after_self_attention(x, self.project_cross_kv(encoded), cross_mask, _fold(key, 4))
+
+    def project_cross_kv(
+        self, encoded: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B N S H"], Float[Array, "B N S H"]]:
+        """Keys and values of the encoded prompts, heads first, as a cache keeps them."""
+        key, value = self.cross_attention.project_kv(encoded)
+        return swap_heads(key), swap_heads(value)
 
     def decode_step(
         self,
@@ -122,16 +128,17 @@ class DecoderLayer(nnx.Module):
         cross_mask: Array,
         bias: Float[Array, "N 1 T"],
     ) -> tuple[Float[Array, "R 1 D"], tuple[Array, Array]]:
-        """One layer for one new token; writes its key and value at ``[layer, :, index]`` of the stack's cache."""
+        """One layer for one new token; writes its key and value at ``[layer, :, :, index]`` of the stack's cache."""
         q, k, v = self.self_attention.project_qkv(self.self_attention_norm(x))
         zero = jnp.zeros_like(index)
-        start = (layer, zero, index, zero, zero)
+        start = (layer, zero, zero, index, zero)
         keys, values = (
-            jax.lax.dynamic_update_slice(old, new[None], start) for old, new in zip(cached, (k, v), strict=True)
+            jax.lax.dynamic_update_slice(old, swap_heads(new)[None], start)
+            for old, new in zip(cached, (k, v), strict=True)
         )
         cached = keys, values
         k, v = (jax.lax.dynamic_index_in_dim(old, layer, keepdims=False) for old in cached)
-        x = x + self.self_attention.attend(q, k, v, mask=mask, bias=bias)
+        x = x + self.self_attention.attend_cached(q, k, v, mask=mask, bias=bias)
         return self._after_self_attention(x, cross_kv, cross_mask, None), cached
 
     def _after_self_attention(self, x: Array, cross_kv: tuple[Array, Array], cross_mask: Array, key) -> Array:
@@ -139,7 +146,7 @@ class DecoderLayer(nnx.Module):
         y = self.cross_attention.project_q(self.cross_attention_norm(x))
         rows, length = y.shape[:2]
         y = y.reshape(cross_kv[0].shape[0], -1, *y.shape[2:])
-        y = self.cross_attention.attend(y, *cross_kv, mask=cross_mask, dropout_key=_fold(key, 0))
+        y = self.cross_attention.attend_cached(y, *cross_kv, mask=cross_mask, dropout_key=_fold(key, 0))
         x = x + dropout(y.reshape(rows, length, -1), self.dropout_rate, key, salt=1)
         y = self.mlp(self.mlp_norm(x), _fold(key, 2))
         return constrain(x + dropout(y, self.dropout_rate, key, salt=3), "batch", "length", "act_embed")
@@ -215,10 +222,13 @@ class Decoder(nnx.Module):
         """Computes every layer's cross-attention keys and values, and makes room for the tokens to come."""
         config = self.config
         _, (cross_keys, cross_values) = scan_layers(
-            self.layers, lambda layer, carry, _: (carry, layer.cross_attention.project_kv(encoded)), None
+            self.layers,
+            lambda layer, carry, _: (carry, layer.project_cross_kv(encoded)),
+            None,
+            unroll=config.scan_unroll,
         )
         rows = encoded.shape[0] * num_samples
-        shape = (config.num_decoder_layers, rows, max_length, config.num_heads, config.head_dim)
+        shape = (config.num_decoder_layers, rows, config.num_heads, max_length, config.head_dim)
         return Cache(
             keys=jnp.zeros(shape, encoded.dtype),
             values=jnp.zeros(shape, encoded.dtype),
@@ -231,7 +241,7 @@ class Decoder(nnx.Module):
     def decode_step(self, x: Float[Array, "R 1 D"], cache: Cache) -> tuple[Float[Array, "R D"], Cache]:
         """The state of one more embedded token of every row."""
         config = self.config
-        positions = jnp.arange(cache.keys.shape[2])
+        positions = jnp.arange(cache.keys.shape[3])
         bias = self.relpos_bias(cache.index[None], positions)
         mask = jnp.broadcast_to((positions <= cache.index)[None, None], (x.shape[0], 1, positions.shape[0]))
         prompts, length = cache.encoder_segments.shape

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
-from clp_jax.nn.linear import Linear, dropout, fused_projection
+from clp_jax.nn.linear import Linear, dropout
 from clp_jax.partitioning import constrain
 
 # Finite, so that a row with nothing to attend to averages its keys instead of giving NaN.
@@ -38,13 +38,54 @@ def dot_product_attention(
         dropout_rate: of the attention weights.
         dropout_key: None turns dropout off.
     """
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key).astype(jnp.float32)
+    key, value = swap_heads(key), swap_heads(value)
+    return attention_by_head(
+        query, key, value, mask=mask, bias=bias, dropout_rate=dropout_rate, dropout_key=dropout_key
+    )
+
+
+def attention_by_head(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B N S H"],
+    value: Float[Array, "B N S H"],
+    *,
+    mask: Bool[Array, "B T S"],
+    bias: Float[Array, "N T S"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "B T N H"]:
+    """`dot_product_attention` with keys and values that lead with heads (`swap_heads`), as a cache keeps them.
+
+    With the heads in front, both products are plain batched ones. Compilers for TPUs choose layouts for themselves; for
+    CPUs, products with heads between positions and features cost copies at every use.
+    """
+    logits = (swap_heads(query) @ jnp.swapaxes(key, -1, -2)).astype(jnp.float32)
     if bias is not None:
-        logits = logits + bias[None]
+        logits = _add_bias(logits, bias)
     logits = jnp.where(mask[:, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     weights = dropout(weights, dropout_rate, dropout_key, salt=0)
-    return jnp.einsum("bnts,bsnh->btnh", weights, value)
+    return swap_heads(weights @ value)
+
+
+def swap_heads(x: Float[Array, "B X Y H"]) -> Float[Array, "B Y X H"]:
+    """Puts the heads before the positions, or back behind them."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+@jax.custom_vjp
+def _add_bias(logits: Float[Array, "B N T S"], bias: Float[Array, "N T S"]) -> Float[Array, "B N T S"]:
+    return logits + bias[None]
+
+
+def _add_bias_backward(_: None, gradient: Float[Array, "B N T S"]) -> tuple[Array, Array]:
+    # The sum over examples, as a product: XLA's sum over a leading axis takes a CPU as long as all of attention.
+    ones = jnp.ones((1, gradient.shape[0]), gradient.dtype)
+    total = jnp.matmul(ones, gradient.reshape(gradient.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
+    return gradient, total.reshape(gradient.shape[1:])
+
+
+_add_bias.defvjp(lambda logits, bias: (_add_bias(logits, bias), None), _add_bias_backward)
 
 
 class Attention(nnx.Module):
@@ -74,15 +115,13 @@ class Attention(nnx.Module):
 
     def project_kv(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
         """Keys and values."""
-        key, value = fused_projection(x, (self.key, self.value))
-        return self._heads(key), self._heads(value)
+        return self._heads(self.key(x)), self._heads(self.value(x))
 
     def project_qkv(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N H"]]:
-        """Queries, keys and values of self-attention, in one matrix product."""
-        query, key, value = fused_projection(x, (self.query, self.key, self.value))
-        return self._heads(query), self._heads(key), self._heads(value)
+        """Queries, keys and values of self-attention."""
+        return (self.project_q(x), *self.project_kv(x))
 
     def attend(
         self,
@@ -95,7 +134,21 @@ class Attention(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         """Attention and the output projection."""
-        context = dot_product_attention(
+        key, value = swap_heads(key), swap_heads(value)
+        return self.attend_cached(query, key, value, mask=mask, bias=bias, dropout_key=dropout_key)
+
+    def attend_cached(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B N S H"],
+        value: Float[Array, "B N S H"],
+        *,
+        mask: Bool[Array, "B T S"],
+        bias: Float[Array, "N T S"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """`attend` to keys and values as a `Cache` keeps them, heads first."""
+        context = attention_by_head(
             query, key, value, mask=mask, bias=bias, dropout_rate=self.dropout_rate, dropout_key=dropout_key
         )
         return self.out(context.reshape(*context.shape[:2], -1))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int
-from clp_jax.nn.linear import normal_parameter
+from clp_jax.nn.linear import flat_product, normal_parameter
 
 
 class Embedding(nnx.Module):
@@ -27,4 +27,4 @@ class Embedding(nnx.Module):
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """The tied head: T5 scales states by ``D**-0.5`` before it; float32."""
         x = x.astype(jnp.float32) * (x.shape[-1] ** -0.5)
-        return x @ self.embedding[...].astype(jnp.float32).T
+        return flat_product(x, self.embedding[...].astype(jnp.float32).T)

@@ -15,17 +15,17 @@ class Cache:
     Policies that decode together have one cache, whose arrays lead with the policies.
 
     Attributes:
-        keys: ``[L, R, T, N, H]`` of the tokens decoded so far.
-        values: ``[L, R, T, N, H]``.
-        cross_keys: ``[L, B, S, N, H]`` of the encoded prompt, shared by its samples.
-        cross_values: ``[L, B, S, N, H]``.
+        keys: ``[L, R, N, T, H]`` of the tokens decoded so far.
+        values: ``[L, R, N, T, H]``.
+        cross_keys: ``[L, B, N, S, H]`` of the encoded prompt, shared by its samples.
+        cross_values: ``[L, B, N, S, H]``.
         encoder_segments: ``int32[B, S]``, 0 on padding.
         index: ``int32[]``, the number of tokens decoded.
     """
 
-    keys: Float[Array, "*M L R T N H"]
-    values: Float[Array, "*M L R T N H"]
-    cross_keys: Float[Array, "*M L B S N H"]
-    cross_values: Float[Array, "*M L B S N H"]
+    keys: Float[Array, "*M L R N T H"]
+    values: Float[Array, "*M L R N T H"]
+    cross_keys: Float[Array, "*M L B N S H"]
+    cross_values: Float[Array, "*M L B N S H"]
     encoder_segments: Int[Array, "*M B S"]
     index: Int[Array, "*M"]

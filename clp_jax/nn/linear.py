@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clp_jax.array_types import Array, Float, PRNGKeyArray
+from clp_jax.partitioning import is_sharded
 
 
 def parameter(value: Array, axes: Sequence[str | None]) -> nnx.Param:
@@ -41,25 +42,18 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """Projects the last dimension."""
-        return x @ self.kernel[...].astype(x.dtype)
+        return flat_product(x, self.kernel[...].astype(x.dtype))
 
 
-def fused_projection(x: Float[Array, "*batch I"], layers: Sequence[Linear]) -> list[Float[Array, "*batch O"]]:
-    """Applies several layers of one shape to one input as a single matrix product.
+def flat_product(x: Float[Array, "*batch I"], kernel: Float[Array, "I O"]) -> Float[Array, "*batch O"]:
+    """``x W`` as a product of two matrices.
 
-    The kernels are stored apart, as checkpoints of other frameworks have them, and stacked on a new axis, which leaves
-    their sharding alone; concatenating would not.
-
-    Args:
-        x: the input.
-        layers: at least one.
-
-    Returns:
-        What each layer gives.
+    The kernel's gradient then sums over one dimension; over several, XLA copies the operands on a CPU first. Positions
+    that are sharded stay a dimension of their own: merged with the batch, they would have to be gathered.
     """
-    kernel = jnp.stack([layer.kernel[...].astype(x.dtype) for layer in layers], axis=1)
-    out = jnp.einsum("...i,ico->...co", x, kernel)
-    return [out[..., c, :] for c in range(len(layers))]
+    if is_sharded("length"):
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None, salt: int = 0) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clp_jax.array_types import Array, Float, PRNGKeyArray
-from clp_jax.nn.linear import Linear, dropout, fused_projection
+from clp_jax.nn.linear import Linear, dropout
 from clp_jax.partitioning import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -45,10 +45,6 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], dropout_key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Applies the block to every position."""
         act = ACTIVATIONS[self.activation]
-        if self.gated:
-            gate, up = fused_projection(x, (self.wi_0, self.wi_1))
-            hidden = act(gate) * up
-        else:
-            hidden = act(self.wi(x))
+        hidden = act(self.wi_0(x)) * self.wi_1(x) if self.gated else act(self.wi(x))
         hidden = constrain(hidden, "batch", "length", "act_mlp")
         return self.wo(dropout(hidden, self.dropout_rate, dropout_key, salt=2))

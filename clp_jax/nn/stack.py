@@ -6,6 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+# Up to this many layers, a loop costs more to run, and even to compile, than its body repeated.
+SHALLOW = 4
+
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -38,7 +41,7 @@ def scan_layers(
     per_layer: Any = None,
     *,
     remat: str = "none",
-    unroll: int = 1,
+    unroll: int | None = None,
 ) -> tuple[Any, Any]:
     """Runs stacked layers one after another.
 
@@ -48,7 +51,7 @@ def scan_layers(
         carry: what the first layer gets.
         per_layer: a tree whose leaves lead with the layers.
         remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
-        unroll: layers in one iteration of the loop.
+        unroll: layers in one iteration of the loop; None unrolls shallow stacks (`SHALLOW`) altogether.
 
     Returns:
         The last carry, and the outputs stacked.
@@ -62,6 +65,9 @@ def scan_layers(
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    if unroll is None:
+        num_layers = jax.tree.leaves(state)[0].shape[0]
+        unroll = num_layers if num_layers <= SHALLOW else 1
     return jax.lax.scan(step, carry, (state, per_layer), unroll=unroll)
 
 

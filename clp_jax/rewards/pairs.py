@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clp_jax.array_types import Int
-
-PAD_ID, EOS_ID = 0, 1
+from clp_jax.data.vocabulary import EOS_ID, PAD_ID
 
 
 def derangement(count: int, rng: np.random.Generator) -> Int[np.ndarray, "B"]:

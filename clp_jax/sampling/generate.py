@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int, Key, PRNGKeyArray
+from clp_jax.data.vocabulary import EOS_ID, PAD_ID
 from clp_jax.objectives.log_probs import token_log_probs
 from clp_jax.objectives.masking import completion_mask
 from clp_jax.sampling.strategies import Greedy, Sampling
-
-PAD_ID = 0
-EOS_ID = 1
 
 
 @dataclasses.dataclass(frozen=True)

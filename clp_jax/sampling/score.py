@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
+from clp_jax.data.vocabulary import EOS_ID, PAD_ID
 from clp_jax.objectives.log_probs import token_log_probs
 from clp_jax.objectives.masking import completion_mask
-from clp_jax.sampling.generate import EOS_ID, PAD_ID
 
 
 @jax.tree_util.register_dataclass

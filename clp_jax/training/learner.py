@@ -30,7 +30,7 @@ class Learner:
         mesh: all devices, data-parallel, by default.
         rules: maps logical names to mesh axes.
         accumulation: micro-batches of a batch. Sums of losses and weights add up over them, so the gradient is that of
-            the whole batch to rounding.
+            the whole batch to rounding, unless the loss compares rows (centred advantages: rows of one micro-batch).
         ema_decay: None keeps no moving average.
 
     Raises:

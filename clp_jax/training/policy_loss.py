@@ -5,12 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray
+from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.objectives.advantages import return_to_go, scalarize
 from clp_jax.objectives.kl import per_token_kl
 from clp_jax.objectives.policy_gradient import reinforce_loss
-from clp_jax.sampling.generate import EOS_ID
 from clp_jax.sampling.rollouts import over_groups
 from clp_jax.sampling.score import Forced, teacher_force
 from clp_jax.training.estimators import AdvantageEstimator

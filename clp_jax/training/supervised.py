@@ -127,10 +127,10 @@ class SupervisedLoss:
     def sums(self, params: Params, batch: Batch, key: PRNGKeyArray | None) -> tuple[Array, Array, Metrics]:
         """Summed loss, number of target tokens, and summed metrics; `key` None turns dropout off."""
         logits = self.policy.bind(params)(
-            batch.inputs,
-            batch.decoder_inputs,
-            encoder_segments=batch.input_segments,
-            decoder_segments=batch.target_segments,
+            jnp.asarray(batch.inputs),
+            jnp.asarray(batch.decoder_inputs),
+            encoder_segments=jnp.asarray(batch.input_segments),
+            decoder_segments=jnp.asarray(batch.target_segments),
             dropout_key=key,
         )
         return token_cross_entropy(logits, jnp.asarray(batch.targets), jnp.asarray(batch.loss_weights), self.z_loss)

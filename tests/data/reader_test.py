@@ -12,6 +12,7 @@ from clp_jax.data import packing, records
 from clp_jax.data.batch import Batch, PromptBatch
 from clp_jax.data.manifest import Manifest, Shard, Split, file_digest
 from clp_jax.data.reader import DataSource, prompt_batch, sequence_batch
+from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
 
 LENGTHS = {"inputs": 6, "targets": 4}
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,9 @@ def write(directory: Path, shards: tuple[int, ...], packed: bool = False) -> Pat
         first += size
         written.append(Shard(path.name, size, path.stat().st_size, file_digest(path)))
     split = Split(examples=first, records=first, shards=tuple(written), statistics={})
-    Manifest("toy", LENGTHS, packed, 200, "v", {}, "f", {"train": split}).save(directory)
+    train_vocabulary(["the quick brown fox jumps over a lazy dog"], 30, directory / "vocabulary.model")
+    fingerprint = Vocabulary.load(directory).fingerprint
+    Manifest("toy", LENGTHS, packed, 200, fingerprint, {}, "f", {"train": split}).save(directory)
     return directory
 
 
@@ -241,3 +244,10 @@ print(batch.inputs.shape, sorted(set(sys.modules) & {{"tensorflow", "seqio", "te
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "(4, 6) ['grain']\n"
+
+
+def test_another_vocabulary_is_named(tmp_path):
+    directory = write(tmp_path, (4,))
+    train_vocabulary(["pack my box with five dozen jugs of liquid"], 29, directory / "vocabulary.model")
+    with pytest.raises(ValueError, match="is not the one the data was prepared with"):
+        DataSource(directory, "train", batch_size=2, converter=prompt_batch)

@@ -17,6 +17,7 @@ from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.serialization import to_json
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
+from clp_jax.rewards.stack import fingerprint
 from clp_jax.training.checkpoints import load_params, save_params
 
 
@@ -111,7 +112,13 @@ def make_run(home, name, components):
     path = home / name
     path.mkdir()
     save_params(path / "reference", params, description)
-    own = {"stage": "clp", "conditioning": to_json(conditioning), "rewards": ["brevity", "letters"], "max_length": 4}
+    own = {
+        "stage": "clp",
+        "conditioning": to_json(conditioning),
+        "rewards": ["brevity", "letters"],
+        "reward_fingerprints": [fingerprint(reward) for reward in REWARDS],
+        "max_length": 4,
+    }
     save_params(path / "checkpoints" / "3", {"policy": stacked, "baseline": {}}, description | own, step=3)
     (path / "vocabulary.model").write_bytes((home / "sft" / "vocabulary.model").read_bytes())
     RewardStatistics(("brevity", "letters"), (0.5, 2.0), (0.25, 1.5), 9).save(path)
@@ -174,6 +181,8 @@ def test_a_sweep_of_a_tiny_policy(home, capsys):
             "was trained for brevity, letters; the rewards given are brevity, letters, coverage",
         ),
         ({"rewards": REWARDS[::-1]}, "the rewards given are letters, brevity: give the run's, in its order"),
+        ({"rewards": (Brevity(limit=5), REWARDS[1])}, "trained with another reward 'brevity' than the one given"),
+        ({"alpha": 1.5}, "alpha"),
         ({"weights": [[0.2, 0.3, 0.5]]}, "3 numbers: expected 2, one per objective"),
         ({"weights": [[0.2, 0.3]]}, "sum to 0.5: expected 1"),
         ({"method": "soups"}, "unknown method 'soups'"),

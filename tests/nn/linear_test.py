@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clp_jax.nn.linear import Linear, dropout, fused_projection, normal_parameter, parameter
+from clp_jax.nn.linear import Linear, dropout, normal_parameter, parameter
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 4))
 
@@ -27,12 +27,6 @@ def test_linear_computes_in_the_type_of_its_input():
     narrow = X.astype(jnp.bfloat16)
     np.testing.assert_array_equal(layer(narrow), narrow @ layer.kernel[...].astype(jnp.bfloat16))
     assert layer(narrow).dtype == jnp.bfloat16
-
-
-def test_fused_projection_is_each_layer_on_its_own():
-    layers = [_linear(seed) for seed in range(3)]
-    for fused, layer in zip(fused_projection(X, layers), layers, strict=True):
-        np.testing.assert_allclose(fused, layer(X), rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_carry_one_name_for_each_dimension():

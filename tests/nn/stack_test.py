@@ -45,7 +45,7 @@ def test_the_stack_has_a_logical_axis():
     assert _stack().kernel.get_metadata("logical_axes") == ("layers", "embed", "mlp")
 
 
-@pytest.mark.parametrize("unroll", [1, 2, LAYERS])
+@pytest.mark.parametrize("unroll", [None, 1, 2, LAYERS])
 def test_scan_is_a_loop(unroll):
     carry, outputs = scan_layers(_stack(), _body, X, SHIFTS, unroll=unroll)
     x, expected = np.asarray(X, np.float64), []

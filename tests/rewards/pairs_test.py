@@ -5,7 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from clp_jax.rewards.pairs import CORRUPTIONS, EOS_ID, PAD_ID, Corrupter, content, derangement, finish, join
+from clp_jax.data.vocabulary import EOS_ID, PAD_ID
+from clp_jax.rewards.pairs import CORRUPTIONS, Corrupter, content, derangement, finish, join
 
 LENGTH = 16
 

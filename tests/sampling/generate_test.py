@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny_policies import PROMPTS, MarkovDecoder, tiny_config, varied_params
 
+from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.models.policy import Policy
-from clp_jax.sampling.generate import EOS_ID, CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
 from clp_jax.sampling.strategies import Greedy, Sampling
 

@@ -90,11 +90,11 @@ class Killed(Exception):
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, home, whole, monkeypatch):
     plain, steps = ExperienceSource.next, []
 
-    def killed_in_step_four(self, state):
+    def killed_in_step_four(self, state, frozen):
         if int(state.step) == 3 and len(steps) == 3:
             raise Killed
         steps.append(int(state.step))
-        return plain(self, state)
+        return plain(self, state, frozen)
 
     monkeypatch.setattr(ExperienceSource, "next", killed_in_step_four)
     with pytest.raises(Killed):

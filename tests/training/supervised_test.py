@@ -68,8 +68,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, data_dir, monkeypatch
     consumed = []
     plain = DataBatches.next
 
-    def recording(self, state):
-        batch, metrics = plain(self, state)
+    def recording(self, state, frozen):
+        batch, metrics = plain(self, state, frozen)
         consumed.extend(batch.example_ids.tolist())
         return batch, metrics
 
@@ -77,10 +77,10 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, data_dir, monkeypatch
     run(tmp_path / "whole", data_dir, 8)
     whole, consumed[:] = list(consumed), []
 
-    def killed(self, state):
+    def killed(self, state, frozen):
         if len(consumed) == 5 * 4:
             raise InterruptedError
-        return recording(self, state)
+        return recording(self, state, frozen)
 
     monkeypatch.setattr(DataBatches, "next", killed)
     with pytest.raises(InterruptedError):
