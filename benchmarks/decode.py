@@ -5,14 +5,16 @@
 Both generate the same number of tokens for the same prompts; an end of sequence stops neither.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from measure import SHAPES, mebibytes, medians, num_bytes, parse_arguments, peak_bytes, random_tokens, report, torch_t5
 
+from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.models.policy import Policy
-from clp_jax.sampling.generate import EOS_ID, CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
 from clp_jax.sampling.strategies import Greedy, Sampling
 
 BATCH_SIZE = 32
@@ -72,7 +74,7 @@ def main() -> None:
     key = jax.random.key(1)
     memory = {
         "parameters": num_bytes(params),
-        "cache": num_bytes(cache),
+        "cache": num_bytes([dataclasses.replace(stack, weights=None) for stack in cache.stacks]),
         "program, temporary": peak_bytes(runs["sampling"].lower(params, given["sampling"], key).compile()),
     }
     rows += [(name, mebibytes(count)) for name, count in memory.items()]
@@ -86,7 +88,7 @@ def main() -> None:
 
 
 def torch_programs(shape: Any, prompts: Any, threads: int) -> dict[str, Any]:
-    """Sampling and greedy decoding by `generate`, with its cache."""
+    """The same by `generate`, with its cache."""
     model = torch_t5(shape.model, threads)
     if model is None:
         return {}
@@ -95,9 +97,13 @@ def torch_programs(shape: Any, prompts: Any, threads: int) -> dict[str, Any]:
     model.eval()
     x = torch.from_numpy(prompts).long()
     length = {"max_new_tokens": shape.targets, "min_new_tokens": shape.targets, "attention_mask": torch.ones_like(x)}
+    shared = length | {"attention_mask": torch.ones_like(x[: BATCH_SIZE // 4])}
     return {
         "torch sampling": lambda: model.generate(x, do_sample=True, top_k=0, **length),
         "torch greedy": lambda: model.generate(x, do_sample=False, **length),
+        "torch sampling, 4 of a prompt": lambda: model.generate(
+            x[: BATCH_SIZE // 4], do_sample=True, top_k=0, num_return_sequences=4, **shared
+        ),
     }
 
 

@@ -1,4 +1,4 @@
-"""Speed and memory of a training step: supervised, plain policy gradient and full-CLP, beside Hugging Face's torch T5.
+"""Speed and memory of a training step: plain, and conditioned on a preference (full-CLP), beside Hugging Face's torch T5.
 
 python benchmarks/train_step.py --size small
 """
@@ -17,6 +17,7 @@ from clp_jax.training.learner import Learner
 from clp_jax.training.optimizers import AdamW
 
 COMPONENTS = 3
+PLAIN, CLP = "step", "full-CLP step"
 
 
 def main() -> None:
@@ -25,16 +26,27 @@ def main() -> None:
     shape = SHAPES[arguments.size]
     policy = Policy(shape.model)
     params = jax.jit(lambda key: policy.init(key))(jax.random.key(0))
+    conditioning = ParameterConditioning("full", COMPONENTS)
+    expanded = conditioning.expand(params)
+    preference = Preference.of([1 / COMPONENTS] * COMPONENTS, 0.1)
     inputs = random_tokens(shape.batch_size, shape.inputs, shape.model.vocab_size, seed=0)
     targets = random_tokens(shape.batch_size, shape.targets, shape.model.vocab_size, seed=1)
     batch = (jnp.asarray(inputs), jnp.asarray(targets))
 
-    programs: dict[str, Any] = {}
-    step, learner, state = supervised_step(policy, params, batch)
-    programs["supervised step"] = step
-    plain, mixed, expanded = gradients(policy, params, batch)
-    programs["gradient"] = lambda: jax.block_until_ready(plain(params))
-    programs["gradient, full-CLP"] = lambda: jax.block_until_ready(mixed(expanded))
+    def plain(params: Any, batch: Any) -> Any:
+        return loss_of(policy, params, batch)
+
+    def mixed(expanded: Any, batch: Any) -> Any:
+        return loss_of(policy, conditioning.mix(expanded, params, preference), batch)
+
+    axes = policy.logical_axes()
+    steps = {
+        PLAIN: Step(plain, params, axes, batch),
+        CLP: Step(mixed, expanded, conditioning.logical_axes(axes), batch),
+        f"{PLAIN}, optimizer alone": Step(total, params, axes, batch),
+        f"{CLP}, optimizer alone": Step(total, expanded, conditioning.logical_axes(axes), batch),
+    }
+    programs: dict[str, Any] = dict(steps)
     theirs = torch_step(shape, inputs, targets, arguments.threads)
     if theirs is not None:
         programs["torch step"] = theirs
@@ -42,20 +54,25 @@ def main() -> None:
     times = medians(programs, arguments.repeats)
     tokens = shape.batch_size * (shape.inputs + shape.targets)
     rows = [(name, f"{seconds * 1e3:8.1f} ms   {tokens / seconds:10,.0f} tokens/s") for name, seconds in times.items()]
-    ratios = {"full-CLP gradient / plain": times["gradient, full-CLP"] / times["gradient"]}
+    own = {name: times[name] - times[f"{name}, optimizer alone"] for name in (PLAIN, CLP)}
+    ratios = {
+        f"{CLP} / {PLAIN}": times[CLP] / times[PLAIN],
+        f"{CLP} / {PLAIN}, without the optimizer": own[CLP] / own[PLAIN],
+    }
     if theirs is not None:
-        ratios["throughput / torch eager"] = times["torch step"] / times["supervised step"]
+        ratios["throughput / torch eager"] = times["torch step"] / times[PLAIN]
     rows += [(name, f"{value:8.2f}") for name, value in ratios.items()]
     memory = {
         "parameters": num_bytes(params),
         f"parameters, {COMPONENTS} components": num_bytes(expanded),
-        "optimizer state": num_bytes(state.opt_state),
-        "gradient, temporary": peak_bytes(plain.lower(params).compile()),
-        "gradient, full-CLP, temporary": peak_bytes(mixed.lower(expanded).compile()),
+        "optimizer state": num_bytes(steps[PLAIN].state.opt_state),
+        "gradient, temporary": peak_bytes(compiled_gradient(plain, params, batch)),
+        "gradient, full-CLP, temporary": peak_bytes(compiled_gradient(mixed, expanded, batch)),
     }
     rows += [(name, mebibytes(count)) for name, count in memory.items()]
-    rows.append(("programs compiled for the step", str(learner.compile_count)))
-    figures = {"seconds": times, "ratios": ratios, "bytes": memory, "compile_count": learner.compile_count}
+    compiled = {name: step.learner.compile_count for name, step in steps.items()}
+    rows.append(("programs compiled for each step", ", ".join(map(str, compiled.values()))))
+    figures = {"seconds": times, "ratios": ratios, "bytes": memory, "compile_count": compiled}
     tokens = f"{shape.batch_size} x ({shape.inputs} + {shape.targets}) tokens"
     title = f"{arguments.size}: {policy.num_params():,} parameters, {tokens}"
     report(f"{title}, {jax.default_backend()}", rows, figures, arguments.json)
@@ -70,42 +87,29 @@ def loss_of(policy: Policy, params: Any, batch: tuple[jax.Array, jax.Array]) -> 
     return loss, weight
 
 
-def supervised_step(policy: Policy, params: Any, batch: Any) -> tuple[Any, Learner, Any]:
+def total(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """A loss whose gradient is free: what is left of the step is the optimizer."""
+    return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(params)), jnp.zeros(())), jnp.ones(())
+
+
+class Step:
     """A whole update through the learner that every stage uses; the state is given away and taken back each time."""
 
-    def loss_fn(params, frozen, batch, key):
-        loss, weight = loss_of(policy, params, batch)
-        return loss, weight, {}
+    def __init__(self, loss: Any, params: Any, axes: Any, batch: Any):
+        self.learner = Learner(
+            lambda params, frozen, batch, key: (*loss(params, batch), {}), AdamW(1e-4), logical_axes=axes
+        )
+        self.state = self.learner.init_state(jax.tree.map(jnp.copy, params), 0)
+        self.batch = batch
 
-    learner = Learner(loss_fn, AdamW(1e-4), logical_axes=policy.logical_axes())
-    state = learner.init_state(jax.tree.map(jnp.copy, params), 0)
-    kept = {"state": state}
-
-    def step() -> None:
-        kept["state"], metrics = learner.update(kept["state"], None, batch)
-        jax.block_until_ready(metrics)
-
-    return step, learner, state_shapes(state)
+    def __call__(self) -> None:
+        self.state, metrics = self.learner.update(self.state, None, self.batch)
+        jax.block_until_ready((self.state, metrics))
 
 
-def state_shapes(state: Any) -> Any:
-    """Shapes of a state whose arrays will be donated."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, state)
-
-
-def gradients(policy: Policy, params: Any, batch: Any) -> tuple[Any, Any, Any]:
-    """The gradient of the plain loss and of the loss at mixed parameters: what conditioning costs beyond the optimizer."""
-    conditioning = ParameterConditioning("full", COMPONENTS)
-    expanded = conditioning.expand(params)
-    preference = Preference.of([1 / COMPONENTS] * COMPONENTS, 0.1)
-
-    def plain(params: Any) -> jax.Array:
-        return loss_of(policy, params, batch)[0]
-
-    def mixed(expanded: Any) -> jax.Array:
-        return plain(conditioning.mix(expanded, params, preference))
-
-    return jax.jit(jax.grad(plain)), jax.jit(jax.grad(mixed)), expanded
+def compiled_gradient(loss: Any, params: Any, batch: Any) -> Any:
+    """The gradient as a program of its own."""
+    return jax.jit(jax.grad(lambda params: loss(params, batch)[0])).lower(params).compile()
 
 
 def torch_step(shape: Any, inputs: Any, targets: Any, threads: int) -> Any:

@@ -10,12 +10,12 @@ from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
 from clp_jax.models.config import T5Config
 from clp_jax.nn.attention import Attention, segment_mask, swap_heads
 from clp_jax.nn.embeddings import Embedding
-from clp_jax.nn.kv_cache import Cache
+from clp_jax.nn.kv_cache import Cache, StackCache
 from clp_jax.nn.linear import Linear, dropout
 from clp_jax.nn.mlp import MLP
 from clp_jax.nn.norms import RMSNorm
 from clp_jax.nn.position import RelativePositionBias
-from clp_jax.nn.stack import scan_layers, stacked
+from clp_jax.nn.stack import cut, scan_layers, stacked
 from clp_jax.partitioning import constrain
 
 
@@ -221,27 +221,19 @@ class Decoder(nnx.Module):
     ) -> Cache:
         """Computes every layer's cross-attention keys and values, and makes room for the tokens to come."""
         config = self.config
-        _, (cross_keys, cross_values) = scan_layers(
-            self.layers,
-            lambda layer, carry, _: (carry, layer.project_cross_kv(encoded)),
-            None,
-            unroll=config.scan_unroll,
-        )
         rows = encoded.shape[0] * num_samples
-        shape = (config.num_decoder_layers, rows, config.num_heads, max_length, config.head_dim)
-        return Cache(
-            keys=jnp.zeros(shape, encoded.dtype),
-            values=jnp.zeros(shape, encoded.dtype),
-            cross_keys=cross_keys,
-            cross_values=cross_values,
-            encoder_segments=encoder_segments,
-            index=jnp.zeros((), jnp.int32),
-        )
+        stacks = []
+        for layers in cut(self.layers, config.scan_unroll):
+            weights = nnx.state(layers)
+            _, cross = scan_layers(layers, lambda layer, carry, _: (carry, layer.project_cross_kv(encoded)), None)
+            empty = jnp.zeros((cross[0].shape[0], rows, config.num_heads, max_length, config.head_dim), encoded.dtype)
+            stacks.append(StackCache(weights, empty, empty, *cross))
+        return Cache(tuple(stacks), encoder_segments, index=jnp.zeros((), jnp.int32))
 
     def decode_step(self, x: Float[Array, "R 1 D"], cache: Cache) -> tuple[Float[Array, "R D"], Cache]:
         """The state of one more embedded token of every row."""
         config = self.config
-        positions = jnp.arange(cache.keys.shape[3])
+        positions = jnp.arange(cache.stacks[0].keys.shape[3])
         bias = self.relpos_bias(cache.index[None], positions)
         mask = jnp.broadcast_to((positions <= cache.index)[None, None], (x.shape[0], 1, positions.shape[0]))
         prompts, length = cache.encoder_segments.shape
@@ -253,15 +245,18 @@ class Decoder(nnx.Module):
             number, *cross_kv = xs
             return layer.decode_step(x, cached, number, tuple(cross_kv), cache.index, mask, cross_mask, bias), None
 
-        numbers = jnp.arange(config.num_decoder_layers)
-        (x, (keys, values)), _ = scan_layers(
-            self.layers,
-            body,
-            (x, (cache.keys, cache.values)),
-            (numbers, cache.cross_keys, cache.cross_values),
-            unroll=config.scan_unroll,
-        )
-        return self.norm(x)[:, 0], dataclasses.replace(cache, keys=keys, values=values, index=cache.index + 1)
+        graph = nnx.graphdef(self.layers)
+        stacks = []
+        for stack in cache.stacks:
+            (x, (keys, values)), _ = scan_layers(
+                nnx.merge(graph, stack.weights),
+                body,
+                (x, (stack.keys, stack.values)),
+                (jnp.arange(stack.keys.shape[0]), stack.cross_keys, stack.cross_values),
+                unroll=config.scan_unroll,
+            )
+            stacks.append(dataclasses.replace(stack, keys=keys, values=values))
+        return self.norm(x)[:, 0], dataclasses.replace(cache, stacks=tuple(stacks), index=cache.index + 1)
 
 
 class T5(nnx.Module):

@@ -65,10 +65,30 @@ def scan_layers(
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-    if unroll is None:
-        num_layers = jax.tree.leaves(state)[0].shape[0]
-        unroll = num_layers if num_layers <= SHALLOW else 1
-    return jax.lax.scan(step, carry, (state, per_layer), unroll=unroll)
+    return jax.lax.scan(step, carry, (state, per_layer), unroll=_unroll(layers, unroll))
+
+
+def cut(layers: Any, unroll: int | None = None) -> tuple[Any, ...]:
+    """Stacks to run one after another in a loop over tokens: single layers where `unroll` covers all, the stack otherwise.
+
+    Layers cut out of a stack inside a loop are copied each time, since the loop holds the stack.
+    """
+    graph, state = nnx.split(layers)
+    num_layers = _num_layers(layers)
+    if _unroll(layers, unroll) < num_layers:
+        return (layers,)
+    return tuple(nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i : i + 1], state)) for i in range(num_layers))
+
+
+def _num_layers(layers: Any) -> int:
+    return jax.tree.leaves(nnx.state(layers))[0].shape[0]
+
+
+def _unroll(layers: Any, unroll: int | None) -> int:
+    if unroll is not None:
+        return unroll
+    num_layers = _num_layers(layers)
+    return num_layers if num_layers <= SHALLOW else 1
 
 
 def _at(tree: dict, path: tuple) -> Any:

@@ -74,8 +74,13 @@ def test_samples_of_a_prompt_share_its_encoding():
     logits, cache = step_by_step(policy, params, prompts, COMPLETIONS, num_samples=2)
     np.testing.assert_allclose(logits, apart, rtol=1e-5, atol=1e-5)
     # Cross-attention keys are those of two prompts, self-attention keys of four rows.
-    assert cache.cross_keys.shape == cache.cross_values.shape == (2, 2, 2, 6, 4)
-    assert cache.keys.shape == cache.values.shape == (2, 4, 2, 7, 4)
+    assert len(cache.stacks) == 2
+    for stack in cache.stacks:
+        assert stack.cross_keys.shape == stack.cross_values.shape == (1, 2, 2, 6, 4)
+        assert stack.keys.shape == stack.values.shape == (1, 4, 2, 7, 4)
+    _, deep = step_by_step(Policy(tiny_config(scan_unroll=1)), params, prompts, COMPLETIONS, num_samples=2)
+    (stack,) = deep.stacks
+    assert stack.cross_keys.shape == (2, 2, 2, 6, 4) and stack.keys.shape == (2, 4, 2, 7, 4)
 
 
 def test_what_is_behind_the_padding_does_not_matter():
