@@ -40,11 +40,12 @@ def main() -> None:
         return loss_of(policy, conditioning.mix(expanded, params, preference), batch)
 
     axes = policy.logical_axes()
+    expanded_axes = conditioning.logical_axes(axes)
     steps = {
-        PLAIN: Step(plain, params, axes, batch),
-        CLP: Step(mixed, expanded, conditioning.logical_axes(axes), batch),
-        f"{PLAIN}, optimizer alone": Step(total, params, axes, batch),
-        f"{CLP}, optimizer alone": Step(total, expanded, conditioning.logical_axes(axes), batch),
+        PLAIN: Step(plain, params, axes, batch=batch),
+        CLP: Step(mixed, expanded, expanded_axes, batch=batch),
+        f"{PLAIN}, optimizer alone": Step(given, params, axes, frozen=params),
+        f"{CLP}, optimizer alone": Step(given, expanded, expanded_axes, frozen=expanded),
     }
     programs: dict[str, Any] = dict(steps)
     theirs = torch_step(shape, inputs, targets, arguments.threads)
@@ -87,23 +88,25 @@ def loss_of(policy: Policy, params: Any, batch: tuple[jax.Array, jax.Array]) -> 
     return loss, weight
 
 
-def total(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """A loss whose gradient is free: what is left of the step is the optimizer."""
-    return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(params)), jnp.zeros(())), jnp.ones(())
+def given(params: Any, gradient: Any) -> tuple[jax.Array, jax.Array]:
+    """A loss whose gradient is known: what is left of the step is the optimizer."""
+    return sum((jnp.vdot(g, p) for g, p in zip(*map(jax.tree.leaves, (gradient, params)), strict=True)), 0.0), 1.0
 
 
 class Step:
     """A whole update through the learner that every stage uses; the state is given away and taken back each time."""
 
-    def __init__(self, loss: Any, params: Any, axes: Any, batch: Any):
-        self.learner = Learner(
-            lambda params, frozen, batch, key: (*loss(params, batch), {}), AdamW(1e-4), logical_axes=axes
-        )
+    def __init__(self, loss: Any, params: Any, axes: Any, *, batch: Any = None, frozen: Any = None):
+        def loss_fn(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
+            return (*loss(params, frozen if batch is None else batch), {})
+
+        self.learner = Learner(loss_fn, AdamW(1e-4), logical_axes=axes)
         self.state = self.learner.init_state(jax.tree.map(jnp.copy, params), 0)
+        self.frozen = self.learner.place_frozen(frozen)
         self.batch = batch
 
     def __call__(self) -> None:
-        self.state, metrics = self.learner.update(self.state, None, self.batch)
+        self.state, metrics = self.learner.update(self.state, self.frozen, self.batch)
         jax.block_until_ready((self.state, metrics))
 
 
