@@ -45,8 +45,10 @@ types: $(INSTALLED) ## Static types.
 	$(BIN)/mypy
 
 bench: $(INSTALLED) ## Speed of a training step and of decoding.
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/train_step.py --size tiny
+	$(BIN)/python benchmarks/train_step.py --size small
+	$(BIN)/python benchmarks/decode.py --size tiny
+	$(BIN)/python benchmarks/decode.py --size small
 
 experiment: policy ## The table of docs/experiments/clp.md: hours.
 	$(CLP) experiment --gin_file=examples/pydoc_experiment.gin

@@ -245,6 +245,27 @@ def test_weights_that_are_none(weights, message, capfd):
     assert message in refuses(capfd, "sample", "--checkpoint=full", f"--weights={weights}", "--prompt=x")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_samples=0", "--prompt=x"], "num_samples is 0: expected at least 1"),
+        (["--max_tokens=0", "--prompt=x"], "max_tokens is 0"),
+        (["--top_p=0", "--prompt=x"], "Sampling.top_p is 0"),
+        (["--alpha=1.5", "--prompt=x"], "alpha"),
+        (["--input=missing.jsonl"], "missing.jsonl"),
+        (["--input=empty.jsonl"], "empty.jsonl"),
+        (["--input=latin.jsonl"], "latin.jsonl"),
+        (["--input=prompts.jsonl", "--output=taken.jsonl"], "taken.jsonl exists: it was not overwritten"),
+    ],
+)
+def test_samples_that_can_not_be_made(home, words, message, capfd):
+    (home / "empty.jsonl").write_text("")
+    (home / "latin.jsonl").write_bytes('{"inputs": "caf\u00e9"}\n'.encode("latin-1"))
+    (home / "taken.jsonl").write_text("mine")
+    assert message in refuses(capfd, "sample", "--checkpoint=full", *words)
+    assert (home / "taken.jsonl").read_text() == "mine"
+
+
 def test_other_rewards_than_the_runs(capfd):
     words = [w for w in EVALUATE if w != "--gin_file=rewards.gin"]
     message = refuses(capfd, *words, "--gin_file=rewards/rouge_brevity.gin", "--gin.RUN_DIR=full")

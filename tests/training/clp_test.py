@@ -10,7 +10,7 @@ from tiny_runs import LENGTHS, MODEL, make_data, make_supervised
 
 from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning, Unconditioned
 from clp_jax.models.serialization import from_json, to_json
-from clp_jax.preferences import Dirichlet, corner_sampler, fixed
+from clp_jax.preferences import AlphaRange, Dirichlet, corner_sampler, fixed
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
 from clp_jax.train import train
@@ -197,6 +197,14 @@ def test_settings_are_checked_at_once(home, changes, message):
 def test_leaving_one_out_needs_several_samples(tmp_path, home):
     with pytest.raises(ValueError, match="num_samples is 1, expected >= 2"):
         stage(home, estimator=LeaveOneOut(), num_samples=1).setup(tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("alpha", [0.05, AlphaRange(0.05, 1.0)], ids=["fixed", "range"])
+def test_a_kl_weight_below_what_conditioning_reaches_is_refused(tmp_path, home, alpha):
+    preferences = Dirichlet(2, alpha=alpha)
+    conditioning = ParameterConditioning("full", 2, alpha_min=0.1)
+    with pytest.raises(ValueError, match=r"alpha is 0.05: this policy is conditioned on KL weights from alpha_min=0.1"):
+        stage(home, preferences=preferences, conditioning=conditioning).setup(tmp_path, seed=0)
 
 
 def test_a_reward_that_never_varies_is_refused(tmp_path, home):

@@ -176,6 +176,12 @@ def test_micro_batches_of_a_group_or_of_whole_groups_are_the_batch(weights):
     )
 
 
+def test_slices_that_cut_groups_are_refused():
+    params, frozen = setting(TABLE, FULL, LeaveOneOut())
+    with pytest.raises(ValueError, match="a slice of 4 rows cuts groups of 3 rows"):
+        loss_of(3)(params, frozen, batch()[1], jax.random.key(0))
+
+
 def test_metrics_and_loss_by_hand():
     params, frozen = setting(TABLE, FULL, LeaveOneOut())
     _, whole = batch()

@@ -60,6 +60,16 @@ def test_comments_and_lengths_may_change(tmp_path):
     assert (tmp_path / "config.gin").read_text() == longer
 
 
+def test_a_length_that_a_schedule_uses_may_not_change(tmp_path):
+    config = "NUM_STEPS = {}\ntrain.train.num_steps = %NUM_STEPS\n{}"
+    open_run_directory(tmp_path / "constant", config.format(10, ""))
+    open_run_directory(tmp_path / "constant", config.format(20, ""))
+    decaying = "schedules.linear_decay.decay_steps = %NUM_STEPS\n"
+    open_run_directory(tmp_path / "decaying", config.format(10, decaying))
+    with pytest.raises(RunDirectoryError, match="NUM_STEPS: 10 -> 20"):
+        open_run_directory(tmp_path / "decaying", config.format(20, decaying))
+
+
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious")
     with pytest.raises(RunDirectoryError, match="has metrics.jsonl but no config.gin: nothing in it was overwritten"):

@@ -96,6 +96,13 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, data_dir, monkeypatch
     jax.tree.map(np.testing.assert_array_equal, *loaded)
 
 
+def test_a_validation_split_smaller_than_a_batch_is_evaluated_whole(tmp_path, data_dir):
+    small = run(tmp_path / "whole", data_dir, 1, batch_size=16, evaluation_batches=1).metrics
+    parts = run(tmp_path / "parts", data_dir, 1, batch_size=16, evaluation_batches=9).metrics
+    names = [name for name in small if name.startswith("evaluation/")]
+    assert names and [small[name] for name in names] == [parts[name] for name in names]
+
+
 def test_a_run_directory_rebuilds_the_policy(tmp_path, data_dir):
     result = run(tmp_path, data_dir, 2)
     params, description, step = load_params(tmp_path)
