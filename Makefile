@@ -29,7 +29,7 @@ policy: $(INSTALLED)
 	$(CLP) train --gin_file=examples/pydoc_sft.gin
 	$(CLP) train --gin_file=examples/pydoc_preference.gin
 
-quickstart: policy ## Trains and steers a policy on this machine's own documentation: 15 minutes on 2 cores.
+quickstart: policy ## Trains and steers a policy on this machine's own documentation: 10 minutes on 2 cores.
 	$(CLP) train --gin_file=examples/pydoc_clp_full.gin
 	$(CLP) evaluate --gin_file=examples/pydoc_evaluate.gin
 	$(CLP) report --run_dirs=runs/pydoc/clp_full

@@ -62,10 +62,12 @@ def scan_layers(
         state, inputs = xs
         return body(nnx.merge(graph, state), carry, inputs)
 
+    unroll = _unroll(layers, unroll)
     policy = REMAT_POLICIES[remat]
     if policy is not None:
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-    return jax.lax.scan(step, carry, (state, per_layer), unroll=_unroll(layers, unroll))
+        # Without a loop between them, XLA would see that the backward pass computes what it has, and keep it instead.
+        step = jax.checkpoint(step, policy=policy, prevent_cse=unroll >= _num_layers(layers))
+    return jax.lax.scan(step, carry, (state, per_layer), unroll=unroll)
 
 
 def cut(layers: Any, unroll: int | None = None) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from clp_jax.nn.linear import Linear, dropout, normal_parameter, parameter
+from clp_jax.partitioning import Rules, make_mesh, use_mesh
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 4))
 
@@ -27,6 +28,14 @@ def test_linear_computes_in_the_type_of_its_input():
     narrow = X.astype(jnp.bfloat16)
     np.testing.assert_array_equal(layer(narrow), narrow @ layer.kernel[...].astype(jnp.bfloat16))
     assert layer(narrow).dtype == jnp.bfloat16
+
+
+def test_sharded_positions_are_not_merged_with_the_batch():
+    layer = _linear()
+    with use_mesh(make_mesh(devices=jax.devices()[:1]), Rules((("batch", "data"), ("length", "fsdp")))):
+        assert "reshape" not in str(jax.make_jaxpr(lambda x: layer(x))(X))
+        np.testing.assert_allclose(layer(X), _linear()(X), rtol=1e-6)
+    assert "reshape" in str(jax.make_jaxpr(lambda x: layer(x))(X))
 
 
 def test_parameters_carry_one_name_for_each_dimension():
