@@ -26,6 +26,7 @@ from clp_jax.training.checkpoints import find_checkpoint
 from clp_jax.training.experience import reward_inputs
 from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_per_weight, load_policy, load_soup
 from clp_jax.training.progress import Progress
+from clp_jax.training.run_directory import make_writable
 
 METHODS = ("checkpoint", "soup", "mod", "dera", "per_weight")
 
@@ -81,8 +82,7 @@ def evaluate(
         ValueError: for rewards other than the run's, an unknown method, or weights that are not on the simplex.
     """
     paths = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
-    if num_prompts < 1 or batch_size < 1:
-        raise ValueError(f"evaluate: num_prompts={num_prompts}, batch_size={batch_size}: expected at least 1.")
+    _check_settings(method, alpha, num_prompts, batch_size, seed)
     loaded, steerable = _load(method, paths, alpha_min, weights)
     statistics = _check_rewards(paths[0], loaded, rewards)
     check_alpha(loaded.conditioning, alpha)
@@ -106,6 +106,7 @@ def evaluate(
         "seed": seed,
     }
     target = Path(output) if output else loaded.run_dir / FILE_NAME
+    make_writable(target.parent)  # Before the sweep, which would be lost.
     sweep = _earlier(target, settings)
     if sweep is None:
         worker = _Worker(loaded, steerable, RewardStack(rewards, statistics), data, num_prompts, config, seed)
@@ -115,7 +116,7 @@ def evaluate(
                 samples.append(worker(preference))
                 progress.update(done, f"KL {samples[-1].kl.mean():.2f}")
         sweep = summarise(
-            method=name or loaded.run_dir.name,
+            method=name or (loaded.run_dir.name if method == "checkpoint" else method),
             objectives=names,
             alpha=alpha,
             reference_mean=statistics.mean,
@@ -131,6 +132,15 @@ def evaluate(
     print_table(sweep, Console())
     print(f"results: {target}", file=sys.stderr)
     return sweep
+
+
+def _check_settings(method: str, alpha: float, num_prompts: int, batch_size: int, seed: int) -> None:
+    if num_prompts < 1 or batch_size < 1:
+        raise ValueError(f"evaluate: num_prompts={num_prompts}, batch_size={batch_size}: expected at least 1.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"evaluate: seed is {seed}: expected a whole number in [0, 2**32).")
+    if method == "dera" and not 0 < alpha <= 1:
+        raise ValueError(f"evaluate: alpha is {alpha}: method dera expects a KL weight in (0, 1].")
 
 
 def _check_rewards(path: str, loaded: LoadedPolicy, rewards: Sequence[RewardFunction]) -> RewardStatistics:

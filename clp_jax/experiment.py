@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from clp_jax.train import train
 from clp_jax.training.clp import ConditionalPolicy, WrittenPreference
 from clp_jax.training.optimizers import OptimizerConfig
 from clp_jax.training.policies import load_policy, load_soup
+from clp_jax.training.run_directory import CONFIG_FILE, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,13 @@ class Experts:
 
     methods: Sequence[str] = ("soup", "mod")
 
+    def __post_init__(self):
+        unknown = [name for name in self.methods if name not in ("soup", "mod")]
+        if unknown or not self.methods:
+            raise ValueError(
+                f"Experts.methods are {', '.join(map(repr, self.methods))}: expected 'soup' or 'mod', or both."
+            )
+
     def runs(self, stage: ConditionalPolicy, num_steps: int) -> list[Run]:
         """See `Method`."""
         count = len(objective_names(stage.rewards))
@@ -128,6 +137,7 @@ def experiment(
     alpha: float = 0.05,
     num_prompts: int = 256,
     baseline: str = "soup",
+    config_text: str = "",
 ) -> str:
     """Trains and evaluates methods at one total budget over several seeds, and compares their fronts.
 
@@ -144,6 +154,7 @@ def experiment(
         alpha: KL weight of every preference.
         num_prompts: of the test split.
         baseline: the front that the others' differences are taken from.
+        config_text: the resolved configuration, stored in `output_dir`.
 
     Returns:
         The path of ``experiment.md``.
@@ -151,7 +162,8 @@ def experiment(
     Raises:
         ValueError: for two fronts of one name, an unknown baseline, or a budget too small to share.
     """
-    root = Path(output_dir)
+    if num_seeds < 1:
+        raise ValueError(f"experiment: num_seeds is {num_seeds}: expected at least 1.")
     count = len(objective_names(stage.rewards))
     plan = [(method, method.runs(stage, num_steps), method.sweeps(count)) for method in methods]
     names = [name for _, _, sweeps in plan for name in sweeps]
@@ -161,11 +173,13 @@ def experiment(
         )
     if any(run.num_steps < 1 for _, runs, _ in plan for run in runs):
         raise ValueError(f"experiment: {num_steps} steps are too few to share between the runs of a method.")
+    root = Path(output_dir)
     fronts: dict[str, list[Sweep]] = {name: [] for name in names}
     separation: dict[str, list[float]] = {}
     for seed in range(num_seeds):
         for _, runs, sweeps in plan:
             paths = [_train(root, run, optimizer, seed) for run in runs]
+            write_atomically(root / CONFIG_FILE, config_text)  # Runs of another configuration would have refused it.
             for name, arguments in sweeps.items():
                 print(f"experiment: {name}, seed {seed} of {num_seeds}", file=sys.stderr)
                 fronts[name].append(_evaluate(root, name, seed, paths, stage, alpha, num_prompts, arguments))
@@ -221,7 +235,9 @@ def _train(root: Path, run: Run, optimizer: OptimizerConfig, seed: int) -> str:
         "conditioning": repr(stage.conditioning),
         "preferences": repr(stage.preferences),
         "estimator": repr(stage.estimator),
-        "batch": [stage.batch_size, stage.num_samples, stage.num_groups, stage.max_length],
+        "batch": [stage.batch_size, stage.num_samples, stage.num_groups, stage.num_chunks, stage.max_length],
+        "statistics_prompts": stage.statistics_prompts,
+        "budget": run.num_steps,  # A longer run of an earlier experiment is another run.
         "optimizer": repr(optimizer),
         "seed": seed,
     }
@@ -264,6 +280,15 @@ def _copies(paths: Sequence[str], arguments: dict[str, object]) -> tuple[Params,
     return (loaded.params, loaded.reference) if any(a.ndim > b.ndim for a, b in pairs) else None
 
 
+def _finite(content: Any) -> Any:
+    """JSON has no infinities: bounds that one seed does not give are null."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _write(root: Path, fronts: dict[str, list[Sweep]], separation: dict[str, list[float]], baseline: str) -> str:
     summaries = [summarise_seeds(sweeps) for sweeps in fronts.values()]
     differences = {
@@ -277,10 +302,12 @@ def _write(root: Path, fronts: dict[str, list[Sweep]], separation: dict[str, lis
     apart = {"separation": {name: f"{np.mean(values):.2f}" for name, values in separation.items()}}
     table = markdown_table(summaries, differences | apart)
     content = {"summaries": [dataclasses.asdict(s) for s in summaries], "separation": separation}
-    (root / "experiment.json").write_text(json.dumps(content, indent=2) + "\n")
+    (root / "experiment.json").write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
     page = root / "experiment.md"
     page.write_text(table, encoding="utf-8")
-    report = write_report([mean_sweep(sweeps) for sweeps in fronts.values()], [], root / "report")
+    report = write_report(
+        [mean_sweep(sweeps) for sweeps in fronts.values()], [], root / "report", "95 % Student intervals over seeds"
+    )
     console = Console(width=max(120, int(os.environ.get("COLUMNS", "0") or 0)))
     console.print(Markdown(table))
     console.print(f"table: {page}\nreport: {report}")

@@ -58,10 +58,7 @@ class Rules:
         ValueError: for an unknown logical name or mesh axis, or a name given twice.
     """
 
-    table: Sequence[tuple[str, str | tuple[str, ...] | None]] = (
-        ("batch", ("slice", "data", "fsdp")),
-        ("group", ("slice", "data", "fsdp")),
-    )
+    table: Sequence[tuple[str, str | tuple[str, ...] | None]] = (("batch", ("slice", "data", "fsdp")),)
 
     def __post_init__(self):
         object.__setattr__(self, "table", tuple(self.table))  # Hashable, whatever it was given as.
@@ -146,7 +143,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
         *axes: one logical name, or None, for each dimension.
 
     Returns:
-        `x`; without an active mesh only the names and the rank are checked.
+        `x`; without an active mesh only the names and the rank are checked. A dimension is sharded over the first of
+        its mesh axes that divide it, never padded.
 
     Raises:
         ValueError: for an unknown name or a wrong number of names, with or without a mesh.
@@ -160,7 +158,31 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if active is None:
         return x
     mesh, rules = active
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(axes)))
+    parts = [_dividing(mesh, _as_tuple(part), size) for part, size in zip(rules.spec(axes), x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(part or None for part in parts))))
+
+
+@contextlib.contextmanager
+def use_groups(num_groups: int) -> Iterator[tuple[str, ...]]:
+    """Shards groups of rows before the rows in them, while a function of one group is traced under `jax.vmap`.
+
+    The mesh axes of ``batch`` go to ``group``, from the first on, as long as they divide the groups; the rest stay. So
+    the rows of all groups together lie on the devices as a batch does.
+
+    Yields:
+        The mesh axes of the groups, for ``jax.vmap(..., spmd_axis_name=...)``.
+    """
+    active = _active.get()
+    if active is None:
+        yield ()
+        return
+    mesh, rules = active
+    table = dict(rules.table)
+    axes = _as_tuple(table.get("batch"))
+    groups = _dividing(mesh, axes, num_groups)
+    table |= {"group": groups, "batch": axes[len(groups) :]}
+    with use_mesh(mesh, Rules(tuple(table.items()))):
+        yield groups
 
 
 def is_sharded(axis: str) -> bool:
@@ -195,6 +217,16 @@ def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """The first of these mesh axes whose sizes together divide a dimension."""
+    shards = 1
+    for number, axis in enumerate(axes):
+        shards *= mesh.shape[axis]
+        if size % shards:
+            return axes[:number]
+    return axes
 
 
 def _check_name(name: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from clp_jax.data.manifest import FILE_NAME, Manifest
@@ -54,12 +54,17 @@ def prepare(
     )
     there = (Path(output_dir) / FILE_NAME).is_file()
     started = time.monotonic()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,} examples"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        line = bar.add_task("starting", total=None)
-        manifest = materialise(
-            request, Path(output_dir), lambda what, count: bar.update(line, description=what, completed=count)
-        )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+        line = bar.add_task("starting", total=None, speed="")
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if what != bar.tasks[line].description:
+                bar.reset(line, description=what, total=total, speed="")
+            speed = bar.tasks[line].speed
+            bar.update(line, completed=done, speed="" if speed is None else f"{speed:,.0f} examples/s")
+
+        manifest = materialise(request, Path(output_dir), show)
     _print(manifest, console)
     what = "is prepared already" if there else f"prepared in {time.monotonic() - started:.0f} s"
     console.print(f"{output_dir}: {what}, fingerprint {manifest.fingerprint[:12]}")

@@ -134,11 +134,20 @@ def sample(
         output: JSON lines with ``text``, ``tokens`` and ``logprobs`` of every line of `input`, in order.
 
     Raises:
-        ValueError: for weights that are not a point of the simplex, or do not match the policy.
+        ValueError: for weights that are not a point of the simplex or do not match the policy, and for settings that
+            exclude each other.
     """
     for name, number in (("num_samples", num_samples), ("max_tokens", max_tokens), ("max_prompt", max_prompt)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: expected at least 1.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
+    if input is not None and prompt is not None:
+        raise ValueError("sample: a prompt and an input were given: expected one of them.")
+    if output is not None and input is None:
+        raise ValueError("sample: output is written for the lines of an input: give one, or redirect what is printed.")
+    if temperature == 0 and (top_k, top_p) != (0, 1.0):
+        raise ValueError("sample: top_k and top_p do nothing at temperature 0, which is greedy: leave them out.")
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
     loaded = load_policy(checkpoint)
@@ -161,6 +170,7 @@ def sample(
     elif prompt is not None:
         _answer(session, prompt, Console())
     else:
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr] # A bad line must not end it all.
         talk(session, sys.stdin, Console())
 
 

@@ -89,7 +89,7 @@ def train(
         stack.enter_context(directory.lock())
         done = directory.latest_step() or 0
         if done >= num_steps and directory.description() is not None:
-            _say(f"{directory.path} is complete: {done} steps of {num_steps}. To train on, raise num_steps.")
+            _say(f"{directory.path} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
             return _result(directory, done)
         stop = stack.enter_context(StopSignal())
         setup = stage.setup(directory.path, seed)

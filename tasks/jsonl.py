@@ -73,4 +73,8 @@ def _parse(raw: bytes, where: str) -> TextExample:
     for field in ("inputs", "targets"):
         if not isinstance(record.get(field), str) or not record[field].strip():
             raise ValueError(f"{where}: {field!r} is {record.get(field)!r}, expected a string that is not empty.")
+        try:
+            record[field].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: {field!r} has half a character (a surrogate) at {error.start}.") from None
     return TextExample(inputs=record["inputs"], targets=record["targets"])

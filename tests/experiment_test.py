@@ -4,11 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clp_jax.experiment import Conditioned, Experts, PerWeight, component_separation
+from clp_jax.experiment import Conditioned, Experts, PerWeight, component_separation, experiment
 from clp_jax.models.conditioning import ParameterConditioning, Unconditioned
 from clp_jax.preferences import Dirichlet
 from clp_jax.rewards.programmatic import Brevity, RougeL
 from clp_jax.training.clp import ConditionalPolicy
+from clp_jax.training.optimizers import AdamW
 
 STAGE = ConditionalPolicy("sft", "data", [RougeL(), Brevity()], Dirichlet(2, 1.0, 0.25))
 
@@ -16,6 +17,17 @@ STAGE = ConditionalPolicy("sft", "data", [RougeL(), Brevity()], Dirichlet(2, 1.0
 @pytest.mark.parametrize("method", [Conditioned("full", ParameterConditioning("full", 2)), Experts(), PerWeight(3)])
 def test_every_method_spends_the_budget(method):
     assert sum(run.num_steps for run in method.runs(STAGE, 120)) == 120
+
+
+@pytest.mark.parametrize("methods", [(), ("soup", "dera"), ("sop",)])
+def test_experts_are_combined_as_soups_or_mixtures(methods):
+    with pytest.raises(ValueError, match=r"Experts.methods are .*: expected 'soup' or 'mod', or both"):
+        Experts(methods)
+
+
+def test_an_experiment_needs_a_seed(tmp_path):
+    with pytest.raises(ValueError, match="num_seeds is 0"):
+        experiment(output_dir=str(tmp_path), stage=STAGE, optimizer=AdamW(0.1), methods=[], num_steps=2, num_seeds=0)
 
 
 def test_experts_are_ordinary_policies_at_the_corners():

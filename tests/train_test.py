@@ -84,6 +84,32 @@ class Toy:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Gradient(Toy):
+    """A finite loss whose gradient is NaN from some step on."""
+
+    after: int = 0
+
+    def setup(self, run_dir, seed):
+        setup = super().setup(run_dir, seed)
+        plain, source = setup.loss_fn, setup.source
+        draw = source.next
+
+        def next_with_flag(state, frozen):
+            batch, metrics = draw(state, frozen)
+            late = source.examples // 4 > self.after
+            return batch | {"late": jnp.full((4,), float(late))}, metrics
+
+        source.next = next_with_flag
+
+        def loss_fn(params, frozen, batch, key):
+            loss, weight, metrics = plain(params, frozen, batch, key)
+            # The square root of 0 has an infinite slope: times 0, it is NaN.
+            return loss + jnp.sqrt(1 - batch["late"].max() + 0 * params["w"].sum()), weight, metrics
+
+        return dataclasses.replace(setup, loss_fn=loss_fn)
+
+
 SETTINGS = {
     "optimizer": Adafactor(Linear(0.1, 20, warmup_steps=2)),
     "log_every": 1,
@@ -226,6 +252,17 @@ def test_a_nan_stops_the_run_and_leaves_the_checkpoint(tmp_path):
     params, _, step = load_params(tmp_path)
     assert np.isfinite(params["w"]).all() and step >= 1
     assert np.isfinite([r["loss"] for r in lines(tmp_path)]).all()
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss is that of the parameters before a step: it says nothing of what is saved after it."""
+    overflow = Gradient(after=2)
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 3, whose loss is .* made parameters that are not finite.*step \d is saved"
+    ):
+        run(tmp_path, 6, overflow, checkpoint_every=1, ema_decay=None)
+    params, _, step = load_params(tmp_path)
+    assert step == 2 and np.isfinite(params["w"]).all()
 
 
 def test_a_save_that_fails_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):

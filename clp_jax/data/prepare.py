@@ -16,7 +16,10 @@ from clp_jax.data.text_task import TextTask, import_seqio
 from clp_jax.data.vocabulary import EOS_ID, Vocabulary, train_vocabulary
 from clp_jax.data.vocabulary import FILE_NAME as VOCABULARY_FILE
 
-Progress = Callable[[str, int], None]
+Progress = Callable[[str, int, int | None], None]
+
+# Marks a directory that `materialise` has not finished.
+_UNFINISHED = "UNFINISHED"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ def load_texts(request: Request, split: str) -> list[tuple[str, str]]:
     return texts
 
 
-def materialise(request: Request, output_dir: Path, progress: Progress = lambda what, count: None) -> Manifest:
+def materialise(request: Request, output_dir: Path, progress: Progress = lambda what, done, total: None) -> Manifest:
     """Prepares a data set into a directory that does not exist yet, or exists and was prepared by the same request.
 
     Everything is written beside the directory and moved there at the end: it is there whole or not at all.
@@ -88,7 +91,7 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
     Args:
         request: what to prepare.
         output_dir: where it goes.
-        progress: is told what is happening and how many examples are done.
+        progress: is told what is happening, how many examples are done, and of how many where that is known.
 
     Raises:
         ValueError: when `output_dir` holds something else, or a split has no examples.
@@ -97,15 +100,13 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
         return _existing(request, output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir} is not empty and not a prepared data set: choose another output_dir.")
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _make_partial(output_dir)
     texts = {}
     for split in request.splits:
-        progress(f"reading {split}", 0)
+        progress(f"reading {split}", 0, None)
         texts[split] = load_texts(request, split)
     if request.vocabulary is None:
-        progress("training the vocabulary", 0)
+        progress("training the vocabulary", 0, None)
         train_vocabulary(
             [t for pair in texts[request.splits[0]] for t in pair], request.vocabulary_size, partial / VOCABULARY_FILE
         )
@@ -113,7 +114,8 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
         shutil.copyfile(request.vocabulary, partial / VOCABULARY_FILE)
     vocabulary = Vocabulary(partial / VOCABULARY_FILE)
     description = request.task.describe()
-    digest = hashlib.sha256(json.dumps([description, dict(request.lengths), vocabulary.fingerprint]).encode())
+    settings = [description, dict(request.lengths), request.pack, vocabulary.fingerprint]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     splits = {split: _write_split(request, split, pairs, partial, digest, progress) for split, pairs in texts.items()}
     manifest = Manifest(
         task=str(description.get("task", type(request.task).__name__)),
@@ -126,10 +128,25 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
         splits=splits,
     )
     manifest.save(partial)
+    (partial / _UNFINISHED).unlink()
     if output_dir.exists():
         output_dir.rmdir()
     partial.rename(output_dir)
     return manifest
+
+
+def _make_partial(output_dir: Path) -> Path:
+    """A directory beside, without what an earlier attempt left there; anyone else's is left alone."""
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    if (partial / _UNFINISHED).is_file():
+        shutil.rmtree(partial)
+    if partial.exists():
+        raise ValueError(
+            f"{partial} is in the way, and not of an earlier attempt: move it, or choose another output_dir."
+        )
+    partial.mkdir(parents=True)
+    (partial / _UNFINISHED).touch()
+    return partial
 
 
 def _existing(request: Request, output_dir: Path) -> Manifest:
@@ -165,7 +182,7 @@ def _write_split(
                 counts[name].append(len(ids))
                 # What is cut has no end of sequence: the model is not taught to stop there.
                 tokens[name] = np.asarray(ids[: request.lengths[name]], np.int32)
-            progress(f"writing {split}", done)
+            progress(f"writing {split}", done, len(texts))
             yield tokens
 
     rows = packing.pack(examples(), request.lengths) if request.pack else ([e] for e in examples())

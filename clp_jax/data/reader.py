@@ -62,6 +62,7 @@ class DataSource:
             )
         self.size = self.manifest.splits[split].records
         self.position = 0
+        self._where = f"split {split!r} in {directory}"
         self._paths = [str(Path(directory) / shard.name) for shard in self.manifest.splits[split].shards]
         self.batch_size = batch_size
         self._converter = converter
@@ -111,8 +112,13 @@ class DataSource:
 
     def _read(self, ids: np.ndarray) -> Any:
         wanted = [int(i) for i in ids if i >= 0]  # None on a host whose part of a last batch is filled up.
-        raw = iter(self._records.__getitems__(wanted) if wanted else ())
-        rows = [records.decode(next(raw)) if i >= 0 else {} for i in ids]
+        try:
+            raw = iter(self._records.__getitems__(wanted) if wanted else ())
+            rows = [records.decode(next(raw)) if i >= 0 else {} for i in ids]
+        except Exception as error:  # Readers in C++ raise what they like.
+            raise ValueError(
+                f"{self._where} has records that can't be read ({error}): a file is damaged. Prepare the data again."
+            ) from error
         return self._converter(rows, ids.astype(np.int32), self.manifest.lengths)
 
 

@@ -60,7 +60,15 @@ class Vocabulary:
         return hashlib.sha256(self._path.read_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without an end of sequence."""
+        """Token ids, without an end of sequence.
+
+        Raises:
+            ValueError: for text with bytes that were not UTF-8 (surrogates).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text {text[:40]!r} is not UTF-8 at character {error.start}.") from None
         return self._processor.encode(text)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from matplotlib.figure import Figure
 from clp_jax.evaluation.plots import plot_fronts, plot_grid, plot_training
 from clp_jax.evaluation.statistics import Interval
 from clp_jax.evaluation.sweep import Sweep
+
+# By this a page is known to be a report, and may be written again.
+_GENERATOR = "<meta name='generator' content='clp_jax report'>"
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -27,19 +31,25 @@ small { opacity: .75; }
 """
 
 
-def write_report(sweeps: Sequence[Sweep], metrics: Sequence[Mapping[str, Any]], output_dir: Path) -> Path:
+def write_report(
+    sweeps: Sequence[Sweep],
+    metrics: Sequence[Mapping[str, Any]],
+    output_dir: Path,
+    intervals: str = "95 % bootstrap intervals over prompts",
+) -> Path:
     """Writes ``index.html`` and PNG plots.
 
     Args:
         sweeps: the method first, then what it is compared with.
         metrics: lines of the first run's ``metrics.jsonl``; may be empty.
         output_dir: made where it is missing.
+        intervals: what the sweeps' intervals are.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: when the sweeps have other objectives.
+        ValueError: when the sweeps have other objectives, or the directory holds something else than a report.
     """
     for sweep in sweeps[1:]:
         if sweep.objectives != sweeps[0].objectives:
@@ -47,6 +57,9 @@ def write_report(sweeps: Sequence[Sweep], metrics: Sequence[Mapping[str, Any]], 
                 f"{sweep.method} has the objectives {', '.join(sweep.objectives)}, {sweeps[0].method} has "
                 f"{', '.join(sweeps[0].objectives)}: compare methods on the same rewards."
             )
+    page = output_dir / "index.html"
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (page.is_file() and _GENERATOR in page.read_text()):
+        raise ValueError(f"{output_dir} is not empty and not an earlier report: choose another output_dir.")
     output_dir.mkdir(parents=True, exist_ok=True)
     figures = plot_fronts(sweeps) | {"grid": plot_grid(sweeps[0])}
     names = [f"reward/{n}" for n in sweeps[0].objectives] + ["objective", "kl", "length", "value_explained_variance"]
@@ -54,8 +67,7 @@ def write_report(sweeps: Sequence[Sweep], metrics: Sequence[Mapping[str, Any]], 
     if training is not None:
         figures["training"] = training
     images = {name: _png(figure, output_dir / _file_name(name)) for name, figure in figures.items()}
-    page = output_dir / "index.html"
-    page.write_text(_page(sweeps, images), encoding="utf-8")
+    page.write_text(_page(sweeps, images, intervals), encoding="utf-8")
     return page
 
 
@@ -71,12 +83,12 @@ def _png(figure: Figure, path: Path) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _page(sweeps: Sequence[Sweep], images: Mapping[str, str]) -> str:
+def _page(sweeps: Sequence[Sweep], images: Mapping[str, str], intervals: str) -> str:
     sweep = sweeps[0]
     body = [
         f"<h1>{html.escape(sweep.method)}: one policy, every trade-off</h1>",
         f"<p>{sweep.num_prompts} test prompts, KL weight α = {sweep.alpha:g}. Rewards are in standard deviations of the "
-        "reference policy, 0 is its mean; brackets are 95 % bootstrap intervals over prompts.</p>",
+        f"reference policy, 0 is its mean; brackets are {html.escape(intervals)}.</p>",
         *[_image(name, images[name]) for name in images if name.startswith("front_")],
         "<h2>Along the grid</h2>",
         _image("grid", images["grid"]),
@@ -90,6 +102,7 @@ def _page(sweeps: Sequence[Sweep], images: Mapping[str, str]) -> str:
         body += ["<h2>Training</h2>", _image("training", images["training"])]
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f"{_GENERATOR}"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(sweep.method)}</title><style>{_STYLE}</style></head><body>\n"
         + "\n".join(body)
@@ -102,7 +115,10 @@ def _image(name: str, data: str) -> str:
 
 
 def _cell(interval: Interval, digits: int = 2) -> str:
-    return f"{interval.mean:.{digits}f} <small>[{interval.low:.{digits}f}, {interval.high:.{digits}f}]</small>"
+    mean = f"{interval.mean:.{digits}f}"
+    if not math.isfinite(interval.high - interval.low):  # Of a single seed.
+        return mean
+    return f"{mean} <small>[{interval.low:.{digits}f}, {interval.high:.{digits}f}]</small>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

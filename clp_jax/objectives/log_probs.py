@@ -11,9 +11,3 @@ def token_log_probs(logits: Float[Array, "*batch V"], targets: Int[Array, "*batc
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
-    """Entropy of the next token, in nats."""
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
-from clp_jax.partitioning import constrain
+from clp_jax.partitioning import constrain, use_groups
 from clp_jax.preferences import Preference
 from clp_jax.sampling.generate import CachedDecoder, Completions, SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
@@ -53,7 +53,6 @@ def over_groups(function: Callable[..., Any], num_groups: int, mapped: tuple[Any
     if num_groups == 1:  # A vmap of size one would turn every matrix product into a batched one.
         return function(*mapped, *shared)
     grouped = jax.tree.map(lambda x: x.reshape(num_groups, x.shape[0] // num_groups, *x.shape[1:]), mapped)
-    grouped = jax.tree.map(lambda x: constrain(x, "group", *[None] * (x.ndim - 1)), grouped)
     structures: list[Any] = []
 
     def leaves_of(rows: tuple[Any, ...]) -> list[Array]:
@@ -62,7 +61,9 @@ def over_groups(function: Callable[..., Any], num_groups: int, mapped: tuple[Any
         structures.append(structure)
         return leaves
 
-    leaves = jax.vmap(leaves_of)(grouped)
+    with use_groups(num_groups) as axes:
+        grouped = jax.tree.map(lambda x: constrain(x, "group", *[None] * (x.ndim - 1)), grouped)
+        leaves = jax.vmap(leaves_of, spmd_axis_name=axes or None)(grouped)
     return structures[0].unflatten([x.reshape(-1, *x.shape[2:]) for x in leaves])
 
 

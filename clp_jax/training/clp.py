@@ -124,15 +124,17 @@ class ConditionalPolicy:
                 jax.random.fold_in(jax.random.key(seed), 1), policy.config.embed_dim, len(names)
             ),
         }
+        manifest = Manifest.load(self.data_dir)
         own = {
             "stage": "clp",
             "model": description["model"],
             "conditioning": to_json(conditioning),
             "rewards": list(names),
             "reward_fingerprints": [fingerprint(reward) for reward in self.rewards],
-            "prompt_length": Manifest.load(self.data_dir).lengths["inputs"],
+            "prompt_length": manifest.lengths["inputs"],
             "max_length": self.max_length,
             "vocabulary": vocabulary.fingerprint,
+            "data": manifest.fingerprint,
         }
         axes = policy.logical_axes()
         return StageSetup(

@@ -135,9 +135,10 @@ class TrainLoop:
         source_metrics: dict[str, float],
         evaluation: dict[str, float] | None = None,
     ) -> dict[str, float]:
-        """Checks the loss, shows it, and writes a line when one is due; returns what it wrote."""
+        """Checks the loss and the parameters, shows the loss, and writes a line when due; returns what it wrote."""
         loss = float(metrics["loss"])
-        if not math.isfinite(loss):
+        # The loss is of the parameters before the step, the norm of those after it, which may be saved.
+        if not math.isfinite(loss) or not math.isfinite(float(metrics["param_norm"])):
             raise NonFiniteLossError(self._non_finite(step, loss, jax.device_get(metrics)))
         self._progress.update(step, f"loss {loss:.4g}")
         if not evaluation and not self._cadence.due(step, self._cadence.log_every):
@@ -166,7 +167,10 @@ class TrainLoop:
         others = ", ".join(
             f"{name}={float(metrics[name]):.3g}" for name in ("grad_norm", "param_norm", "learning_rate")
         )
+        what = f"the loss of step {step} is {loss}"
+        if math.isfinite(loss):
+            what = f"step {step}, whose loss is {loss:.4g}, made parameters that are not finite"
         return (
-            f"the loss of step {step} is {loss} ({others}); {kept}. Lower the learning rate, clip the gradient "
+            f"{what} ({others}); {kept}. Lower the learning rate, clip the gradient "
             "(max_grad_norm), or look at the data of this step; then train in a new run directory."
         )

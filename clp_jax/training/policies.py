@@ -125,6 +125,10 @@ def load_per_weight(paths: Sequence[str | Path], weights: Sequence[Sequence[floa
     if len(paths) != len(weights):
         raise ValueError(f"{len(paths)} runs for {len(weights)} weights: expected one for each.")
     policies = [load_policy(path) for path in paths]
+    for path, policy in zip(paths, policies, strict=True):
+        if not isinstance(policy.conditioning, Unconditioned):
+            raise CheckpointError(f"{path} is conditioned: one policy for each weight is an ordinary one.")
+        _check_comparable(paths[0], policies[0], path, policy)
     table = tuple((tuple(float(x) for x in row), policy.params) for row, policy in zip(weights, policies, strict=True))
     return policies[0], PerWeight(policies[0].policy, table)
 
@@ -135,13 +139,23 @@ def _experts(paths: Sequence[str | Path], or_one: bool = False) -> list[LoadedPo
     for path, expert in zip(paths, experts, strict=True):
         if not isinstance(expert.conditioning, Unconditioned):
             raise CheckpointError(f"{path} is conditioned: experts are ordinary policies.")
-        if expert.policy.config != first.policy.config or expert.objectives != first.objectives:
-            raise CheckpointError(f"{path} and {paths[0]} are of other models or rewards: they can't be mixed.")
-        same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), expert.reference, first.reference)
-        if not all(jax.tree.leaves(same)):
-            raise CheckpointError(f"{path} and {paths[0]} started from other references: they can't be mixed.")
+        _check_comparable(paths[0], first, path, expert)
     if len(experts) != len(first.objectives) and not (or_one and len(experts) == 1):
         raise CheckpointError(
             f"{len(experts)} experts for {len(first.objectives)} objectives: {', '.join(first.objectives)}."
         )
     return experts
+
+
+def _check_comparable(first_path: str | Path, first: LoadedPolicy, path: str | Path, other: LoadedPolicy) -> None:
+    """Checks that two runs are of one model, the same rewards and one reference."""
+    if other.policy.config != first.policy.config or other.objectives != first.objectives:
+        raise CheckpointError(f"{path} and {first_path} are of other models or rewards: they can't be combined.")
+    if other.reward_fingerprints != first.reward_fingerprints:
+        raise CheckpointError(
+            f"{path} and {first_path} were trained with other rewards of the same names (settings, code or reward models "
+            "differ): they can't be combined."
+        )
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), other.reference, first.reference)
+    if not all(jax.tree.leaves(same)):
+        raise CheckpointError(f"{path} and {first_path} started from other references: they can't be combined.")

@@ -126,6 +126,7 @@ class RewardModel:
             "model": to_json(policy.config),
             "document_length": data.manifest.lengths["inputs"],
             "vocabulary": vocabulary.fingerprint,
+            "data": data.manifest.fingerprint,
         }
         return StageSetup(
             params=self._initial(policy, seed),

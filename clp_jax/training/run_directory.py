@@ -119,10 +119,7 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
         if parent.exists() and not parent.is_dir():
             raise RunDirectoryError(f"run directory {path}: {parent} is a file. Give a directory.")
     directory = RunDirectory(path)
-    with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # Permission bits do not tell it: try.
-            pass
+    make_writable(path)
     config = path / CONFIG_FILE
     if not config.is_file():
         foreign = [n for n in (CHECKPOINTS_DIRECTORY, METRICS_FILE, DESCRIPTION_FILE) if (path / n).exists()]
@@ -179,6 +176,18 @@ def write_atomically(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def make_writable(path: Path) -> None:
+    """Makes a directory where it is missing, and finds out whether files can be made in it.
+
+    Raises:
+        RunDirectoryError: when they can't.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # Permission bits do not tell it: try.
+            pass
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ class Supervised:
             "stage": "supervised",
             "model": to_json(self.model),
             "vocabulary": vocabulary.fingerprint,
+            "data": data.manifest.fingerprint,
             "prompt_length": lengths["inputs"],
         }
         return StageSetup(

@@ -192,6 +192,18 @@ def test_damage_is_found_and_named(tmp_path):
     assert other.vocabulary_size == 44
 
 
+def test_only_an_earlier_attempt_is_cleared_away(tmp_path):
+    partial = tmp_path / "data.partial"
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("words")
+    with pytest.raises(ValueError, match="data.partial is in the way, and not of an earlier attempt"):
+        materialise(REQUEST, tmp_path / "data")
+    assert (partial / "thesis.tex").read_text() == "words"
+    (partial / "UNFINISHED").touch()
+    materialise(REQUEST, tmp_path / "data")
+    assert not partial.exists() and not (tmp_path / "data" / "UNFINISHED").exists()
+
+
 def test_a_directory_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("words")
     with pytest.raises(ValueError, match="is not empty and not a prepared data set: choose another output_dir"):
@@ -202,7 +214,7 @@ def test_a_directory_with_something_else_is_left_alone(tmp_path):
 def test_it_is_there_whole_or_not_at_all(prepared, tmp_path):
     _, manifest = prepared
 
-    def killed(what, count):
+    def killed(what, count, total):
         if what == "writing validation" and count == 3:
             raise KeyboardInterrupt
 
@@ -218,15 +230,15 @@ def test_it_is_there_whole_or_not_at_all(prepared, tmp_path):
 
 def test_progress_is_told(tmp_path):
     told = []
-    materialise(REQUEST, tmp_path / "data", lambda what, count: told.append((what, count)))
+    materialise(REQUEST, tmp_path / "data", lambda *what: told.append(what))
     assert told[:4] == [
-        ("reading train", 0),
-        ("reading validation", 0),
-        ("reading test", 0),
-        ("training the vocabulary", 0),
+        ("reading train", 0, None),
+        ("reading validation", 0, None),
+        ("reading test", 0, None),
+        ("training the vocabulary", 0, None),
     ]
     for split, size in SPLITS.items():
-        assert [count for what, count in told if what == f"writing {split}"] == list(range(1, size + 1))
+        assert [rest for what, *rest in told if what == f"writing {split}"] == [[n, size] for n in range(1, size + 1)]
 
 
 def test_a_split_without_examples_is_named(tmp_path):

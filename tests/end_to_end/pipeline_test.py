@@ -160,6 +160,28 @@ def test_baselines(home, method, paths, more, calls):
     assert (sweep.method, sweep.decode_calls_per_token) == (method, calls)
 
 
+def test_only_comparable_experts_are_combined(home, capfd):
+    settings = ["--gin.WEIGHTS=(0.0, 1.0)", "--gin.NUM_STEPS=1", "--gin.Brevity.limit=3"]
+    train_policy("expert_of_others", "pydoc_expert", *settings)
+    words = [*EVALUATE, "--gin.CHECKPOINTS=['expert_0', 'expert_of_others']", "--output=none.json"]
+    assert "other rewards of the same names" in refuses(capfd, *words, "--gin.METHOD=soup")
+    rows = "--gin.evaluate.weights=[(1.0, 0.0), (0.0, 1.0)]"
+    assert "other rewards of the same names" in refuses(capfd, *words, "--gin.METHOD=per_weight", rows)
+    words[-2] = "--gin.CHECKPOINTS=['expert_1', 'full']"
+    assert "full is conditioned" in refuses(capfd, *words, "--gin.METHOD=per_weight", rows)
+    assert not (home / "none.json").exists()
+
+
+def test_realignment_needs_a_kl_weight(capfd):
+    words = [*EVALUATE, "--gin.METHOD=dera", "--gin.CHECKPOINTS=['expert_1']", "--alpha_min=0.1", "--output=none.json"]
+    assert "alpha is 0" in refuses(capfd, *words, "--gin.ALPHA=0")
+
+
+def test_a_sweep_makes_the_directory_of_its_output(home):
+    clp(*EVALUATE, "--gin.CHECKPOINTS=['expert_0']", "--output=new/place/x.json", "--gin.evaluate.weights=[(1.0, 0.0)]")
+    assert Sweep.load(home / "new" / "place" / "x.json").method == "expert_0"
+
+
 def test_corners_of_soups_and_mixed_logits_are_the_experts(home):
     sweeps = []
     for name, method, paths in (
@@ -230,6 +252,17 @@ def test_an_experiment_on_one_budget(home, capfd):
     before = (home / "experiment" / "experiment.md").read_text()
     clp(*words)
     assert (home / "experiment" / "experiment.md").read_text() == before
+    # Runs of another budget are other runs, even where they are longer; nothing is compared across budgets.
+    config = (home / "experiment" / "config.gin").read_text()
+    assert "experiment.experiment.num_steps = 2" in config
+    alone = ["--gin.experiment.methods=[@full/experiment.Conditioned()]", "--gin.experiment.baseline='full'"]
+    assert "budget: 2 -> 1" in refuses(capfd, *words, *alone, "--gin.NUM_STEPS=1")
+    assert (home / "experiment" / "config.gin").read_text() == config
+    one = [*words, "--gin.NUM_SEEDS=1"]
+    clp(*one)
+    content = json.loads((home / "experiment" / "experiment.json").read_text(), parse_constant=pytest.fail)
+    assert content["summaries"][0]["hypervolume"]["high"] is None
+    assert "inf" not in (home / "experiment" / "experiment.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -256,6 +289,11 @@ def test_weights_that_are_none(weights, message, capfd):
         (["--input=empty.jsonl"], "empty.jsonl"),
         (["--input=latin.jsonl"], "latin.jsonl"),
         (["--input=prompts.jsonl", "--output=taken.jsonl"], "taken.jsonl exists: it was not overwritten"),
+        (["--input=prompts.jsonl", "--prompt=x"], "expected one of them"),
+        (["--prompt=x", "--output=new.jsonl"], "output is written for the lines of an input"),
+        (["--prompt=x", "--temperature=0", "--top_k=5"], "top_k and top_p do nothing at temperature 0"),
+        (["--prompt=x", "--seed=4294967296"], "seed is 4294967296"),
+        (["--prompt=Return \udcff it"], "is not UTF-8 at character 7"),
     ],
 )
 def test_samples_that_can_not_be_made(home, words, message, capfd):

@@ -82,6 +82,15 @@ def test_names_of_rewards_may_hold_anything(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".png", ".html"} and all(p.is_file() for p in tmp_path.iterdir())
 
 
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "index.html").write_text("my page")
+    with pytest.raises(ValueError, match="is not empty and not an earlier report: choose another output_dir"):
+        write_report([make_sweep()], [], tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("index.html", "my page")]
+    page = write_report([make_sweep()], [], tmp_path / "report")
+    assert write_report([make_sweep()], [], tmp_path / "report") == page
+
+
 def test_other_rewards_can_not_be_compared(tmp_path):
     with pytest.raises(ValueError, match="soups has the objectives a, b, full has faithful, brief"):
         write_report([make_sweep(), make_sweep(method="soups", names=("a", "b"))], [], tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from clp_jax.train import train
 from clp_jax.training.checkpoints import CheckpointError, load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.optimizers import Adafactor
+from clp_jax.training.run_directory import RunDirectoryError
 from clp_jax.training.stage import DataBatches
 from clp_jax.training.supervised import Supervised, SupervisedLoss
 
@@ -94,6 +96,25 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, data_dir, monkeypatch
     assert [r["step"] for r in lines(tmp_path / "whole")] == list(range(1, 9))
     loaded = [load_params(tmp_path / name)[0] for name in ("whole", "parts")]
     jax.tree.map(np.testing.assert_array_equal, *loaded)
+
+
+def test_other_data_under_a_run_is_refused(tmp_path, data_dir):
+    copy = shutil.copytree(data_dir, tmp_path / "data")
+    run(tmp_path / "run", copy, 2)
+    manifest = Manifest.load(copy)
+    dataclasses.replace(manifest, fingerprint="1").save(copy)
+    with pytest.raises(RunDirectoryError, match="holds a run with another data: it was 0, now it is 1"):
+        run(tmp_path / "run", copy, 4)
+
+
+def test_a_damaged_record_is_named(tmp_path, data_dir):
+    copy = shutil.copytree(data_dir, tmp_path / "data")
+    shard = copy / "train-00000.arrayrecord"
+    content = bytearray(shard.read_bytes())
+    content[100:3000] = bytes(byte ^ 0xFF for byte in content[100:3000])
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"split 'train' in .*data has records that can't be read"):
+        run(tmp_path / "run", copy, 8)
 
 
 def test_a_validation_split_smaller_than_a_batch_is_evaluated_whole(tmp_path, data_dir):
