@@ -18,7 +18,7 @@ from clp_jax.models.conditioning import check_alpha
 from clp_jax.preferences import Preference, simplex_lattice, validate_weights
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.protocol import RewardFunction
-from clp_jax.rewards.stack import RewardStack, fingerprint, objective_names
+from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.score import score
 from clp_jax.sampling.steering import Steerable
@@ -96,7 +96,7 @@ def evaluate(
     settings = {
         "checkpoints": [str(find_checkpoint(path)) for path in paths],
         "name": name,
-        "rewards": [fingerprint(reward) for reward in rewards],
+        "rewards": fingerprints(rewards),
         "data": data.manifest.fingerprint,
         "method": method,
         "alpha": [alpha, alpha_min],
@@ -151,10 +151,10 @@ def _check_rewards(path: str, loaded: LoadedPolicy, rewards: Sequence[RewardFunc
             f"{path} was trained for {', '.join(loaded.objectives) or 'no rewards (it is supervised)'}; "
             f"the rewards given are {', '.join(names)}: give the run's, in its order."
         )
-    for reward, own in zip(rewards, loaded.reward_fingerprints, strict=True):
-        if fingerprint(reward) != own:
+    for reward, given in fingerprints(rewards).items():
+        if given != loaded.reward_fingerprints[reward]:
             raise ValueError(
-                f"{path} was trained with another reward {reward.names[0]!r} than the one given (other settings, code or "
+                f"{path} was trained with another reward {reward!r} than the one given (other settings, code or "
                 "reward model of the same name): give the run's."
             )
     return loaded.statistics

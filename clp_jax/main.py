@@ -3,7 +3,9 @@
 import errno
 import importlib
 import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return _run(command, rest)
     except Exception as error:
         message, code = _explain(error)
+        if message is None:
+            message, code = _in_code_of_the_user(error), USER_ERROR
         if message is None or "--debug" in rest:
             raise
         print(f"clp {command}: error: {message}", file=sys.stderr)
@@ -149,6 +153,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     """One line for what a user can mend, and None for what only a programmer can."""
     if isinstance(error, ConfigError):
         return str(error), USER_ERROR
+    # Gin adds where a call was configured, with addresses.
+    text = re.sub(r"\n\s*In call to configurable .*", "", str(error))
     if isinstance(error, OSError):
         advice = {
             errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -161,10 +167,25 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
             return f"{where}{advice}.", FAILURE
         if isinstance(error, FileNotFoundError) and error.filename:
             return f"{where}no such file or directory.", USER_ERROR
-        return str(error), FAILURE
+        return text, USER_ERROR if _is_ours(error) else FAILURE
     if isinstance(error, ValueError | RuntimeError) and _is_ours(error):
-        return str(error), USER_ERROR
+        return text, USER_ERROR
     return None, FAILURE
+
+
+def _in_code_of_the_user(error: Exception) -> str | None:
+    """What went wrong in a reward or a task next to the user's gin files, from there on; None elsewhere."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}"
+    trace = error.__traceback__
+    while trace is not None:
+        path = Path(trace.tb_frame.f_code.co_filename)
+        module = trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+        if module != PACKAGE and "site-packages" not in path.parts and path.is_relative_to(Path.cwd()):
+            lines = traceback.format_exception(type(error), error, trace)
+            return f"your code raised {type(error).__name__}.\n{''.join(lines).rstrip()}"
+        trace = trace.tb_next
+    return None
 
 
 def _is_ours(error: BaseException) -> bool:

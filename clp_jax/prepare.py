@@ -1,5 +1,6 @@
 """`clp prepare`: a SeqIO task or mixture becomes token ids on disk."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def prepare(
     Raises:
         ValueError: for an unknown task, a split without examples, or a directory that holds something else.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     request = Request(
         task=task,
         lengths=dict(lengths),

@@ -1,5 +1,6 @@
 """`clp report`: the page, the plots and the tables of evaluated runs."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from rich.console import Console
 
 from clp_jax.evaluation.report import write_report
 from clp_jax.evaluation.sweep import Sweep
-from clp_jax.evaluation.tables import print_examples, print_table
+from clp_jax.evaluation.tables import print_comparison, print_examples, print_table
 from clp_jax.training.metrics import read_metrics
 
 
@@ -34,6 +35,11 @@ def report(*, run_dirs: Sequence[str], output_dir: str | None = None) -> str:
     page = write_report(sweeps, metrics, Path(output_dir) if output_dir else home / "report")
     console = Console()
     print_table(sweeps[0], console)
+    if len(sweeps) > 1:
+        print_comparison(sweeps, console)
+    if len({(sweep.num_prompts, str(sweep.settings.get("data"))) for sweep in sweeps}) > 1:
+        counts = ", ".join(f"{sweep.method} {sweep.num_prompts}" for sweep in sweeps)
+        print(f"warning: these are results over other prompts ({counts}): compare with care.", file=sys.stderr)
     print_examples(sweeps[0], console)
     console.print(f"report: {page}")
     return str(page)

@@ -74,6 +74,16 @@ class Session:
         check_alpha(self.loaded.conditioning, checked)
         self.alpha = checked
 
+    def change_alpha(self, alpha: float) -> None:
+        """`set_alpha`, when a user asks for it.
+
+        Raises:
+            ValueError: when the policy is not conditioned on the KL weight, which then changes nothing.
+        """
+        if getattr(self.loaded.conditioning, "alpha_min", None) is None:
+            raise ValueError(f"{self.loaded.run_dir} is not conditioned on alpha: it would change nothing.")
+        self.set_alpha(alpha)
+
     def complete(self, prompts: Sequence[str]) -> tuple[list[list[Completion]], list[int]]:
         """Completions of prompts, and the numbers of the prompts that were too long and were cut."""
         inputs, cut = encode_prompts(self.loaded.vocabulary, prompts, self.max_prompt)
@@ -96,7 +106,12 @@ class Session:
         if not self.loaded.objectives:
             return "a supervised policy"
         pairs = zip(self.loaded.objectives, self.weights, strict=True)
-        return ", ".join(f"{name} {weight:.2f}" for name, weight in pairs)
+        parts = [f"{name} {weight:.2f}" for name, weight in pairs]
+        if getattr(self.loaded.conditioning, "alpha_min", None) is not None:
+            parts.append(f"alpha {self.alpha:g}")
+        if self.num_samples > 1:
+            parts.append(f"{self.num_samples} samples")
+        return ", ".join(parts)
 
 
 def sample(
@@ -187,7 +202,9 @@ def talk(session: Session, lines: Any, console: Console) -> None:
         console: where answers go.
     """
     interactive = lines.isatty()
-    console.print(f"{session.loaded.run_dir}: {session.describe()}. /help lists the commands.", highlight=False)
+    console.print(
+        f"{session.loaded.run_dir}: {session.describe()}. /help lists the commands.", highlight=False, soft_wrap=True
+    )
     for line in _read(lines, interactive):
         line = line.strip()
         try:
@@ -219,7 +236,7 @@ def _command(session: Session, line: str, console: Console) -> None:
     name, _, argument = line.partition(" ")
     settings: dict[str, Callable[[str], None]] = {
         "/weights": lambda text: session.set_weights(parse_numbers(text)),
-        "/alpha": lambda text: session.set_alpha(float(text)),
+        "/alpha": lambda text: session.change_alpha(float(text)),
         "/samples": lambda text: setattr(session, "num_samples", max(1, int(text))),
         "/temperature": lambda text: session.set_temperature(float(text)),
     }
@@ -262,7 +279,8 @@ def _complete_file(session: Session, source: Path, target: Path | None, batch_si
                 raise ValueError("inputs is not text")
             records.append((number, text))
         except (ValueError, KeyError, TypeError) as error:
-            print(f"warning: {source}, line {number} was skipped: {error!r}", file=sys.stderr)
+            what = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "msg", error)
+            print(f"warning: {source}, line {number} was skipped: {what}", file=sys.stderr)
     if not records:
         raise ValueError(f'{source} holds no prompts: expected one JSON object a line, with "inputs".')
     out = target.open("x", encoding="utf-8") if target else sys.stdout

@@ -91,6 +91,7 @@ def train(
         if done >= num_steps and directory.description() is not None:
             _say(f"{directory.path} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
             return _result(directory, done)
+        directory.write_config(config_text)
         stop = stack.enter_context(StopSignal())
         setup = stage.setup(directory.path, seed)
         learner = Learner(
@@ -133,15 +134,14 @@ def train(
     if step < num_steps and stop.received is not None:
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
         raise SystemExit(128 + stop.received)
-    result = _result(directory, step)
-    _say_held_out(name, result.metrics)
-    return result
+    return _say_held_out(name, _result(directory, step))
 
 
-def _say_held_out(name: str, metrics: dict[str, Any]) -> None:
-    found = [f"{key.split('/', 1)[1]} {value:.3f}" for key, value in metrics.items() if key.startswith("evaluation/")]
+def _say_held_out(name: str, result: TrainResult) -> TrainResult:
+    found = {key.split("/", 1)[1]: value for key, value in result.metrics.items() if key.startswith("evaluation/")}
     if found:
-        _say(f"{name}: held out: {', '.join(found)}")
+        _say(f"{name}: held out: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+    return result
 
 
 def _describe(directory: RunDirectory, setup: StageSetup) -> dict[str, Any]:

@@ -67,10 +67,12 @@ def _parse(raw: bytes, where: str) -> TextExample:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}): save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+        raise ValueError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}.") from None
     if not isinstance(record, dict):
         raise ValueError(f'{where} is {type(record).__name__}: expected an object with "inputs" and "targets".')
     for field in ("inputs", "targets"):
+        if field not in record:
+            raise ValueError(f"{where} has no {field!r}: its names are {', '.join(map(repr, record)) or 'none'}.")
         if not isinstance(record.get(field), str) or not record[field].strip():
             raise ValueError(f"{where}: {field!r} is {record.get(field)!r}, expected a string that is not empty.")
         try:

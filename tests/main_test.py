@@ -95,15 +95,32 @@ def test_an_interruption(capsys):
     assert capsys.readouterr().err == "clp toy: interrupted.\n"
 
 
-def test_bugs_keep_their_traceback():
+def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # Elsewhere than the code.
     with pytest.raises(KeyError, match="component"):
         cli.main([*GIVEN, "--gin.RUN_DIR=x", "--fail=bug"])
 
 
-def test_a_value_error_of_a_library_keeps_its_traceback(monkeypatch):
+def test_a_value_error_of_a_library_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "PACKAGE", "clp_jax")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main([*GIVEN, "--gin.RUN_DIR=x", "--fail=library"])
+
+
+def test_mistakes_in_code_of_the_user_are_shown_from_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "PACKAGE", "clp_jax")
+    monkeypatch.chdir(Path(toy_entry.__file__).parent)  # What is below the working directory is the user's.
+    assert cli.main([*GIVEN, "--gin.RUN_DIR=x", "--fail=bug"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("clp toy: error: your code raised KeyError.") and "toy_entry.py" in said
+    assert "clp_jax/main.py" not in said
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_reward.py").write_text("def score(:\n")
+    head = "from __gin__ import dynamic_registration\nimport broken_reward\nimport toy_entry\n"
+    (tmp_path / "mine.gin").write_text(f"include 'short.gin'\n{head}toy_entry.toy.hook = @broken_reward.score\n")
+    assert cli.main([*GIVEN[:2], "--gin_file=mine.gin", "--gin.RUN_DIR=x"]) == 2
+    assert "broken_reward.py, line 1: invalid syntax: def score(:" in capsys.readouterr().err
 
 
 def test_debug_keeps_the_traceback_of_a_mistake():

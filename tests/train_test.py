@@ -243,6 +243,14 @@ def test_another_optimizer_or_average_is_refused_by_the_checkpoint(tmp_path):
         run(tmp_path, 4, ema_decay=None)
 
 
+def test_asking_less_of_a_complete_run_leaves_its_configuration(tmp_path):
+    run(tmp_path, 4, config_text="NUM_STEPS = 4\n")
+    run(tmp_path, 2, config_text="NUM_STEPS = 2\n")
+    assert (tmp_path / "config.gin").read_text() == "NUM_STEPS = 4\n"
+    run(tmp_path, 5, config_text="NUM_STEPS = 5\n")
+    assert (tmp_path / "config.gin").read_text() == "NUM_STEPS = 5\n"
+
+
 def test_a_nan_stops_the_run_and_leaves_the_checkpoint(tmp_path):
     explode = AdamW(Linear(1e9, 20, warmup_steps=19), max_grad_norm=None)  # The first step has a rate of 0.
     with pytest.raises(

@@ -101,6 +101,19 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir} is not empty and not a prepared data set: choose another output_dir.")
     partial = _make_partial(output_dir)
+    try:
+        manifest = _write(request, partial, progress)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    (partial / _UNFINISHED).unlink()
+    if output_dir.exists():
+        output_dir.rmdir()
+    partial.rename(output_dir)
+    return manifest
+
+
+def _write(request: Request, directory: Path, progress: Progress) -> Manifest:
     texts = {}
     for split in request.splits:
         progress(f"reading {split}", 0, None)
@@ -108,15 +121,15 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
     if request.vocabulary is None:
         progress("training the vocabulary", 0, None)
         train_vocabulary(
-            [t for pair in texts[request.splits[0]] for t in pair], request.vocabulary_size, partial / VOCABULARY_FILE
+            [t for pair in texts[request.splits[0]] for t in pair], request.vocabulary_size, directory / VOCABULARY_FILE
         )
     else:
-        shutil.copyfile(request.vocabulary, partial / VOCABULARY_FILE)
-    vocabulary = Vocabulary(partial / VOCABULARY_FILE)
+        shutil.copyfile(request.vocabulary, directory / VOCABULARY_FILE)
+    vocabulary = Vocabulary(directory / VOCABULARY_FILE)
     description = request.task.describe()
     settings = [description, dict(request.lengths), request.pack, vocabulary.fingerprint]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    splits = {split: _write_split(request, split, pairs, partial, digest, progress) for split, pairs in texts.items()}
+    splits = {split: _write_split(request, split, pairs, directory, digest, progress) for split, pairs in texts.items()}
     manifest = Manifest(
         task=str(description.get("task", type(request.task).__name__)),
         lengths=dict(request.lengths),
@@ -127,11 +140,7 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
         fingerprint=digest.hexdigest(),
         splits=splits,
     )
-    manifest.save(partial)
-    (partial / _UNFINISHED).unlink()
-    if output_dir.exists():
-        output_dir.rmdir()
-    partial.rename(output_dir)
+    manifest.save(directory)
     return manifest
 
 
@@ -144,8 +153,11 @@ def _make_partial(output_dir: Path) -> Path:
         raise ValueError(
             f"{partial} is in the way, and not of an earlier attempt: move it, or choose another output_dir."
         )
-    partial.mkdir(parents=True)
-    (partial / _UNFINISHED).touch()
+    try:
+        partial.mkdir(parents=True)
+        (partial / _UNFINISHED).touch()
+    except OSError as error:
+        raise ValueError(f"{output_dir} can't be made ({error.strerror}): choose another output_dir.") from error
     return partial
 
 

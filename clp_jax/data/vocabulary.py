@@ -1,6 +1,7 @@
 """SentencePiece without TensorFlow: the same ids as `seqio.SentencePieceVocabulary` of the same model file."""
 
 import hashlib
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +125,10 @@ def train_vocabulary(texts: Sequence[str], size: int, path: Path) -> None:
                 minloglevel=2,
             )
     except RuntimeError as error:
+        # SentencePiece says how many there can be at most, or at least, at the end of a longer message.
+        most, least = re.search(r"value <= (\d+)", str(error)), re.search(rf"{size} vs (\d+)", str(error))
+        reason = f"at most {most[1]}" if most else f"at least {least[1]}" if least else str(error).splitlines()[-1]
         raise ValueError(
-            f"no vocabulary of {size} tokens can be trained on {len(lines)} lines: {str(error).splitlines()[-1]} "
-            "Lower vocabulary_size, or bring more text."
+            f"no vocabulary of {size} tokens can be trained on {len(lines)} lines of text: {reason}. Set vocabulary_size "
+            "(VOCAB_SIZE in the gin files), or bring other text."
         ) from None

@@ -142,7 +142,13 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     figure = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(rows, columns)).ravel(), found, strict=False):
         lines = [line for line in metrics if name in line]
-        axes.plot([line["step"] for line in lines], [line[name] for line in lines], color=COLOURS[0], linewidth=1.2)
+        axes.plot(
+            [line["step"] for line in lines],
+            [line[name] for line in lines],
+            color=COLOURS[0],
+            linewidth=1.2,
+            marker=".",
+        )
         axes.set_title(_plain(name), loc="left", fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

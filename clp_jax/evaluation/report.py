@@ -60,7 +60,10 @@ def write_report(
     page = output_dir / "index.html"
     if output_dir.is_dir() and any(output_dir.iterdir()) and not (page.is_file() and _GENERATOR in page.read_text()):
         raise ValueError(f"{output_dir} is not empty and not an earlier report: choose another output_dir.")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{output_dir} can't be made ({error.strerror}): choose another output_dir.") from error
     figures = plot_fronts(sweeps) | {"grid": plot_grid(sweeps[0])}
     names = [f"reward/{n}" for n in sweeps[0].objectives] + ["objective", "kl", "length", "value_explained_variance"]
     training = plot_training(metrics, names)

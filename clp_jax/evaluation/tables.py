@@ -1,6 +1,7 @@
 """What the terminal shows of a sweep."""
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
@@ -38,6 +39,26 @@ def print_table(sweep: Sweep, console: Console) -> None:
             f"{escape(name)}: rank correlation with its weight {s.rank_correlation:+.2f}, range {s.range:.2f} reference std"
         )
     console.print(f"hypervolume {sweep.hypervolume:.3f}, mean value {sweep.mean_value:+.3f}")
+
+
+def print_comparison(sweeps: Sequence[Sweep], console: Console) -> None:
+    """One row for each sweep: hypervolume, mean value, and the rank correlation and range of each reward."""
+    table = Table(title="compared")
+    table.add_column("method")
+    for name in ("prompts", "hypervolume", "mean value"):
+        table.add_column(name, justify="right")
+    for name in sweeps[0].objectives:
+        table.add_column(f"ρ, range: {escape(name)}", justify="right")
+    for sweep in sweeps:
+        steered = [sweep.steerability[name] for name in sweep.objectives]
+        table.add_row(
+            escape(sweep.method),
+            str(sweep.num_prompts),
+            f"{sweep.hypervolume:.2f}",
+            f"{sweep.mean_value:+.2f}",
+            *[f"{s.rank_correlation:+.2f}, {s.range:.2f}" for s in steered],
+        )
+    console.print(table)
 
 
 def print_examples(sweep: Sweep, console: Console, *, count: int = 5, index: int = 0) -> None:

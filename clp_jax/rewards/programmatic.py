@@ -151,6 +151,16 @@ class FunctionReward:
     def __post_init__(self):
         if not callable(self.function):
             raise ValueError(f"FunctionReward {self.name!r}: function is {self.function!r}, expected a function.")
+        try:
+            inspect.signature(self.function).bind([], [], [])
+        except TypeError:
+            name = getattr(self.function, "__name__", "the function")
+            raise ValueError(
+                f"FunctionReward {self.name!r}: {name}{inspect.signature(self.function)} does not take what it is called "
+                "with: expected (prompts, completions, references)."
+            ) from None
+        except ValueError:  # Some functions in C do not tell.
+            pass
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -181,7 +191,7 @@ class FunctionReward:
         try:
             array = np.asarray(values, np.float32)
         except (TypeError, ValueError):
-            array = np.empty(0, np.float32)
+            raise ValueError(f"reward {self.name!r}: its function gave {values!r:.100}: expected numbers.") from None
         if array.shape != (len(inputs.completions),):
             raise ValueError(
                 f"reward {self.name!r}: its function gave {type(values).__name__} of shape {array.shape} for "

@@ -83,6 +83,11 @@ def objective_names(functions: Sequence[RewardFunction]) -> tuple[str, ...]:
     return names
 
 
+def fingerprints(rewards: Sequence[RewardFunction]) -> dict[str, str]:
+    """`fingerprint` by the rewards' names."""
+    return {"+".join(reward.names): fingerprint(reward) for reward in rewards}
+
+
 def fingerprint(reward: RewardFunction) -> str:
     """What tells a reward function from another of the same name: its settings, and its code or its parameters.
 

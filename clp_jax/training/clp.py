@@ -30,16 +30,15 @@ from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.protocol import RewardFunction
-from clp_jax.rewards.stack import RewardStack, fingerprint, objective_names
+from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
 from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
 from clp_jax.training.experience import ExperienceSource, PreferenceSampler, reward_inputs
 from clp_jax.training.policy_loss import PolicyGradientLoss
+from clp_jax.training.run_directory import REFERENCE_DIRECTORY
 from clp_jax.training.stage import StageSetup
-
-REFERENCE_DIRECTORY = "reference"
 
 _STATISTICS_KEY = 2**31  # Tells the statistics' samples from those of the steps.
 
@@ -130,7 +129,7 @@ class ConditionalPolicy:
             "model": description["model"],
             "conditioning": to_json(conditioning),
             "rewards": list(names),
-            "reward_fingerprints": [fingerprint(reward) for reward in self.rewards],
+            "reward_fingerprints": fingerprints(self.rewards),
             "prompt_length": manifest.lengths["inputs"],
             "max_length": self.max_length,
             "vocabulary": vocabulary.fingerprint,
@@ -236,7 +235,8 @@ def _check_objectives(stage: ConditionalPolicy, names: tuple[str, ...]) -> None:
     sampled = stage.preferences(jax.random.key(0), stage.num_groups).num_objectives
     if sampled != len(names):
         raise ValueError(
-            f"the preference sampler draws {sampled} weights, but the rewards are {len(names)} objectives: {listed}."
+            f"the preference sampler draws {sampled} weights, but the rewards are {len(names)} objectives: {listed}: "
+            f"set NUM_OBJECTIVES={len(names)}, or the sampler's own setting."
         )
     how = stage.conditioning
     if isinstance(how, ParameterConditioning | PromptConditioning) and how.num_objectives != len(names):

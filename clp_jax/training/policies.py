@@ -1,7 +1,7 @@
 """Trained policies, rebuilt from their run directories alone, as things that can be steered."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +15,7 @@ from clp_jax.models.serialization import from_json
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.sampling.steering import ConditionedPolicy, LogitMixture, PerWeight
 from clp_jax.training.checkpoints import CheckpointError, find_checkpoint, load_params
-from clp_jax.training.clp import REFERENCE_DIRECTORY
+from clp_jax.training.run_directory import REFERENCE_DIRECTORY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LoadedPolicy:
         vocabulary: its own.
         max_length: tokens of a completion in training; None for a supervised run.
         prompt_length: tokens of a prompt in training.
-        reward_fingerprints: of the rewards it was trained with.
+        reward_fingerprints: of the rewards it was trained with, by name.
     """
 
     run_dir: Path
@@ -48,7 +48,7 @@ class LoadedPolicy:
     vocabulary: Vocabulary
     max_length: int | None
     prompt_length: int
-    reward_fingerprints: tuple[str, ...] = ()
+    reward_fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def steerable(self) -> ConditionedPolicy:
         """The policy, ready to generate at any preference."""
@@ -87,7 +87,7 @@ def load_policy(path: str | Path) -> LoadedPolicy:
         vocabulary=vocabulary,
         max_length=description["max_length"],
         prompt_length=description["prompt_length"],
-        reward_fingerprints=tuple(description["reward_fingerprints"]),
+        reward_fingerprints=description["reward_fingerprints"],
     )
 
 

@@ -7,16 +7,20 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
 
 CONFIG_FILE = "config.gin"
 DESCRIPTION_FILE = "description.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 CHECKPOINTS_DIRECTORY = "checkpoints"
+REFERENCE_DIRECTORY = "reference"
 _LOCK_FILE = ".lock"
 
 # A run may go on with other values of these: they change how long it lasts and what it tells, not what it computes.
@@ -65,6 +69,12 @@ class RunDirectory:
         path = self.path / DESCRIPTION_FILE
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def write_config(self, config_text: str) -> None:
+        """Stores the resolved configuration."""
+        path = self.path / CONFIG_FILE
+        if not path.is_file() or path.read_text() != config_text:
+            self._write(CONFIG_FILE, config_text)
+
     def write_description(self, description: dict[str, Any]) -> None:
         """Stores what rebuilds the model.
 
@@ -108,7 +118,8 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
 
     Args:
         path: of the directory.
-        config_text: the resolved configuration, lines of ``name = value``; it may differ in `FREE_BINDINGS` only.
+        config_text: the resolved configuration, lines of ``name = value``; once a run has begun it may differ in
+            `FREE_BINDINGS` only, and is stored by `RunDirectory.write_config` when it goes on.
 
     Raises:
         RunDirectoryError: when the path is a file, can't be written, holds other things than a run, or holds a run of
@@ -128,12 +139,16 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
                 f"{path} has {' and '.join(foreign)} but no {CONFIG_FILE}: nothing in it was overwritten. Train in a new "
                 "run directory."
             )
-        directory._write(CONFIG_FILE, config_text)
+        directory.write_config(config_text)
         return directory
-    before = config.read_text()
-    if before != config_text:
-        _check_same(path, bindings(before), bindings(config_text))
-        directory._write(CONFIG_FILE, config_text)
+    if directory.description() is None and directory.latest_step() is None:
+        # It failed before it began: nothing is lost, and the mistake must not be kept.
+        with disk_errors(path):
+            shutil.rmtree(path / REFERENCE_DIRECTORY, ignore_errors=True)
+            (path / STATISTICS_FILE).unlink(missing_ok=True)
+        directory.write_config(config_text)
+    else:
+        _check_same(path, bindings(config.read_text()), bindings(config_text))
     return directory
 
 
@@ -199,6 +214,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         advice = {
             errno.ENOSPC: "the disk is full. Free some space and run the same command again: it goes on where it was",
             errno.EDQUOT: "your disk quota is used up. Free some space and run the same command again: it goes on where it was",
+            errno.ENOENT: "it can't be made there. Give a run directory elsewhere",
             errno.EROFS: "it is on a read-only file system. Give a run directory elsewhere",
             errno.EACCES: "it is not writable for you. Change its permissions, or give a run directory elsewhere",
             errno.EPERM: "it is not writable for you. Change its permissions, or give a run directory elsewhere",

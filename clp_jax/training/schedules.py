@@ -142,7 +142,8 @@ def _check_descent(schedule: Cosine | Linear) -> None:
     name = type(schedule).__name__
     if schedule.warmup_steps >= schedule.total_steps:
         raise ValueError(
-            f"{name}: warmup_steps={schedule.warmup_steps} must be below total_steps={schedule.total_steps}."
+            f"{name}: warmup_steps={schedule.warmup_steps} must be below total_steps={schedule.total_steps} (WARMUP_STEPS and "
+            "NUM_STEPS in the gin files)."
         )
     if not 0 <= schedule.final_fraction <= 1:
         raise ValueError(f"{name}.final_fraction is {schedule.final_fraction}: expected a number in [0, 1].")

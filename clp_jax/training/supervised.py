@@ -46,11 +46,9 @@ class Supervised:
     evaluation_batches: int = 8
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.evaluation_batches < 1 or self.z_loss < 0:
-            raise ValueError(
-                f"Supervised(batch_size={self.batch_size}, evaluation_batches={self.evaluation_batches}, "
-                f"z_loss={self.z_loss}): expected positive sizes and a z_loss of 0 or more."
-            )
+        for name, least in (("batch_size", 1), ("evaluation_batches", 1), ("z_loss", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Supervised.{name} is {getattr(self, name)}: expected at least {least}.")
 
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`."""

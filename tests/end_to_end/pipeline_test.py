@@ -254,7 +254,7 @@ def test_an_experiment_on_one_budget(home, capfd):
     assert (home / "experiment" / "experiment.md").read_text() == before
     # Runs of another budget are other runs, even where they are longer; nothing is compared across budgets.
     config = (home / "experiment" / "config.gin").read_text()
-    assert "experiment.experiment.num_steps = 2" in config
+    assert "\nNUM_STEPS = 2\n" in config
     alone = ["--gin.experiment.methods=[@full/experiment.Conditioned()]", "--gin.experiment.baseline='full'"]
     assert "budget: 2 -> 1" in refuses(capfd, *words, *alone, "--gin.NUM_STEPS=1")
     assert (home / "experiment" / "config.gin").read_text() == config

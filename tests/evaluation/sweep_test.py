@@ -17,7 +17,7 @@ from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.serialization import to_json
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
-from clp_jax.rewards.stack import fingerprint
+from clp_jax.rewards.stack import fingerprints
 from clp_jax.training.checkpoints import load_params, save_params
 
 
@@ -116,7 +116,7 @@ def make_run(home, name, components):
         "stage": "clp",
         "conditioning": to_json(conditioning),
         "rewards": ["brevity", "letters"],
-        "reward_fingerprints": [fingerprint(reward) for reward in REWARDS],
+        "reward_fingerprints": fingerprints(REWARDS),
         "max_length": 4,
     }
     save_params(path / "checkpoints" / "3", {"policy": stacked, "baseline": {}}, description | own, step=3)

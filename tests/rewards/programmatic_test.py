@@ -183,19 +183,31 @@ def test_a_function_of_the_users_is_a_reward():
 @pytest.mark.parametrize(
     ("values", "got"),
     [
-        ([1.0], r"list of shape \(1,\)"),
-        ([[1.0], [2.0]], r"list of shape \(2, 1\)"),
-        (1.0, r"float of shape \(\)"),
+        ([1.0], r"list of shape \(1,\) for 2 completions: expected one"),
+        ([[1.0], [2.0]], r"list of shape \(2, 1\) for 2"),
+        (1.0, r"float of shape \(\) for 2"),
         (None, r"NoneType of shape"),
-        (["good", "bad"], "list of shape"),
-        ([[1.0], [2.0, 3.0]], "list of shape"),
-        ({"a": 1.0}, "dict of shape"),
+        (["good", "bad"], r"\['good', 'bad'\]: expected numbers"),
+        ([[1.0], [2.0, 3.0]], r"\[\[1.0\], \[2.0, 3.0\]\]: expected numbers"),
+        ({"a": 1.0}, "{'a': 1.0}: expected numbers"),
     ],
     ids=["few", "column", "number", "none", "text", "ragged", "dict"],
 )
 def test_a_function_that_does_not_give_a_number_each_is_named(values, got):
-    with pytest.raises(ValueError, match=rf"reward 'mine': its function gave {got}.* for 2 completions: expected one"):
+    with pytest.raises(ValueError, match=rf"reward 'mine': its function gave {got}"):
         FunctionReward("mine", lambda p, c, r: values)(inputs(["a", "b"]))
+
+
+def test_a_function_of_other_arguments_is_refused_at_once():
+    def score(completions):
+        return [0.0 for _ in completions]
+
+    message = (
+        r"FunctionReward 'mine': score\(completions\) does not take .*expected \(prompts, completions, references\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        FunctionReward("mine", score)
+    FunctionReward("mine", lambda *texts: [0.0])
 
 
 def test_an_exception_of_the_function_keeps_its_kind_and_names_the_reward():

@@ -42,7 +42,7 @@ def test_bindings_of_a_gin_file():
 
 
 def test_the_same_run_enters_again_and_another_is_refused(tmp_path):
-    open_run_directory(tmp_path / "run", CONFIG)
+    open_run_directory(tmp_path / "run", CONFIG).write_description({})
     assert open_run_directory(tmp_path / "run", CONFIG).path == tmp_path / "run"
     other = CONFIG.replace("0.001", "0.01").replace("import clp_jax.train\n", "") + "new.binding = 3\n"
     with pytest.raises(RunDirectoryError) as error:
@@ -55,19 +55,32 @@ def test_the_same_run_enters_again_and_another_is_refused(tmp_path):
 
 def test_comments_and_lengths_may_change(tmp_path):
     open_run_directory(tmp_path, CONFIG)
+    (tmp_path / "description.json").write_text("{}")  # It has begun.
     longer = CONFIG.replace("num_steps = 100", "num_steps = 200").replace("A comment", "Another") + "NUM_STEPS = 7\n"
-    open_run_directory(tmp_path, longer)
+    open_run_directory(tmp_path, longer).write_config(longer)
     assert (tmp_path / "config.gin").read_text() == longer
 
 
 def test_a_length_that_a_schedule_uses_may_not_change(tmp_path):
     config = "NUM_STEPS = {}\ntrain.train.num_steps = %NUM_STEPS\n{}"
-    open_run_directory(tmp_path / "constant", config.format(10, ""))
+    open_run_directory(tmp_path / "constant", config.format(10, "")).write_description({})
     open_run_directory(tmp_path / "constant", config.format(20, ""))
     decaying = "schedules.linear_decay.decay_steps = %NUM_STEPS\n"
-    open_run_directory(tmp_path / "decaying", config.format(10, decaying))
+    open_run_directory(tmp_path / "decaying", config.format(10, decaying)).write_description({})
     with pytest.raises(RunDirectoryError, match="NUM_STEPS: 10 -> 20"):
         open_run_directory(tmp_path / "decaying", config.format(20, decaying))
+
+
+def test_a_run_that_never_began_may_be_corrected(tmp_path):
+    first = open_run_directory(tmp_path, "SFT_DIR = 'nosuch'\n")
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "rewards.json").write_text("{}")  # What an abandoned set-up fitted, to the wrong rewards perhaps.
+    second = open_run_directory(tmp_path, "SFT_DIR = 'sft'\n")
+    assert (tmp_path / "config.gin").read_text() == "SFT_DIR = 'sft'\n" and second == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.gin"]
+    second.write_description({"stage": "toy"})
+    with pytest.raises(RunDirectoryError, match="another configuration"):
+        open_run_directory(tmp_path, "SFT_DIR = 'other'\n")
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
