@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import counted
 
 from clp_jax.data import records
 from clp_jax.data.manifest import Manifest, Shard, Split, file_digest
@@ -96,6 +97,21 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, data_dir, monkeypatch
     assert [r["step"] for r in lines(tmp_path / "whole")] == list(range(1, 9))
     loaded = [load_params(tmp_path / name)[0] for name in ("whole", "parts")]
     jax.tree.map(np.testing.assert_array_equal, *loaded)
+
+
+def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, data_dir, monkeypatch):
+    plain, seen = DataBatches.next, []
+
+    def counting(self, state, frozen):
+        seen.append(len(programs))
+        return plain(self, state, frozen)
+
+    monkeypatch.setattr(DataBatches, "next", counting)
+    with counted() as programs:
+        run(tmp_path, data_dir, 8)
+        seen.append(len(programs))
+    # Evaluations after steps 3, 6 and 8, checkpoints after every second.
+    assert seen[3] > seen[0] and len(set(seen[3:])) == 1, seen
 
 
 def test_other_data_under_a_run_is_refused(tmp_path, data_dir):
