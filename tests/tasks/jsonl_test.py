@@ -84,11 +84,15 @@ def test_a_changed_file_is_another_request(files, tmp_path, capsys):
             "{path}, line 2 is not UTF-8 (byte 12): save the file as UTF-8",
         ),
         (b'["a", "b"]', '{path}, line 1 is list: expected an object with "inputs" and "targets".'),
-        (b'{"inputs": "a"}', "{path}, line 1: 'targets' is None, expected a string that is not empty."),
+        (b'{"inputs": "a"}', "{path}, line 1 has no 'targets': its names are 'inputs'."),
         (b'{"inputs": "", "targets": "b"}', "{path}, line 1: 'inputs' is '', expected a string that is not empty."),
+        (
+            b'{"inputs": "a", "targets": "\\ud800"}',
+            "{path}, line 1: 'targets' has half a character (a surrogate) at 0.",
+        ),
         (b'{"inputs": "a", "targets": 3}', "{path}, line 1: 'targets' is 3, expected a string that is not empty."),
     ],
-    ids=["empty", "blank", "json", "cut", "utf8", "list", "missing", "empty_field", "number"],
+    ids=["empty", "blank", "json", "cut", "utf8", "list", "missing", "empty_field", "surrogate", "number"],
 )
 def test_a_mistake_is_one_line_with_file_and_line(files, tmp_path, capfd, content, message):
     with open(files["validation"], "wb") as file:

@@ -197,7 +197,7 @@ def test_bad_settings(tmp_path, data_dir):
         ValueError, match=r"the model has 20 tokens, the vocabulary of .* 30: set vocab_size to at least 30"
     ):
         stage(data_dir, model=dataclasses.replace(MODEL, vocab_size=20)).setup(tmp_path, 0)
-    with pytest.raises(ValueError, match="batch_size=0"):
+    with pytest.raises(ValueError, match="Supervised.batch_size is 0: expected at least 1"):
         stage(data_dir, batch_size=0)
     with pytest.raises(FileNotFoundError, match="vocabulary"):
         stage(tmp_path / "nowhere").setup(tmp_path, 0)
