@@ -10,7 +10,9 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # Before JAX is imported; exact tests are exact on one platform.
 # Programs run for milliseconds and take seconds to compile: LLVM's optimisations are what can be saved.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Virtual devices share few threads: with collectives in an order of each device's own (jax 0.12), they wait for ever.
+_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
