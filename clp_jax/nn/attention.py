@@ -19,8 +19,8 @@ def segment_mask(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B 
 
 def dot_product_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
+    key: Float[Array, "B N S H"],
+    value: Float[Array, "B N S H"],
     *,
     mask: Bool[Array, "B T S"],
     bias: Float[Array, "N T S"] | None = None,
@@ -28,6 +28,9 @@ def dot_product_attention(
     dropout_key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention without a scale (T5 folds it into the query's initialisation), softmax in float32.
+
+    Keys and values lead with heads (`swap_heads`), as a cache keeps them: both products are then plain batched ones.
+    Compilers for TPUs choose layouts for themselves; CPUs pay for heads between positions and features with copies.
 
     Args:
         query: queries.
@@ -37,27 +40,6 @@ def dot_product_attention(
         bias: added to the logits, the same for every example.
         dropout_rate: of the attention weights.
         dropout_key: None turns dropout off.
-    """
-    key, value = swap_heads(key), swap_heads(value)
-    return attention_by_head(
-        query, key, value, mask=mask, bias=bias, dropout_rate=dropout_rate, dropout_key=dropout_key
-    )
-
-
-def attention_by_head(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B N S H"],
-    value: Float[Array, "B N S H"],
-    *,
-    mask: Bool[Array, "B T S"],
-    bias: Float[Array, "N T S"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: PRNGKeyArray | None = None,
-) -> Float[Array, "B T N H"]:
-    """`dot_product_attention` with keys and values that lead with heads (`swap_heads`), as a cache keeps them.
-
-    With the heads in front, both products are plain batched ones. Compilers for TPUs choose layouts for themselves; for
-    CPUs, products with heads between positions and features cost copies at every use.
     """
     logits = (swap_heads(query) @ jnp.swapaxes(key, -1, -2)).astype(jnp.float32)
     if bias is not None:
@@ -148,7 +130,7 @@ class Attention(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         """`attend` to keys and values as a `Cache` keeps them, heads first."""
-        context = attention_by_head(
+        context = dot_product_attention(
             query, key, value, mask=mask, bias=bias, dropout_rate=self.dropout_rate, dropout_key=dropout_key
         )
         return self.out(context.reshape(*context.shape[:2], -1))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clp_jax.nn.attention import Attention, dot_product_attention, segment_mask
+from clp_jax.nn.attention import Attention, segment_mask, swap_heads
+from clp_jax.nn.attention import dot_product_attention as by_head
 
 RNG = np.random.default_rng(0)
 B, T, S, N, H = 2, 3, 5, 2, 4
@@ -15,6 +16,11 @@ KEY, VALUE = RNG.normal(size=(2, B, S, N, H)).astype(np.float32)
 BIAS = RNG.normal(size=(N, T, S)).astype(np.float32)
 MASK = RNG.random((B, T, S)) < 0.6
 MASK[0, 1] = False  # A row of padding sees nothing.
+
+
+def dot_product_attention(query, key, value, **settings):
+    """With the heads of keys and values behind their positions, as the formulas below have them."""
+    return by_head(query, swap_heads(key), swap_heads(value), **settings)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

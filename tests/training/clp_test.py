@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from compilations import counted
+from compilations import before_each_batch, counted
 from tiny_runs import LENGTHS, MODEL, make_data, make_supervised
 
 from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning, Unconditioned
@@ -113,14 +113,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, home, whole, monkeypa
 
 
 def test_nothing_is_compiled_after_the_first_checkpoint(tmp_path, home, monkeypatch):
-    plain, seen = ExperienceSource.next, []
-
-    def counting(self, state, frozen):
-        seen.append(len(programs))
-        return plain(self, state, frozen)
-
-    monkeypatch.setattr(ExperienceSource, "next", counting)
     with counted() as programs:
+        seen = before_each_batch(monkeypatch, ExperienceSource, programs)
         run(tmp_path, home, 5)
         seen.append(len(programs))
     assert seen[1] > seen[0] > 0 and len(set(seen[3:])) == 1, seen  # Steps 4 and 5, with another checkpoint between.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilations import counted
+from compilations import before_each_batch, counted
 
 from clp_jax.data import records
 from clp_jax.data.manifest import Manifest, Shard, Split, file_digest
@@ -100,14 +100,8 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, data_dir, monkeypatch
 
 
 def test_nothing_is_compiled_after_the_first_evaluation(tmp_path, data_dir, monkeypatch):
-    plain, seen = DataBatches.next, []
-
-    def counting(self, state, frozen):
-        seen.append(len(programs))
-        return plain(self, state, frozen)
-
-    monkeypatch.setattr(DataBatches, "next", counting)
     with counted() as programs:
+        seen = before_each_batch(monkeypatch, DataBatches, programs)
         run(tmp_path, data_dir, 8)
         seen.append(len(programs))
     # Evaluations after steps 3, 6 and 8, checkpoints after every second.
