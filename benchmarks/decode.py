@@ -14,7 +14,8 @@ from measure import SHAPES, mebibytes, medians, num_bytes, parse_arguments, peak
 
 from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.models.policy import Policy
-from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.strategies import Greedy, Sampling
 
 BATCH_SIZE = 32
@@ -69,7 +70,7 @@ def main() -> None:
     }
     rows += [(name, f"{value:8.2f}") for name, value in ratios.items()]
     cache = jax.eval_shape(
-        lambda p, x: CachedDecoder(policy.bind(p)).start(x, shape.targets, 1), params, given["greedy"]
+        lambda p, x: CachedDecoder(policy.bind(p)).start(x, shape.targets, 1)[1], params, given["greedy"]
     )
     key = jax.random.key(1)
     memory = {

@@ -1,7 +1,6 @@
 """Generation: one loop for every decoder and strategy, inside one jitted program."""
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from clp_jax.array_types import Array, Float, Int, Key, PRNGKeyArray
 from clp_jax.data.vocabulary import EOS_ID, PAD_ID
 from clp_jax.objectives.log_probs import token_log_probs
 from clp_jax.objectives.masking import completion_mask
+from clp_jax.sampling.decoder import Decoder
 from clp_jax.sampling.strategies import Greedy, Sampling
 
 
@@ -46,39 +46,6 @@ class Completions:
     mask: Float[Array, "R T"]
 
 
-@runtime_checkable
-class Decoder(Protocol):
-    """What the loop needs: a state to start from, and the logits after one more token."""
-
-    def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> Any:
-        """Reads the prompts."""
-
-    def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
-        """Float32 logits of the next token of every row, and the new state."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedDecoder:
-    """A policy that decodes with its key/value cache.
-
-    Attributes:
-        model: a bound encoder-decoder.
-    """
-
-    model: Any
-
-    def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> Any:
-        """Encodes the prompts once, and computes the cross-attention keys that their samples share."""
-        segments = (inputs != PAD_ID).astype(jnp.int32)
-        encoded = self.model.encode(inputs, segments)
-        return self.model.init_cache(encoded, segments, max_length=max_length, num_samples=num_samples)
-
-    def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
-        """See `Decoder`."""
-        hidden, state = self.model.decode_step(tokens, state)
-        return self.model.logits(hidden), state
-
-
 def row_keys(key: PRNGKeyArray, rows: int) -> Key[Array, "R"]:
     """One key for each row: ``fold_in(key, row)``, whatever the number of rows."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
@@ -105,7 +72,7 @@ def generate(
         num_samples: completions of each prompt.
     """
     rows, length = inputs.shape[0] * num_samples, config.max_length
-    state = decoder.start(inputs, length, num_samples)
+    first, state = decoder.start(inputs, length, num_samples)
 
     def unfinished(carry):
         t, _, done, *_ = carry
@@ -123,7 +90,7 @@ def generate(
 
     start = (
         jnp.zeros((), jnp.int32),
-        jnp.full((rows,), PAD_ID, jnp.int32),  # T5 starts completions with the padding token.
+        first,
         jnp.zeros((rows,), bool),
         jnp.full((rows, length), PAD_ID, jnp.int32),
         jnp.zeros((rows, length), jnp.float32),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int, Params
 from clp_jax.models.policy import Policy
-from clp_jax.sampling.generate import CachedDecoder
+from clp_jax.sampling.decoder import CachedDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,22 @@ class MixtureDecoder:
     params: Params
     coefficients: Float[Array, "M"]
 
-    def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> Any:
+    @property
+    def pad_id(self) -> int:
+        """See `clp_jax.sampling.decoder.Decoder`."""
+        return self._one(0).pad_id
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """See `clp_jax.sampling.decoder.Decoder`."""
+        return self._one(0).eos_ids
+
+    def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> tuple[Int[Array, "R"], Any]:
         """One cache for each policy."""
-        return jax.vmap(lambda p: CachedDecoder(self.policy.bind(p)).start(inputs, max_length, num_samples))(
+        first, state = jax.vmap(lambda p: CachedDecoder(self.policy.bind(p)).start(inputs, max_length, num_samples))(
             self.params
         )
+        return first[0], state
 
     def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
         """The mixed logits, not normalised."""
@@ -46,6 +57,13 @@ class MixtureDecoder:
 
         log_probs, state = jax.vmap(one)(self.params, state)
         return mix_log_probs(log_probs, self.coefficients), state
+
+    def select(self, state: Any, rows: Int[Array, "R"]) -> Any:
+        """See `clp_jax.sampling.decoder.Decoder`."""
+        return jax.vmap(lambda p, s: CachedDecoder(self.policy.bind(p)).select(s, rows))(self.params, state)
+
+    def _one(self, number: int) -> CachedDecoder:
+        return CachedDecoder(self.policy.bind(jax.tree.map(lambda x: x[number], self.params)))
 
 
 def mix_log_probs(log_probs: Float[Array, "M *batch V"], coefficients: Float[Array, "M"]) -> Float[Array, "*batch V"]:

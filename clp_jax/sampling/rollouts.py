@@ -12,7 +12,8 @@ from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.partitioning import constrain, use_groups
 from clp_jax.preferences import Preference
-from clp_jax.sampling.generate import CachedDecoder, Completions, SamplingConfig, generate, row_keys
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import Completions, SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
 
 

@@ -11,7 +11,8 @@ from clp_jax.array_types import Array, ArrayLike, Float, Int, Params, PRNGKeyArr
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.preferences import Preference, kl_mixing_weight
-from clp_jax.sampling.generate import CachedDecoder, Completions, SamplingConfig, generate, row_keys
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import Completions, SamplingConfig, generate, row_keys
 from clp_jax.sampling.logit_mixing import MixtureDecoder
 
 

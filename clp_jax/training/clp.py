@@ -31,7 +31,8 @@ from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.protocol import RewardFunction
 from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
-from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline

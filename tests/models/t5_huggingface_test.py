@@ -11,7 +11,8 @@ transformers = pytest.importorskip("transformers", reason="the parity reference 
 from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.nn.position import relative_position_bucket
-from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.strategies import Greedy
 
 SIZES = dict(

@@ -10,7 +10,8 @@ import pytest
 from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.objectives.losses import token_cross_entropy
-from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
 from clp_jax.sampling.strategies import Greedy
 

@@ -11,7 +11,8 @@ from tiny_policies import PROMPTS, MarkovDecoder, tiny_config, varied_params
 
 from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.models.policy import Policy
-from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
 from clp_jax.sampling.strategies import Greedy, Sampling
 

@@ -9,7 +9,8 @@ import pytest
 from tiny_policies import PROMPTS, stacked_params, tiny_config
 
 from clp_jax.models.policy import Policy
-from clp_jax.sampling.generate import CachedDecoder, SamplingConfig, generate, row_keys
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.logit_mixing import MixtureDecoder, mix_log_probs
 
 POLICY = Policy(tiny_config(num_encoder_layers=1, num_decoder_layers=1))

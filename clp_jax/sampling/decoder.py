@@ -1,0 +1,72 @@
+"""What generation asks of a policy: a state to start from, and the logits after one more token."""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+
+from clp_jax.array_types import Array, Float, Int
+from clp_jax.data.vocabulary import EOS_ID, PAD_ID
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Decodes ``R = B·n`` rows, ``n`` samples of each prompt, prompt-major."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills completions behind their end."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+
+    def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> tuple[Int[Array, "R"], Any]:
+        """Reads the prompts; returns the token that every row feeds first, and the state."""
+
+    def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
+        """Float32 logits of the next token of every row, and the new state."""
+
+    def select(self, state: Any, rows: Int[Array, "R"]) -> Any:
+        """The state in which row ``r`` goes on from where row ``rows[r]`` was; both are samples of one prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedDecoder:
+    """A policy that decodes with its key/value cache.
+
+    Attributes:
+        model: a bound policy.
+    """
+
+    model: Any
+
+    @property
+    def pad_id(self) -> int:
+        """See `Decoder`."""
+        return PAD_ID
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """See `Decoder`."""
+        return (EOS_ID,)
+
+    def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> tuple[Int[Array, "R"], Any]:
+        """Encodes the prompts once, and computes the keys that their samples share."""
+        segments = (inputs != PAD_ID).astype(jnp.int32)
+        encoded = self.model.encode(inputs, segments)
+        state = self.model.init_cache(encoded, segments, max_length=max_length, num_samples=num_samples)
+        # T5 starts completions with the padding token.
+        return jnp.full((inputs.shape[0] * num_samples,), PAD_ID, jnp.int32), state
+
+    def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
+        """See `Decoder`."""
+        hidden, state = self.model.decode_step(tokens, state)
+        return self.model.logits(hidden), state
+
+    def select(self, state: Any, rows: Int[Array, "R"]) -> Any:
+        """See `Decoder`."""
+        stacks = tuple(
+            dataclasses.replace(stack, keys=stack.keys[:, rows], values=stack.values[:, rows]) for stack in state.stacks
+        )
+        return dataclasses.replace(state, stacks=stacks)
