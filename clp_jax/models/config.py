@@ -1,4 +1,4 @@
-"""What a policy is made of."""
+"""What policies are made of: one space of settings for every family, each of which is a point in it."""
 
 import dataclasses
 import difflib
@@ -8,18 +8,98 @@ from flax import nnx
 
 from clp_jax.models.serialization import serializable
 from clp_jax.nn.mlp import ACTIVATIONS
+from clp_jax.nn.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
 from clp_jax.nn.stack import REMAT_POLICIES
+from clp_jax.nn.visibility import Buckets, Pattern
 
 if TYPE_CHECKING:
+    from clp_jax.models.palm import PaLM
     from clp_jax.models.t5 import T5
 
 _DTYPES = ("float32", "bfloat16")
+_ROUTERS = (TokenChoice, ExpertChoice, Dropless)
+
+for _plain in (Rope, LinearScaling, Llama3Scaling, YarnScaling, *_ROUTERS):
+    serializable(_plain)
 
 
 @serializable
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Layers whose feed-forward block is a mixture of experts.
+
+    Attributes:
+        num_experts: ``E``.
+        router: how tokens find experts: `TokenChoice` (Switch, GShard, ST-MoE), `ExpertChoice` or `Dropless`.
+        decoder_router: the decoder's, where it differs (expert choice is for encoders only).
+        every: layer ``i`` is sparse iff ``i mod every = every - 1``.
+        mlp_dim: width of an expert; None takes the model's.
+        dropout_rate: inside the experts, in ``[0, 1)``; None takes the model's.
+        shared_dim: width of a shared expert that sees every token; 0 for none.
+        shared_gate: whether a sigmoid gate scales the shared expert (Qwen2-MoE).
+        extra_mlp: a dense block, with its own norm and residual, after each sparse one (ST-MoE).
+        balance_weight: of the load-balance loss.
+        z_weight: of the router z-loss.
+        dense: the twin that costs the same: every sparse block becomes a dense one as wide as what a token visits.
+    """
+
+    num_experts: int
+    router: TokenChoice | ExpertChoice | Dropless = TokenChoice()
+    decoder_router: TokenChoice | ExpertChoice | Dropless | None = None
+    every: int = 1
+    mlp_dim: int | None = None
+    dropout_rate: float | None = None
+    shared_dim: int = 0
+    shared_gate: bool = False
+    extra_mlp: bool = False
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+    dense: bool = False
+
+    def __post_init__(self):
+        for name, least in (
+            ("num_experts", 1),
+            ("every", 1),
+            ("mlp_dim", 1),
+            ("shared_dim", 0),
+            ("balance_weight", 0),
+            ("z_weight", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"MoEConfig.{name} is {value}: expected at least {least}.")
+        if self.dropout_rate is not None and not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"MoEConfig.dropout_rate is {self.dropout_rate}: expected a number in [0, 1).")
+        for name in ("router", "decoder_router"):
+            router = getattr(self, name)
+            if router is not None and not isinstance(router, _ROUTERS):
+                raise ValueError(
+                    f"MoEConfig.{name} is {router!r}: expected one of {', '.join(kind.__name__ for kind in _ROUTERS)}."
+                )
+
+
 @dataclasses.dataclass(frozen=True)
-class T5Config:
-    """An encoder-decoder policy (T5, arXiv 1910.10683); the defaults are T5 1.1's.
+class LayerKind:
+    """What may differ between the layers of a stack.
+
+    Attributes:
+        window: of its attention; None sees everything.
+        rope: rotary positions, or None.
+        sparse: whether its feed-forward block is a mixture of experts.
+        mlp_dim: width of its dense feed-forward block.
+    """
+
+    window: int | None
+    rope: Rope | None
+    sparse: bool
+    mlp_dim: int
+
+
+@serializable
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What encoder-decoder and decoder-only policies share.
 
     Attributes:
         vocab_size: ``V``, at least the tokenizer's.
@@ -27,19 +107,41 @@ class T5Config:
         mlp_dim: ``F``.
         num_heads: ``N``.
         head_dim: ``H``; need not be ``D / N``.
-        num_encoder_layers: layers of the encoder.
-        num_decoder_layers: layers of the decoder.
-        activation: ``"gelu"`` (tanh approximation) or ``"relu"``.
-        gated: whether the feed-forward block has a gate (1.1) or not (1.0).
-        tied_head: whether the head is the embedding, with states scaled by ``D**-0.5`` (1.0), or its own layer (1.1).
-        dropout_rate: in ``[0, 1)``.
-        num_buckets: relative position buckets of each stack.
+        num_kv_heads: ``G``, divides ``N``: 1 is multi-query, None is one for each query head.
+        query_scale: multiplies the attention logits; None is ``H**-0.5``. T5's 1 stands in its query's initialisation.
+        attention_cap: attention logits become ``cap·tanh(logits / cap)`` (Gemma 2); None leaves them alone.
+        qk_norm: RMS norms of every head's queries and keys (Qwen 3, Gemma 3).
+        qkv_bias: biases of query, key and value.
+        out_bias: a bias of the attention's output.
+        mlp_bias: biases of the feed-forward block.
+        num_buckets: buckets of T5's relative position bias; 0 for none.
         max_distance: distances from here on share a bucket.
+        bias_per_layer: whether every layer has a bias of its own (T5X's scalable T5) or a stack shares one.
+        rope: rotary positions; None for none.
+        local_rope: of the layers with a window, where it differs.
+        window: keys at this distance or further are hidden; None hides none.
+        window_pattern: which layers have the window, repeated through the stack: ``(True, False)`` alternates local and
+            global ones.
+        parallel_block: attention and feed-forward beside each other behind one norm (PaLM), not one after the other.
+        pre_norm: norms before attention and feed-forward.
+        post_norm: norms of what they return, before the residual (Gemma 2 and 3).
         norm_eps: of the RMS norms.
+        norm_offset: whether scales are stored less 1 (Gemma).
+        activation: a key of `clp_jax.nn.mlp.ACTIVATIONS`.
+        gated: whether the feed-forward block has a gate (GeGLU, SwiGLU) or not.
+        moe: layers with experts; None for none.
+        scale_embeddings: whether embedded tokens are multiplied by ``D**0.5`` (Gemma).
+        tied_head: whether the head is the embedding.
+        scale_tied_head: whether states are multiplied by ``D**-0.5`` before a tied head (T5, PaLM).
+        logit_cap: logits become ``cap·tanh(logits / cap)`` (Gemma 2); None leaves them alone.
+        dropout_rate: in ``[0, 1)``.
+        pad_id: fills prompts and completions; -1 where no token can (padding must be told from tokens).
+        eos_ids: tokens that end a completion.
+        start_id: fed first: by encoder-decoders always, by decoders where there is no prompt.
         dtype: of activations, ``"float32"`` or ``"bfloat16"``; softmax, norms and logits are float32 always.
         param_dtype: of parameters.
         remat: what the backward pass recomputes: ``"none"``, ``"minimal"`` (keeps matrix products) or ``"full"``.
-        scan_unroll: layers in one iteration of the loop over layers; None unrolls stacks of up to 4 altogether.
+        scan_unroll: periods of layers in one iteration of the loop over them; None unrolls shallow stacks altogether.
     """
 
     vocab_size: int
@@ -47,36 +149,153 @@ class T5Config:
     mlp_dim: int
     num_heads: int
     head_dim: int
-    num_encoder_layers: int
-    num_decoder_layers: int
+    num_kv_heads: int | None = None
+    query_scale: float | None = None
+    attention_cap: float | None = None
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    num_buckets: int = 0
+    max_distance: int = 128
+    bias_per_layer: bool = False
+    rope: Rope | None = None
+    local_rope: Rope | None = None
+    window: int | None = None
+    window_pattern: tuple[bool, ...] = (True,)
+    parallel_block: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_eps: float = 1e-6
+    norm_offset: bool = False
     activation: str = "gelu"
     gated: bool = True
+    moe: MoEConfig | None = None
+    scale_embeddings: bool = False
     tied_head: bool = False
+    scale_tied_head: bool = True
+    logit_cap: float | None = None
     dropout_rate: float = 0.0
-    num_buckets: int = 32
-    max_distance: int = 128
-    norm_eps: float = 1e-6
+    pad_id: int = 0
+    eos_ids: tuple[int, ...] = (1,)
+    start_id: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int | None = None
 
     def __post_init__(self):
-        sizes = ("vocab_size", "embed_dim", "mlp_dim", "num_heads", "head_dim", "num_encoder_layers")
-        for name in (*sizes, "num_decoder_layers", "max_distance", "scan_unroll"):
+        object.__setattr__(self, "window_pattern", tuple(self.window_pattern))
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
+        sizes = (
+            "vocab_size",
+            "embed_dim",
+            "mlp_dim",
+            "num_heads",
+            "head_dim",
+            "num_kv_heads",
+            "max_distance",
+            "window",
+        )
+        for name in (*sizes, "scan_unroll", *self._depths()):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"T5Config.{name} is {getattr(self, name)}: expected at least 1.")
-        if self.num_buckets < 4 or self.num_buckets % 2:
-            raise ValueError(f"T5Config.num_buckets is {self.num_buckets}: expected an even number, at least 4.")
+                raise self._error(name, "at least 1")
+        if self.num_heads % self.kv_heads:
+            raise self._error("num_kv_heads", f"a divisor of num_heads={self.num_heads}")
+        if self.num_buckets and (self.num_buckets < 4 or self.num_buckets % 2):
+            raise self._error("num_buckets", "an even number, at least 4, or 0 for no position bias")
         if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"T5Config.dropout_rate is {self.dropout_rate}: expected a number in [0, 1).")
-        for name, known in (
-            ("activation", tuple(ACTIVATIONS)),
-            ("remat", tuple(REMAT_POLICIES)),
-            ("dtype", _DTYPES),
-            ("param_dtype", _DTYPES),
-        ):
-            _check_choice(name, getattr(self, name), known)
+            raise self._error("dropout_rate", "a number in [0, 1)")
+        for name in ("query_scale", "attention_cap", "logit_cap", "norm_eps"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise self._error(name, "a positive number")
+        if self.rope is not None:
+            self.rope.check(self.head_dim)
+        if not (self.pre_norm or self.post_norm):
+            raise self._error("pre_norm", "norms before or after each block: set pre_norm or post_norm")
+        if not self.window_pattern:
+            raise self._error("window_pattern", "at least one layer")
+        if not self.eos_ids or not all(0 <= token < self.vocab_size for token in self.eos_ids):
+            raise self._error("eos_ids", "one or more token ids of the vocabulary")
+        choices = (("activation", tuple(ACTIVATIONS)), ("remat", tuple(REMAT_POLICIES)))
+        for name, known in (*choices, ("dtype", _DTYPES), ("param_dtype", _DTYPES)):
+            value = getattr(self, name)
+            if value not in known:
+                close = difflib.get_close_matches(str(value), known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(
+                    f"{type(self).__name__}.{name} is {value!r}{hint}: expected one of {', '.join(known)}."
+                )
+
+    @property
+    def kv_heads(self) -> int:
+        """``G``."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def attention_scale(self) -> float:
+        """What multiplies the attention logits."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether training differs from evaluation: by dropout, or by what routers do."""
+        return self.dropout_rate > 0 or self.moe is not None
+
+    def pattern(self, kind: LayerKind, *, causal: bool) -> Pattern:
+        """How self-attention of one layer sees."""
+        buckets = Buckets(self.num_buckets, self.max_distance, not causal) if self.num_buckets else None
+        return Pattern(causal, kind.window, self.attention_scale, self.attention_cap, buckets)
+
+    def layer_kinds(self, num_layers: int) -> tuple[LayerKind, ...]:
+        """The layers of a stack, first to last."""
+        kinds = []
+        for layer in range(num_layers):
+            local = self.window is not None and self.window_pattern[layer % len(self.window_pattern)]
+            chosen = self.moe is not None and layer % self.moe.every == self.moe.every - 1
+            kinds.append(
+                LayerKind(
+                    window=self.window if local else None,
+                    rope=self.local_rope if local and self.local_rope is not None else self.rope,
+                    sparse=chosen and not self.moe.dense,
+                    mlp_dim=self._twin_dim() if chosen and self.moe.dense else self.mlp_dim,
+                )
+            )
+        return tuple(kinds)
+
+    def _twin_dim(self) -> int:
+        assert self.moe is not None
+        width = self.moe.mlp_dim or self.mlp_dim
+        return round(width * self.moe.router.experts_per_token) + self.moe.shared_dim
+
+    def _depths(self) -> tuple[str, ...]:
+        return tuple(
+            f.name for f in dataclasses.fields(self) if f.name.startswith("num_") and f.name.endswith("layers")
+        )
+
+    def _error(self, name: str, expected: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}: expected {expected}.")
+
+
+@serializable
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config(ModelConfig):
+    """An encoder-decoder policy (T5, arXiv 1910.10683); the defaults are T5 1.1's.
+
+    Attributes:
+        num_encoder_layers: layers of the encoder.
+        num_decoder_layers: layers of the decoder.
+    """
+
+    num_encoder_layers: int
+    num_decoder_layers: int
+    query_scale: float | None = 1.0
+    num_buckets: int = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.moe is not None and not self.moe.dense:
+            (self.moe.decoder_router or self.moe.router).check(causal=True)
 
     @classmethod
     def t5_1_0(cls, **sizes) -> "T5Config":
@@ -97,8 +316,52 @@ class T5Config:
         return T5(self, rngs=rngs)
 
 
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        close = difflib.get_close_matches(str(value), known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"T5Config.{name} is {value!r}{hint}: expected one of {', '.join(known)}.")
+@serializable
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaLMConfig(ModelConfig):
+    """A decoder-only policy; the defaults are PaLM's (arXiv 2204.02311, section 2), in sequence and with all heads.
+
+    Attributes:
+        num_layers: ``L``.
+        prefix_lm: whether the tokens of a prompt see each other in both directions.
+    """
+
+    num_layers: int
+    rope: Rope | None = Rope()
+    activation: str = "silu"
+    tied_head: bool = True
+    prefix_lm: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.moe is not None and not self.moe.dense:
+            self.moe.router.check(causal=True)
+
+    @classmethod
+    def palm(cls, **sizes) -> "PaLMConfig":
+        """PaLM: parallel blocks, multi-query attention, SwiGLU, rotary positions, tied embeddings."""
+        preset: dict[str, Any] = {"parallel_block": True, "num_kv_heads": 1}
+        return cls(**preset | sizes)
+
+    @classmethod
+    def llama(cls, **sizes) -> "PaLMConfig":
+        """Llama, Mistral, Mixtral and Qwen: blocks in sequence, a head of its own, epsilon 1e-5."""
+        preset: dict[str, Any] = {"tied_head": False, "scale_tied_head": False, "norm_eps": 1e-5}
+        return cls(**preset | sizes)
+
+    @classmethod
+    def gemma(cls, **sizes) -> "PaLMConfig":
+        """Gemma: GeGLU, norms stored less 1, scaled embeddings that are the head too."""
+        preset: dict[str, Any] = {
+            "activation": "gelu",
+            "norm_offset": True,
+            "scale_embeddings": True,
+            "scale_tied_head": False,
+        }
+        return cls(**preset | sizes)
+
+    def build(self, rngs: nnx.Rngs) -> "PaLM":
+        """A freshly initialised module."""
+        from clp_jax.models.palm import PaLM  # The module needs this class to be defined.
+
+        return PaLM(self, rngs=rngs)

@@ -8,8 +8,9 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
 from clp_jax.models.config import T5Config
+from clp_jax.models.language_model import in_order
 from clp_jax.models.serialization import serializable
-from clp_jax.models.t5 import Encoder
+from clp_jax.models.transformer import Stack
 from clp_jax.nn.embeddings import Embedding
 from clp_jax.nn.linear import Linear, normal_parameter
 from clp_jax.partitioning import constrain
@@ -83,7 +84,7 @@ class Scorer(nnx.Module):
         self.token_embedder = Embedding(rngs, trunk.vocab_size, trunk.embed_dim, stddev=1.0, dtype=dtype)
         # Added to the tokens, so that a word of the completion can look for itself in the document and not find itself.
         self.kind_embedding = normal_parameter(rngs, (2, trunk.embed_dim), (None, "embed"), 1.0, dtype)
-        self.encoder = Encoder(trunk, rngs)
+        self.encoder = Stack(trunk, trunk.num_encoder_layers, rngs, causal=False)
         self.score_head = normal_parameter(rngs, (trunk.embed_dim,), ("embed",), trunk.embed_dim**-0.5, dtype)
         self.score_bias = normal_parameter(rngs, (), (), 0.0, dtype)
         self.config = config
@@ -108,7 +109,7 @@ class Scorer(nnx.Module):
         marked = jnp.maximum(kinds - 1, 0)[..., None]
         x = x + jnp.where(marked == 0, self.kind_embedding[0], self.kind_embedding[1]).astype(x.dtype)
         x = constrain(x, "batch", "length", "act_embed")
-        x = self.encoder(x, (kinds > 0).astype(jnp.int32), dropout_key).astype(jnp.float32)
+        x = self.encoder(x, in_order((kinds > 0).astype(jnp.int32)), dropout_key=dropout_key).states.astype(jnp.float32)
         pooled = (kinds == 2).astype(jnp.float32)[..., None]
         mean = jnp.sum(x * pooled, axis=1) / jnp.maximum(jnp.sum(pooled, axis=1), 1.0)
         return mean @ self.score_head[...] + self.score_bias[...]

@@ -1,53 +1,89 @@
-"""Multi-head attention of encoder-decoder policies."""
+"""Multi-head attention: grouped queries, rotary positions, position biases, caps, windows, several sets of keys."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
+from clp_jax.nn.attention_kernels import attention
 from clp_jax.nn.linear import Linear, dropout
+from clp_jax.nn.norms import RMSNorm
+from clp_jax.nn.rope import rotate
+from clp_jax.nn.visibility import Pattern, Places, position_bias, visible
 from clp_jax.partitioning import constrain
 
-# Finite, so that a row with nothing to attend to averages its keys instead of giving NaN.
+# Finite, so that a row with nothing to attend to has no NaN in it or in its gradient.
 MASKED = -1e10
 
-
-def segment_mask(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
-    """Who may see whom: positions of one segment; segment 0 is padding and is seen by nobody."""
-    return (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments > 0)[:, None, :]
+# Pairs of a query and a key, up to which masks and biases are held whole and shared by the layers.
+DENSE_PAIRS = 1024 * 1024
 
 
-def dot_product_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B N S H"],
-    value: Float[Array, "B N S H"],
-    *,
-    mask: Bool[Array, "B T S"],
-    bias: Float[Array, "N T S"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: PRNGKeyArray | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attention without a scale (T5 folds it into the query's initialisation), softmax in float32.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Keys or values in eight bits: ``values·scale``.
 
-    Keys and values lead with heads (`swap_heads`), as a cache keeps them: both products are then plain batched ones.
-    Compilers for TPUs choose layouts for themselves; CPUs pay for heads between positions and features with copies.
-
-    Args:
-        query: queries.
-        key: keys.
-        value: values.
-        mask: True where a query may look.
-        bias: added to the logits, the same for every example.
-        dropout_rate: of the attention weights.
-        dropout_key: None turns dropout off.
+    Attributes:
+        values: ``int8[..., S, H]``.
+        scale: ``float32[..., S, 1]``, one for each position of each head.
     """
-    logits = (swap_heads(query) @ jnp.swapaxes(key, -1, -2)).astype(jnp.float32)
-    if bias is not None:
-        logits = _add_bias(logits, bias)
-    logits = jnp.where(mask[:, None], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    weights = dropout(weights, dropout_rate, dropout_key, salt=0)
-    return swap_heads(weights @ value)
+
+    values: Int[Array, "*batch S H"]
+    scale: Float[Array, "*batch S 1"]
+
+
+def quantize(x: Float[Array, "*batch S H"]) -> Quantized:
+    """Rounds to the nearest of 255 levels, the largest entry of each position at 127."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
+    values = jnp.round(wide / jnp.where(scale > 0, scale, 1.0))
+    return Quantized(values.astype(jnp.int8), scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """How the queries of a call see one set of keys; made once for all layers that see alike.
+
+    Attributes:
+        pattern: the rules.
+        queries: where the queries stand; of ``n`` samples that share keys, one after another.
+        keys: where the keys stand.
+        mask: True where a query may look; None where there are too many pairs to hold.
+        bias: float32, of the positions; None without one, or where there are too many pairs.
+        table: of the bias, where there are too many pairs; ``[N, buckets]``.
+        aligned: whether query ``i`` and key ``i`` are the same token (`clp_jax.nn.attention_kernels`).
+    """
+
+    pattern: Pattern = dataclasses.field(metadata={"static": True})
+    queries: Places
+    keys: Places
+    mask: Bool[Array, "b T S"] | None
+    bias: Float[Array, "c N T S"] | None
+    table: Float[Array, "N buckets"] | None = None
+    aligned: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """A set of keys and values, heads first, and how the queries see it.
+
+    With ``R = B·n`` rows of queries, each row of keys serves ``n`` consecutive ones.
+
+    Attributes:
+        key: ``[B, G, S, H]``.
+        value: ``[B, G, S, H]``.
+        sight: of the queries.
+    """
+
+    key: Float[Array, "B G S H"] | Quantized
+    value: Float[Array, "B G S H"] | Quantized
+    sight: Sight
 
 
 def swap_heads(x: Float[Array, "B X Y H"]) -> Float[Array, "B Y X H"]:
@@ -55,86 +91,282 @@ def swap_heads(x: Float[Array, "B X Y H"]) -> Float[Array, "B Y X H"]:
     return jnp.swapaxes(x, 1, 2)
 
 
+def dot_product_attention(
+    query: Float[Array, "R T N H"],
+    keys: Sequence[Keys],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "R T N H"]:
+    """Attention to one or several sets of keys with masks and biases held whole; softmax in float32.
+
+    Keys lead with heads, as a cache keeps them: both products are then plain batched ones. Compilers for TPUs choose
+    layouts for themselves; CPUs pay for heads between positions and features with copies. A query that may see nothing
+    gets zeros.
+
+    Args:
+        query: queries, scaled already.
+        keys: what they see; the softmax runs over all of them.
+        dropout_rate: of the attention weights.
+        dropout_key: None turns dropout off.
+    """
+    logits = [_logits(query, part) for part in keys]
+    if len(keys) == 1:
+        mask = keys[0].sight.mask
+        assert mask is not None
+        weights = _softmax(logits[0], mask[:, None], query.dtype, dropout_rate, dropout_key)
+        return _context(query, weights, keys[0])
+    # The samples of a prompt are further positions of its row; together with keys of their own they are rows.
+    rows, length = query.shape[:2]
+    masks = [
+        _as_rows(jnp.broadcast_to(part.sight.mask[:, None], (x.shape[0], 1, *x.shape[2:])), rows, length)
+        for part, x in zip(keys, logits, strict=True)
+    ]
+    joined = jnp.concatenate([_as_rows(x, rows, length) for x in logits], axis=-1)
+    weights = _softmax(joined, jnp.concatenate(masks, axis=-1), query.dtype, dropout_rate, dropout_key)
+    ends = [sum(x.shape[-1] for x in logits[: i + 1]) for i in range(len(keys) - 1)]
+    out = jnp.zeros_like(query)
+    for part, mine in zip(keys, jnp.split(weights, ends, axis=-1), strict=True):
+        out = out + _context(query, _from_rows(mine, _rows_of(part)), part)
+    return out
+
+
+def _rows_of(part: Keys) -> int:
+    return jax.tree.leaves(part.key)[0].shape[0]
+
+
+def _split(x: Float[Array, "B G S H"] | Quantized, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+    """The array to multiply with, and what to multiply the product's key positions with afterwards."""
+    if isinstance(x, Quantized):
+        return x.values.astype(dtype), x.scale[..., 0][:, :, None]
+    return x, None
+
+
+def _logits(query: Float[Array, "R T N H"], part: Keys) -> Float[Array, "B N nT S"]:
+    key, scale = _split(part.key, query.dtype)
+    batch, groups, size, _ = key.shape
+    grouped = _grouped(query, batch, groups)
+    logits = (grouped @ jnp.swapaxes(key, -1, -2)).astype(jnp.float32)
+    if scale is not None:
+        logits = logits * scale
+    logits = logits.reshape(batch, query.shape[2], -1, size)
+    cap = part.sight.pattern.cap
+    if cap is not None:
+        logits = jnp.tanh(logits / cap) * cap
+    return logits if part.sight.bias is None else _add_bias(logits, part.sight.bias)
+
+
+def _context(query: Float[Array, "R T N H"], weights: Float[Array, "B N nT S"], part: Keys) -> Float[Array, "R T N H"]:
+    value, scale = _split(part.value, query.dtype)
+    batch, groups, size, head_dim = value.shape
+    weights = weights.reshape(batch, groups, -1, size)
+    if scale is not None:
+        weights = (weights.astype(jnp.float32) * scale).astype(query.dtype)
+    rows, length, heads, _ = query.shape
+    out = (weights @ value).reshape(batch, heads, -1, head_dim)
+    return swap_heads(out).reshape(rows, length, heads, head_dim)
+
+
+def _grouped(query: Float[Array, "R T N H"], batch: int, groups: int) -> Float[Array, "B G mnT H"]:
+    """Queries of the heads that share keys, and of the samples that do, as further positions."""
+    _, _, heads, head_dim = query.shape
+    query = swap_heads(query.reshape(batch, -1, heads, head_dim))
+    return query.reshape(batch, groups, -1, head_dim)
+
+
+def _softmax(
+    logits: Float[Array, "R N T S"],
+    mask: Bool[Array, "b one T S"],
+    dtype: jnp.dtype,
+    dropout_rate: float,
+    dropout_key: PRNGKeyArray | None,
+) -> Float[Array, "R N T S"]:
+    weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
+    weights = weights * jnp.any(mask, axis=-1, keepdims=True)
+    return dropout(weights.astype(dtype), dropout_rate, dropout_key, salt=0)
+
+
+def _as_rows(x: Array, rows: int, length: int) -> Array:
+    """``[B, N, n·T, S]`` to ``[B·n, N, T, S]``."""
+    if x.shape[0] == rows:
+        return x
+    batch, heads, _, size = x.shape
+    return jnp.swapaxes(x.reshape(batch, heads, -1, length, size), 1, 2).reshape(rows, heads, length, size)
+
+
+def _from_rows(x: Float[Array, "R N T S"], batch: int) -> Float[Array, "B N nT S"]:
+    if x.shape[0] == batch:
+        return x
+    _, heads, length, size = x.shape
+    return jnp.swapaxes(x.reshape(batch, -1, heads, length, size), 1, 2).reshape(batch, heads, -1, size)
+
+
+def _add_bias(logits: Float[Array, "B N T S"], bias: Float[Array, "b N T S"]) -> Float[Array, "B N T S"]:
+    return logits + bias if bias.shape[0] == logits.shape[0] else _add_shared_bias(logits, bias)
+
+
 @jax.custom_vjp
-def _add_bias(logits: Float[Array, "B N T S"], bias: Float[Array, "N T S"]) -> Float[Array, "B N T S"]:
-    return logits + bias[None]
+def _add_shared_bias(logits: Float[Array, "B N T S"], bias: Float[Array, "1 N T S"]) -> Float[Array, "B N T S"]:
+    return logits + bias
 
 
-def _add_bias_backward(_: None, gradient: Float[Array, "B N T S"]) -> tuple[Array, Array]:
+def _add_shared_bias_backward(_: None, gradient: Float[Array, "B N T S"]) -> tuple[Array, Array]:
     # The sum over examples, as a product: XLA's sum over a leading axis takes a CPU as long as all of attention.
     ones = jnp.ones((1, gradient.shape[0]), gradient.dtype)
     total = jnp.matmul(ones, gradient.reshape(gradient.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
-    return gradient, total.reshape(gradient.shape[1:])
+    return gradient, total.reshape(1, *gradient.shape[1:])
 
 
-_add_bias.defvjp(lambda logits, bias: (_add_bias(logits, bias), None), _add_bias_backward)
+_add_shared_bias.defvjp(lambda logits, bias: (_add_shared_bias(logits, bias), None), _add_shared_bias_backward)
 
 
 class Attention(nnx.Module):
     """Query, key, value and output projections.
 
     Keys and values come from `project_kv`, so that decoding can cache them.
+
+    Args:
+        rngs: of the initial values.
+        embed_dim: ``D``.
+        num_heads: ``N``.
+        num_kv_heads: ``G``, divides ``N``.
+        head_dim: ``H``.
+        scale: multiplies the queries.
+        qkv_bias: biases of query, key and value.
+        out_bias: a bias of the output.
+        qk_norm: makes the norms of queries and keys, one function of ``H``; None for none.
+        dropout_rate: of the attention weights.
+        dtype: of the parameters.
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, embed_dim: int, num_heads: int, head_dim: int, *, dropout_rate: float, dtype: jnp.dtype
+        self,
+        rngs: nnx.Rngs,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_kv_heads: int,
+        scale: float,
+        qkv_bias: bool,
+        out_bias: bool,
+        qk_norm: Callable[[int], RMSNorm] | None,
+        dropout_rate: float,
+        dtype: jnp.dtype,
     ):
+        def into(heads: int, axis: str, stddev: float) -> Linear:
+            inner = heads * head_dim
+            return Linear(rngs, embed_dim, inner, axes=("embed", axis), stddev=stddev, dtype=dtype, bias=qkv_bias)
+
         inner = num_heads * head_dim
-        into, out = ("embed", "heads"), ("heads", "embed")
-        # The query's initialisation carries the 1/sqrt(H) that the attention logits lack.
-        query_stddev = (embed_dim * head_dim) ** -0.5
-        self.query = Linear(rngs, embed_dim, inner, axes=into, stddev=query_stddev, dtype=dtype)
-        self.key = Linear(rngs, embed_dim, inner, axes=into, stddev=embed_dim**-0.5, dtype=dtype)
-        self.value = Linear(rngs, embed_dim, inner, axes=into, stddev=embed_dim**-0.5, dtype=dtype)
-        self.out = Linear(rngs, inner, embed_dim, axes=out, stddev=inner**-0.5, dtype=dtype)
-        self.num_heads = num_heads
+        # Logits start with a variance near 1, wherever the scale stands: T5's query carries it.
+        self.query = into(num_heads, "heads", (embed_dim * head_dim) ** -0.5 / scale)
+        self.key = into(num_kv_heads, "kv_heads", embed_dim**-0.5)
+        self.value = into(num_kv_heads, "kv_heads", embed_dim**-0.5)
+        out = ("heads", "embed")
+        self.out = Linear(rngs, inner, embed_dim, axes=out, stddev=inner**-0.5, dtype=dtype, bias=out_bias)
+        if qk_norm is not None:
+            self.query_norm, self.key_norm = qk_norm(head_dim), qk_norm(head_dim)
+        self.has_norms = qk_norm is not None
         self.head_dim = head_dim
+        self.scale = scale
         self.dropout_rate = dropout_rate
 
-    def project_q(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        """Queries."""
-        return self._heads(self.query(x))
+    def project_q(
+        self, x: Float[Array, "B T D"], turned: Float[Array, "b T turned"] | None = None
+    ) -> Float[Array, "B T N H"]:
+        """Queries, normalised, rotated (`clp_jax.nn.rope.rotation`) and scaled."""
+        query = self._heads(self.query(x))
+        query = self.query_norm(query) if self.has_norms else query
+        query = query if turned is None else rotate(query, turned)
+        return query if self.scale == 1 else query * self.scale
 
-    def project_kv(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
-        """Keys and values."""
-        return self._heads(self.key(x)), self._heads(self.value(x))
-
-    def project_qkv(
-        self, x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N H"]]:
-        """Queries, keys and values of self-attention."""
-        return (self.project_q(x), *self.project_kv(x))
+    def project_kv(
+        self, x: Float[Array, "B S D"], turned: Float[Array, "b S turned"] | None = None
+    ) -> tuple[Float[Array, "B G S H"], Float[Array, "B G S H"]]:
+        """Keys, normalised and rotated, and values; heads first, as a cache keeps them."""
+        key = self._heads(self.key(x))
+        key = self.key_norm(key) if self.has_norms else key
+        key = key if turned is None else rotate(key, turned)
+        return swap_heads(key), swap_heads(self._heads(self.value(x)))
 
     def attend(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S N H"],
-        value: Float[Array, "B S N H"],
-        *,
-        mask: Bool[Array, "B T S"],
-        bias: Float[Array, "N T S"] | None = None,
-        dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T D"]:
+        self, query: Float[Array, "R T N H"], keys: Sequence[Keys], dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "R T D"]:
         """Attention and the output projection."""
-        key, value = swap_heads(key), swap_heads(value)
-        return self.attend_cached(query, key, value, mask=mask, bias=bias, dropout_key=dropout_key)
-
-    def attend_cached(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B N S H"],
-        value: Float[Array, "B N S H"],
-        *,
-        mask: Bool[Array, "B T S"],
-        bias: Float[Array, "N T S"] | None = None,
-        dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T D"]:
-        """`attend` to keys and values as a `Cache` keeps them, heads first."""
-        context = dot_product_attention(
-            query, key, value, mask=mask, bias=bias, dropout_rate=self.dropout_rate, dropout_key=dropout_key
-        )
+        options = {"dropout_rate": self.dropout_rate, "dropout_key": dropout_key}
+        if all(part.sight.mask is not None for part in keys):
+            context = dot_product_attention(query, keys, **options)
+        else:
+            context = _blocked_attention(query, keys, **options)
         return self.out(context.reshape(*context.shape[:2], -1))
 
     def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
         x = constrain(x, "batch", "length", "act_heads")
-        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+def look(
+    pattern: Pattern,
+    queries: Places,
+    keys: Places,
+    table: Float[Array, "N buckets"] | None = None,
+    *,
+    aligned: bool = False,
+) -> Sight:
+    """How queries see keys, made once for all the layers that see alike.
+
+    Args:
+        pattern: the rules.
+        queries: where the queries stand; those of samples that share keys one after another.
+        keys: where the keys stand.
+        table: of the relative position bias, where the pattern has one.
+        aligned: whether query ``i`` and key ``i`` are the same token.
+    """
+    if queries.positions.shape[1] * keys.positions.shape[1] > DENSE_PAIRS:
+        return Sight(pattern, queries, keys, mask=None, bias=None, table=table, aligned=aligned)
+    bias = None if table is None or pattern.buckets is None else position_bias(pattern.buckets, table, queries, keys)
+    return Sight(pattern, queries, keys, mask=visible(pattern, queries, keys), bias=bias, table=None, aligned=aligned)
+
+
+def _blocked_attention(query: Float[Array, "R T N H"], keys: Sequence[Keys], **options) -> Float[Array, "R T N H"]:
+    """Attention that holds no array of all pairs."""
+    rows = query.shape[0]
+    first = keys[0].sight
+    if len(keys) == 1:
+        part = keys[0]
+        batch = _rows_of(part)  # The samples of a prompt are further positions of its row.
+        merged = query.reshape(batch, -1, *query.shape[2:])
+        out = attention(
+            merged,
+            part.key,
+            part.value,
+            pattern=first.pattern,
+            queries=first.queries,
+            keys=first.keys,
+            table=first.table,
+            aligned=first.aligned,
+            **options,
+        )
+        return out.reshape(query.shape)
+
+    def join(arrays: Sequence[Array], axis: int) -> Array:
+        each = [jnp.repeat(x, rows // x.shape[0], axis=0) for x in arrays]
+        return jnp.concatenate(each, axis=axis)
+
+    own, length = keys[-1].sight, query.shape[1]
+    # The tokens stand where they do as the prompt sees them.
+    stand = Places(first.queries.positions.reshape(rows, length), first.queries.segments.reshape(rows, length))
+    return attention(
+        query,
+        join([part.key for part in keys], 2),
+        join([part.value for part in keys], 2),
+        pattern=own.pattern,
+        queries=stand,
+        keys=Places(
+            join([jnp.broadcast_to(first.keys.positions, first.keys.segments.shape), stand.positions], 1),
+            join([first.keys.segments, stand.segments], 1),
+        ),
+        table=first.table if own.table is None else own.table,
+        **options,
+    )

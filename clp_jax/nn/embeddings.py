@@ -25,6 +25,6 @@ class Embedding(nnx.Module):
         return jnp.take(self.embedding[...].astype(dtype), tokens, axis=0, mode="clip")
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """The tied head: T5 scales states by ``D**-0.5`` before it; float32."""
-        x = x.astype(jnp.float32) * (x.shape[-1] ** -0.5)
+        """The tied head, float32."""
+        x = x.astype(jnp.float32)
         return flat_product(x, self.embedding[...].astype(jnp.float32).T)

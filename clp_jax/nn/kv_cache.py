@@ -6,26 +6,40 @@ from typing import Any
 import jax
 
 from clp_jax.array_types import Array, Float, Int
+from clp_jax.nn.attention import Quantized
+from clp_jax.nn.visibility import Places
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of layers at one place in a stack's period; ``R = B·n`` rows, ``n`` samples of each prompt.
+
+    Attributes:
+        keys: ``[L, R, G, T, H]`` of the tokens decoded so far: a ring, slot ``index mod T`` holds the newest.
+        values: ``[L, R, G, T, H]``.
+        prompt_keys: ``[L, B, G, S, H]`` of the prompt, shared by its samples.
+        prompt_values: ``[L, B, G, S, H]``.
+    """
+
+    keys: Float[Array, "*M L R G T H"] | Quantized
+    values: Float[Array, "*M L R G T H"] | Quantized
+    prompt_keys: Float[Array, "*M L B G S H"] | Quantized
+    prompt_values: Float[Array, "*M L B G S H"] | Quantized
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackCache:
-    """Layers that run one after another, with their keys and values; ``R = B·n`` rows, ``n`` samples of each prompt.
+    """Periods of layers that run one after another.
 
     Attributes:
         weights: of the layers.
-        keys: ``[L, R, N, T, H]`` of the tokens decoded so far.
-        values: ``[L, R, N, T, H]``.
-        cross_keys: ``[L, B, N, S, H]`` of the encoded prompt, shared by its samples.
-        cross_values: ``[L, B, N, S, H]``.
+        layers: one for each layer of the period.
     """
 
     weights: Any
-    keys: Float[Array, "*M L R N T H"]
-    values: Float[Array, "*M L R N T H"]
-    cross_keys: Float[Array, "*M L B N S H"]
-    cross_values: Float[Array, "*M L B N S H"]
+    layers: tuple[LayerCache, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +50,15 @@ class Cache:
     Policies that decode together have one cache, whose arrays lead with the policies.
 
     Attributes:
-        stacks: one for a deep decoder; one for each layer of a shallow one (`clp_jax.nn.stack.cut`).
-        encoder_segments: ``int32[B, S]``, 0 on padding.
-        index: ``int32[]``, the number of tokens decoded.
+        stacks: as `clp_jax.nn.stack.cut` cuts the model's.
+        prompts: where the keys of the prompts stand.
+        index: ``int32[]``, a clock that counts decoded tokens.
+        start: ``int32[R]``, the clock when each row began.
+        offsets: ``int32[R]``, the position of the first token that each row fed.
     """
 
     stacks: tuple[StackCache, ...]
-    encoder_segments: Int[Array, "*M B S"]
+    prompts: Places
     index: Int[Array, "*M"]
+    start: Int[Array, "*M R"]
+    offsets: Int[Array, "*M R"]

@@ -29,20 +29,33 @@ def normal_parameter(
 
 
 class Linear(nnx.Module):
-    """``y = x W``, without a bias, in the type of `x`.
+    """``y = x W``, or ``y = x W + b``, in the type of `x`.
 
     Attributes:
         kernel: ``[in, out]``.
+        bias: ``[out]``, zeros at first; where there is one.
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, in_dim: int, out_dim: int, *, axes: Sequence[str], stddev: float, dtype: jnp.dtype
+        self,
+        rngs: nnx.Rngs,
+        in_dim: int,
+        out_dim: int,
+        *,
+        axes: Sequence[str],
+        stddev: float,
+        dtype: jnp.dtype,
+        bias: bool = False,
     ):
         self.kernel = normal_parameter(rngs, (in_dim, out_dim), axes, stddev, dtype)
+        if bias:
+            self.bias = parameter(jnp.zeros((out_dim,), dtype), axes[1:])
+        self.has_bias = bias
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """Projects the last dimension."""
-        return flat_product(x, self.kernel[...].astype(x.dtype))
+        y = flat_product(x, self.kernel[...].astype(x.dtype))
+        return y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape) if self.has_bias else y
 
 
 def flat_product(x: Float[Array, "*batch I"], kernel: Float[Array, "I O"]) -> Float[Array, "*batch O"]:

@@ -12,7 +12,10 @@ from clp_jax.partitioning import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
 }
 
 
@@ -29,9 +32,13 @@ class MLP(nnx.Module):
         gated: bool,
         dropout_rate: float,
         dtype: jnp.dtype,
+        bias: bool = False,
     ):
-        def wi():
-            return Linear(rngs, embed_dim, mlp_dim, axes=("embed", "mlp"), stddev=embed_dim**-0.5, dtype=dtype)
+        def linear(size: int, out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(rngs, size, out, axes=axes, stddev=size**-0.5, dtype=dtype, bias=bias)
+
+        def wi() -> Linear:
+            return linear(embed_dim, mlp_dim, ("embed", "mlp"))
 
         self.gated = gated
         self.activation = activation
@@ -40,7 +47,7 @@ class MLP(nnx.Module):
             self.wi_0, self.wi_1 = wi(), wi()
         else:
             self.wi = wi()
-        self.wo = Linear(rngs, mlp_dim, embed_dim, axes=("mlp", "embed"), stddev=mlp_dim**-0.5, dtype=dtype)
+        self.wo = linear(mlp_dim, embed_dim, ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B T D"], dropout_key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Applies the block to every position."""

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from clp_jax.array_types import Array, Float, Int
+from clp_jax.array_types import Array, Int
 from clp_jax.nn.linear import normal_parameter
 
 
@@ -38,34 +38,11 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nnx.Module):
-    """One learned number for each head and bucket, shared by the layers of a stack.
+    """One learned number for each head and bucket; `clp_jax.nn.visibility.position_bias` looks them up.
 
     Attributes:
         embedding: ``[N, buckets]``.
     """
 
-    def __init__(
-        self,
-        rngs: nnx.Rngs,
-        num_heads: int,
-        *,
-        num_buckets: int,
-        max_distance: int,
-        bidirectional: bool,
-        stddev: float,
-        dtype: jnp.dtype,
-    ):
+    def __init__(self, rngs: nnx.Rngs, num_heads: int, *, num_buckets: int, stddev: float, dtype: jnp.dtype):
         self.embedding = normal_parameter(rngs, (num_heads, num_buckets), ("heads", "buckets"), stddev, dtype)
-        self.num_buckets = num_buckets
-        self.max_distance = max_distance
-        self.bidirectional = bidirectional
-
-    def __call__(self, queries: Int[Array, "T"], keys: Int[Array, "S"]) -> Float[Array, "N T S"]:
-        """The bias between positions, float32."""
-        bucket = relative_position_bucket(
-            keys[None, :] - queries[:, None],
-            bidirectional=self.bidirectional,
-            num_buckets=self.num_buckets,
-            max_distance=self.max_distance,
-        )
-        return jnp.take(self.embedding[...].astype(jnp.float32), bucket, axis=1)

@@ -42,6 +42,7 @@ def scan_layers(
     *,
     remat: str = "none",
     unroll: int | None = None,
+    size: int = 1,
 ) -> tuple[Any, Any]:
     """Runs stacked layers one after another.
 
@@ -52,6 +53,7 @@ def scan_layers(
         per_layer: a tree whose leaves lead with the layers.
         remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
         unroll: layers in one iteration of the loop; None unrolls shallow stacks (`SHALLOW`) altogether.
+        size: where what is stacked are several layers each: how many.
 
     Returns:
         The last carry, and the outputs stacked.
@@ -62,35 +64,35 @@ def scan_layers(
         state, inputs = xs
         return body(nnx.merge(graph, state), carry, inputs)
 
-    unroll = _unroll(layers, unroll)
+    unroll = _unroll(layers, unroll, size)
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         # Without a loop between them, XLA would see that the backward pass computes what it has, and keep it instead.
-        step = jax.checkpoint(step, policy=policy, prevent_cse=unroll >= _num_layers(layers))
+        step = jax.checkpoint(step, policy=policy, prevent_cse=unroll >= depth(layers))
     return jax.lax.scan(step, carry, (state, per_layer), unroll=unroll)
 
 
-def cut(layers: Any, unroll: int | None = None) -> tuple[Any, ...]:
+def cut(layers: Any, unroll: int | None = None, size: int = 1) -> tuple[Any, ...]:
     """Stacks to run one after another in a loop over tokens: single layers where `unroll` covers all, the stack otherwise.
 
     Layers cut out of a stack inside a loop are copied each time, since the loop holds the stack.
     """
     graph, state = nnx.split(layers)
-    num_layers = _num_layers(layers)
-    if _unroll(layers, unroll) < num_layers:
+    num_layers = depth(layers)
+    if _unroll(layers, unroll, size) < num_layers:
         return (layers,)
     return tuple(nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i : i + 1], state)) for i in range(num_layers))
 
 
-def _num_layers(layers: Any) -> int:
+def depth(layers: Any) -> int:
+    """How many layers are stacked."""
     return jax.tree.leaves(nnx.state(layers))[0].shape[0]
 
 
-def _unroll(layers: Any, unroll: int | None) -> int:
+def _unroll(layers: Any, unroll: int | None, size: int) -> int:
     if unroll is not None:
         return unroll
-    num_layers = _num_layers(layers)
-    return num_layers if num_layers <= SHALLOW else 1
+    return depth(layers) if depth(layers) * size <= SHALLOW else 1
 
 
 def _at(tree: dict, path: tuple) -> Any:

@@ -19,8 +19,8 @@ class Places:
         segments: ``int32[B, T]``, tells packed examples apart; 0 is padding.
     """
 
-    positions: Int[Array, "b T"]
-    segments: Int[Array, "c T"]
+    positions: Int[Array, "*m b T"]
+    segments: Int[Array, "*m c T"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
-from clp_jax.data.vocabulary import EOS_ID, PAD_ID
+from clp_jax.nn.kv_cache import LayerCache
 
 
 @runtime_checkable
@@ -37,27 +37,27 @@ class CachedDecoder:
 
     Attributes:
         model: a bound policy.
+        int8: whether keys and values are kept in eight bits.
     """
 
     model: Any
+    int8: bool = False
 
     @property
     def pad_id(self) -> int:
         """See `Decoder`."""
-        return PAD_ID
+        return self.model.config.pad_id
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """See `Decoder`."""
-        return (EOS_ID,)
+        return self.model.config.eos_ids
 
     def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> tuple[Int[Array, "R"], Any]:
-        """Encodes the prompts once, and computes the keys that their samples share."""
-        segments = (inputs != PAD_ID).astype(jnp.int32)
-        encoded = self.model.encode(inputs, segments)
-        state = self.model.init_cache(encoded, segments, max_length=max_length, num_samples=num_samples)
-        # T5 starts completions with the padding token.
-        return jnp.full((inputs.shape[0] * num_samples,), PAD_ID, jnp.int32), state
+        """Reads the prompts once, and keeps the keys that their samples share."""
+        encoded = self.model.encode(inputs)
+        state = self.model.init_cache(encoded, max_length=max_length, num_samples=num_samples, int8=self.int8)
+        return jnp.repeat(self.model.first_tokens(encoded), num_samples), state
 
     def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
         """See `Decoder`."""
@@ -67,6 +67,12 @@ class CachedDecoder:
     def select(self, state: Any, rows: Int[Array, "R"]) -> Any:
         """See `Decoder`."""
         stacks = tuple(
-            dataclasses.replace(stack, keys=stack.keys[:, rows], values=stack.values[:, rows]) for stack in state.stacks
+            dataclasses.replace(stack, layers=tuple(_select_rows(layer, rows) for layer in stack.layers))
+            for stack in state.stacks
         )
         return dataclasses.replace(state, stacks=stacks)
+
+
+def _select_rows(layer: LayerCache, rows: Int[Array, "R"]) -> LayerCache:
+    keys, values = jax.tree.map(lambda x: x[:, rows], (layer.keys, layer.values))
+    return dataclasses.replace(layer, keys=keys, values=values)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
-from clp_jax.data.vocabulary import EOS_ID, PAD_ID
+from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.objectives.log_probs import token_log_probs
 from clp_jax.objectives.masking import completion_mask
 
@@ -26,9 +26,9 @@ class Forced:
     hidden: Float[Array, "R T D"]
 
 
-def shift_right(tokens: Int[Array, "R T"]) -> Int[Array, "R T"]:
+def shift_right(tokens: Int[Array, "R T"], start_id: int) -> Int[Array, "R T"]:
     """Decoder inputs of completions: the start token, then all but the last."""
-    return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+    return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
 
 
 def teacher_force(model: Any, inputs: Int[Array, "B S"], tokens: Int[Array, "R T"]) -> Forced:
@@ -39,8 +39,7 @@ def teacher_force(model: Any, inputs: Int[Array, "B S"], tokens: Int[Array, "R T
         inputs: prompts, padded with 0.
         tokens: completions, up to and including the end of sequence, then 0.
     """
-    segments = (inputs != PAD_ID).astype(jnp.int32)
-    hidden = model.decode(shift_right(tokens), model.encode(inputs, segments), segments)
+    hidden = model.decode(shift_right(tokens, model.config.start_id), model.encode(inputs)).hidden
     log_probs = token_log_probs(model.logits(hidden), tokens) * completion_mask(tokens, EOS_ID)
     return Forced(log_probs=log_probs, hidden=hidden)
 

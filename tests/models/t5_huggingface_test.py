@@ -78,7 +78,7 @@ def converted(model: "transformers.T5ForConditionalGeneration", config: T5Config
     mlp = ("mlp_norm", "mlp", "DenseReluDense")
     params = {
         "token_embedder": {"embedding": weights["shared.weight"]},
-        "encoder": stacks("encoder", config.num_encoder_layers, [("attention_norm", *attention[1:]), mlp]),
+        "encoder": stacks("encoder", config.num_encoder_layers, [attention, mlp]),
         "decoder": stacks("decoder", config.num_decoder_layers, [attention, cross, mlp]),
     }
     if not config.tied_head:
@@ -133,7 +133,7 @@ def test_logits_states_and_greedy_completions(config):
 
     encoded, logits, tokens = run(params, jnp.asarray(inputs), jnp.asarray(decoder_inputs))
     seen = inputs != 0
-    np.testing.assert_allclose(encoded[seen], expected.encoder_last_hidden_state.numpy()[seen], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(encoded.content[seen], expected.encoder_last_hidden_state.numpy()[seen], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=1e-5, atol=1e-5)
     written = np.pad(written.numpy()[:, 1:], ((0, 0), (0, 11 - written.shape[1])))
     np.testing.assert_array_equal(tokens, written)

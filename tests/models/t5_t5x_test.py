@@ -28,7 +28,7 @@ POLICY = Policy(
     )
 )
 NAMES = {
-    "pre_attention_layer_norm": "attention_norm",
+    "pre_attention_layer_norm": "self_attention_norm",
     "pre_self_attention_layer_norm": "self_attention_norm",
     "pre_cross_attention_layer_norm": "cross_attention_norm",
     "pre_mlp_layer_norm": "mlp_norm",

@@ -1,0 +1,179 @@
+"""Decoding one token at a time with a cache of keys and values; the layers are those of the whole forward."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clp_jax.array_types import Array, Float, Int
+from clp_jax.models.config import LayerKind
+from clp_jax.models.transformer import KeysValues, Stack, View, layers_of
+from clp_jax.nn.attention import Keys, Quantized, Sight, look, quantize
+from clp_jax.nn.kv_cache import Cache, LayerCache, StackCache
+from clp_jax.nn.stack import cut, depth, scan_layers
+from clp_jax.nn.visibility import Pattern, Places
+
+# A row that has not begun sees nothing: its start lies behind every clock.
+NEVER = 2**30
+
+
+def init_cache(
+    stack: Stack,
+    prompt_keys_values: Sequence[Any],
+    prompts: Places,
+    offsets: Int[Array, "B"],
+    *,
+    max_length: int,
+    num_samples: int,
+    int8: bool = False,
+) -> Cache:
+    """Makes room for the tokens to come.
+
+    Args:
+        stack: the decoder's.
+        prompt_keys_values: for each run of periods and each layer of the period, keys and values ``[L, B, G, S, H]``.
+        prompts: where they stand.
+        offsets: the position of the first token that is fed.
+        max_length: tokens that are fed at most.
+        num_samples: rows of each prompt.
+        int8: whether keys and values are kept in eight bits.
+    """
+    rows = offsets.shape[0] * num_samples
+    kinds = stack.kinds[: stack.period]
+    stacks = []
+    for run, layers in zip(stack.runs(), prompt_keys_values, strict=True):
+        pieces = cut(run, stack.config.scan_unroll, len(layers))
+        size = depth(pieces[0])
+        for number, piece in enumerate(pieces):
+            caches = []
+            for kind, kv in zip(kinds, layers, strict=False):
+                key, value = (x[number * size : (number + 1) * size] for x in kv)
+                length = max_length if kind.window is None else min(max_length, kind.window)
+                room = jnp.zeros((size, rows, key.shape[2], length, key.shape[4]), key.dtype)
+                stored = (quantize(x) for x in (room, room, key, value)) if int8 else (room, room, key, value)
+                caches.append(LayerCache(*stored))
+            stacks.append(StackCache(nnx.state(piece), tuple(caches)))
+    return Cache(
+        stacks=tuple(stacks),
+        prompts=prompts,
+        index=jnp.zeros((), jnp.int32),
+        start=jnp.zeros((rows,), jnp.int32),
+        offsets=jnp.repeat(offsets, num_samples),
+    )
+
+
+def decode_step(
+    stack: Stack, x: Float[Array, "R 1 D"], cache: Cache, *, cross: Pattern | None
+) -> tuple[Float[Array, "R D"], Cache]:
+    """The states that follow one more embedded token of every row.
+
+    Args:
+        stack: the decoder's.
+        x: the embedded tokens.
+        cache: of the tokens before.
+        cross: how the keys of an encoder are seen, apart from the decoder's own; None where a prompt's keys are the
+            decoder's too.
+    """
+    positions = (cache.offsets + cache.index - cache.start)[:, None]
+    prompt_queries = _of_prompts(cache, positions)
+    present = jnp.ones((1, 1), bool)
+    graphs = [
+        nnx.graphdef(run) for run in stack.runs() for _ in cut(run, stack.config.scan_unroll, len(layers_of(run)))
+    ]
+    stacks = []
+    for graph, piece in zip(graphs, cache.stacks, strict=True):
+        period = nnx.merge(graph, piece.weights)
+        kinds = stack.kinds[: len(layers_of(period))]
+        views = [
+            _view(stack, kind, layer, cache, positions, None if cross else prompt_queries)
+            for kind, layer in zip(kinds, piece.layers, strict=True)
+        ]
+        cross_sight = look(cross, prompt_queries, cache.prompts) if cross else None
+
+        def body(period: Any, carry: Any, inputs: Any, views: list[View] = views, sight: Sight | None = cross_sight):
+            x, owned = carry
+            number, prompts = inputs
+            after = []
+            for place, (layer, view) in enumerate(zip(layers_of(period), views, strict=True)):
+                written: list[Any] = []
+                x, _, _ = layer(
+                    x,
+                    view,
+                    present,
+                    prefix=None if cross else prompts[place],
+                    cross=(prompts[place], sight) if sight is not None else None,
+                    cache=_writer(owned[place], number, cache.index, written),
+                )
+                after.append(written[0])
+            return (x, after), None
+
+        own = [(layer.keys, layer.values) for layer in piece.layers]
+        prompts = [(layer.prompt_keys, layer.prompt_values) for layer in piece.layers]
+        (x, own), _ = scan_layers(
+            period,
+            body,
+            (x, own),
+            (jnp.arange(depth(period)), prompts),
+            unroll=stack.config.scan_unroll,
+            size=len(kinds),
+        )
+        layers = tuple(
+            dataclasses.replace(layer, keys=keys, values=values)
+            for layer, (keys, values) in zip(piece.layers, own, strict=True)
+        )
+        stacks.append(dataclasses.replace(piece, layers=layers))
+    return stack.norm(x)[:, 0], dataclasses.replace(cache, stacks=tuple(stacks), index=cache.index + 1)
+
+
+def _of_prompts(cache: Cache, positions: Int[Array, "R 1"]) -> Places:
+    """Where the tokens stand as their prompts see them: the samples of a prompt one after another."""
+    positions = positions.reshape(cache.prompts.segments.shape[0], -1)
+    return Places(positions, jnp.ones_like(positions))
+
+
+def _view(
+    stack: Stack,
+    kind: LayerKind,
+    layer: LayerCache,
+    cache: Cache,
+    positions: Int[Array, "R 1"],
+    prompt_queries: Places | None,
+) -> View:
+    """What one layer sees: its ring of own keys, each at the clock when it was written, and the prompt."""
+    length = jax.tree.leaves(layer.keys)[0].shape[3]
+    times = cache.index - (cache.index - jnp.arange(length)) % length
+    begun = (times[None] >= cache.start[:, None]).astype(jnp.int32)
+    # Distances alone count, and clocks tell them: the same for all rows.
+    now = Places(cache.index[None, None], jnp.ones_like(positions))
+    pattern, table = stack.pattern(kind), stack.table()
+    return View(
+        sight=look(pattern, now, Places(times[None], begun), table),
+        prefix=None if prompt_queries is None else look(pattern, prompt_queries, cache.prompts, table),
+        turned=stack.rotation(kind, positions),
+    )
+
+
+def _writer(
+    owned: tuple[Any, Any], layer: Int[Array, ""], index: Int[Array, ""], written: list[Any]
+) -> Callable[[KeysValues, View], list[Keys]]:
+    """Puts a token's keys and values into the ring of one layer; `written` gets the stack's arrays."""
+
+    def write(new: KeysValues, view: View) -> list[Keys]:
+        def put(old: Array, x: Array) -> Array:
+            zero = jnp.zeros_like(index)
+            return jax.lax.dynamic_update_slice(
+                old, x[None].astype(old.dtype), (layer, zero, zero, index % old.shape[3], zero)
+            )
+
+        stored = [quantize(x) if isinstance(old, Quantized) else x for x, old in zip(new, owned, strict=True)]
+        arrays = [jax.tree.map(put, old, x) for old, x in zip(owned, stored, strict=True)]
+        written.append(tuple(arrays))
+        keys, values = (
+            jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), array) for array in arrays
+        )
+        return [Keys(keys, values, view.sight)]
+
+    return write

@@ -1,0 +1,92 @@
+"""What every policy has: embedded tokens in, logits out; and what passes between reading prompts and writing completions."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clp_jax.array_types import Array, Float, Int
+from clp_jax.models.config import ModelConfig
+from clp_jax.nn.embeddings import Embedding
+from clp_jax.nn.linear import Linear
+from clp_jax.nn.routing import RoutingStatistics
+from clp_jax.nn.visibility import Places
+from clp_jax.partitioning import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Prompts that were read, as completions see them.
+
+    Attributes:
+        content: an encoder's states ``[B, S, D]``, or a decoder's keys and values.
+        tokens: ``int32[B, S]``.
+        places: where they stand.
+        routing: what the routers did with them, one statistic for each sparse layer; None without any.
+    """
+
+    content: Any
+    tokens: Int[Array, "B S"]
+    places: Places
+    routing: tuple[RoutingStatistics, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """States of completions.
+
+    Attributes:
+        hidden: ``[R, T, D]`` before the head.
+        routing: what the routers did with prompts and completions; None without any.
+    """
+
+    hidden: Float[Array, "R T D"]
+    routing: tuple[RoutingStatistics, ...]
+
+
+class LanguageModel(nnx.Module):
+    """The embedding and the head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.token_embedder = Embedding(
+            rngs, config.vocab_size, config.embed_dim, stddev=1.0, dtype=jnp.dtype(config.param_dtype)
+        )
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """The head, in float32."""
+        config, hidden = self.config, hidden.astype(jnp.float32)
+        if config.tied_head:
+            scale = config.embed_dim**-0.5 if config.scale_tied_head else 1.0
+            logits = self.token_embedder.attend(hidden * scale)
+        else:
+            logits = self.logits_head(hidden)
+        return logits if config.logit_cap is None else jnp.tanh(logits / config.logit_cap) * config.logit_cap
+
+    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Embedded tokens."""
+        x = self.token_embedder(tokens, jnp.dtype(self.config.dtype))
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.embed_dim**0.5, x.dtype)
+        return constrain(x, "batch", "length", "act_embed")
+
+
+def make_head(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
+    """The last linear layer of an untied policy."""
+    return Linear(
+        rngs,
+        config.embed_dim,
+        config.vocab_size,
+        axes=("embed", "vocab"),
+        stddev=config.embed_dim**-0.5,
+        dtype=jnp.dtype(config.param_dtype),
+    )
+
+
+def in_order(segments: Int[Array, "B S"]) -> Places:
+    """Places counted from the start of the row: within a segment, distances are what they should be."""
+    return Places(jnp.arange(segments.shape[1])[None], segments)

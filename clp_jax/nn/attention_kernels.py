@@ -1,0 +1,5 @@
+"""Stand-in."""
+
+
+def attention(*a, **k):
+    raise NotImplementedError

@@ -1,0 +1,5 @@
+"""Stand-in."""
+
+
+class MoE:
+    pass
