@@ -133,7 +133,9 @@ def test_logits_states_and_greedy_completions(config):
 
     encoded, logits, tokens = run(params, jnp.asarray(inputs), jnp.asarray(decoder_inputs))
     seen = inputs != 0
-    np.testing.assert_allclose(encoded.content[seen], expected.encoder_last_hidden_state.numpy()[seen], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        encoded.content[seen], expected.encoder_last_hidden_state.numpy()[seen], rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=1e-5, atol=1e-5)
     written = np.pad(written.numpy()[:, 1:], ((0, 0), (0, 11 - written.shape[1])))
     np.testing.assert_array_equal(tokens, written)
