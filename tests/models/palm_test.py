@@ -80,7 +80,7 @@ def test_decoding_step_by_step_is_the_whole_forward(policy, whole):
     assert whole.shape == (3, 7, 13) and whole.dtype == jnp.float32
     np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-5)
     window = policy.config.window
-    lengths = {layer.keys.shape[3] for stack in cache.stacks for layer in stack.layers}
+    lengths = {layer.keys.shape[3] for stack in cache.stacks for layer in stack}
     assert lengths == ({7} if window is None else {window} if all(policy.config.window_pattern) else {7, window})
 
 
@@ -127,7 +127,7 @@ def test_samples_of_a_prompt_share_its_keys(name):
     np.testing.assert_allclose(forward(policy, params, PROMPTS, completions), apart, rtol=1e-4, atol=1e-5)
     logits, cache = step_by_step(policy, params, PROMPTS, jnp.asarray(completions), num_samples=2)
     np.testing.assert_allclose(logits, apart, rtol=1e-4, atol=1e-5)
-    for layer in (layer for stack in cache.stacks for layer in stack.layers):
+    for layer in (layer for stack in cache.stacks for layer in stack):
         assert layer.prompt_keys.shape[1] == 3 and layer.keys.shape[1] == 6
 
 
@@ -150,7 +150,7 @@ def test_eight_bits_move_the_logits_little():
     params = varied_params(policy)
     exact, _ = step_by_step(policy, params, PROMPTS, jnp.asarray(COMPLETIONS))
     rounded, cache = step_by_step(policy, params, PROMPTS, jnp.asarray(COMPLETIONS), int8=True)
-    assert cache.stacks[0].layers[0].keys.values.dtype == jnp.int8
+    assert cache.stacks[0][0].keys.values.dtype == jnp.int8
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 0 < error < 0.03
 

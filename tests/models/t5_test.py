@@ -37,7 +37,7 @@ def step_by_step(policy, params, inputs, decoder_inputs, num_samples=1):
     cache = model.init_cache(model.encode(inputs), max_length=decoder_inputs.shape[1], num_samples=num_samples)
 
     def step(cache, tokens):
-        hidden, cache = model.decode_step(tokens, cache)
+        hidden, cache = model.decode_step(tokens, cache, model.loop_weights())
         return cache, model.logits(hidden)
 
     cache, logits = jax.lax.scan(step, cache, decoder_inputs.T)
@@ -72,12 +72,11 @@ def test_samples_of_a_prompt_share_its_encoding():
     np.testing.assert_allclose(logits, apart, rtol=1e-5, atol=1e-5)
     # Cross-attention keys are those of two prompts, self-attention keys of four rows.
     assert len(cache.stacks) == 2
-    for stack in cache.stacks:
-        (layer,) = stack.layers
+    for (layer,) in cache.stacks:
         assert layer.prompt_keys.shape == layer.prompt_values.shape == (1, 2, 2, 6, 4)
         assert layer.keys.shape == layer.values.shape == (1, 4, 2, 7, 4)
     _, deep = step_by_step(Policy(tiny_config(scan_unroll=1)), params, prompts, COMPLETIONS, num_samples=2)
-    ((layer,),) = [stack.layers for stack in deep.stacks]
+    ((layer,),) = deep.stacks
     assert layer.prompt_keys.shape == (2, 2, 2, 6, 4) and layer.keys.shape == (2, 4, 2, 7, 4)
 
 
