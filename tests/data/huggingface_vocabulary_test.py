@@ -380,6 +380,15 @@ def test_a_file_that_is_no_tokenizer_is_named(copy, content):
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_that_panics_is_named(copy):
+    directory = copy("llama3")
+    content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    content["post_processor"]["special_tokens"] = {}
+    write_json(directory / "tokenizer.json", content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer of Hugging Face's \(no entry found"):
+        Vocabulary.load(directory)
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize(
     ("content", "expected"),
