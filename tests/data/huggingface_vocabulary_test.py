@@ -199,6 +199,13 @@ def test_a_tokenizer_file_is_read_with_the_files_beside_it(home, vocabularies):
     assert file.fingerprint == vocabularies["llama3"].fingerprint
 
 
+def test_a_tokenizer_file_of_another_name_is_saved_under_the_usual_one(copy, vocabularies, tmp_path):
+    directory = copy("t5")
+    (directory / "tokenizer.json").rename(directory / "mine.json")
+    Vocabulary.load(directory / "mine.json").save(tmp_path)
+    assert Vocabulary.load(tmp_path).fingerprint == vocabularies["t5"].fingerprint
+
+
 def test_fingerprints_tell_what_decides_the_ids(vocabularies, copy, tmp_path):
     assert len({vocabulary.fingerprint for vocabulary in vocabularies.values()}) == len(KINDS)
     directory = copy("llama3", "generation_config.json", eos_token_id=[301], temperature=0.5)
