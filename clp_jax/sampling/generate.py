@@ -113,6 +113,15 @@ def has_ended(
     return ended
 
 
+def next_token(
+    config: SamplingConfig, logits: Float[Array, "R V"], keys: Key[Array, "R"], history: History
+) -> tuple[Int[Array, "R"], Float[Array, "R"]]:
+    """The next token of every row and its log-probability, unfiltered; row ``i`` uses ``fold_in(keys[i], length[i])``."""
+    keys = jax.vmap(jax.random.fold_in)(keys, history.length)
+    chosen = config.strategy(keys, config.processed(logits, history))
+    return chosen, token_log_probs(logits, chosen)
+
+
 def generate(
     decoder: Decoder,
     inputs: Int[Array, "B S"],
@@ -147,10 +156,8 @@ def generate(
         logits, state = decoder.step(last, state)
         written = jnp.full((rows,), t)
         history = History(prompts, first, tokens, written, limit, pad_id, decoder.eos_ids)
-        position_keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
-        chosen = config.strategy(position_keys, config.processed(logits, history))
-        chosen = jnp.where(done, pad_id, chosen)
-        log_prob = jnp.where(done, 0.0, token_log_probs(logits, chosen))
+        chosen, log_prob = next_token(config, logits, keys, history)
+        chosen, log_prob = jnp.where(done, pad_id, chosen), jnp.where(done, 0.0, log_prob)
         tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (jnp.zeros_like(t), t))
         log_probs = jax.lax.dynamic_update_slice(log_probs, log_prob[:, None], (jnp.zeros_like(t), t))
         lengths = lengths + ~done

@@ -65,7 +65,9 @@ def expected(processor, row: int, length: int) -> np.ndarray:
         match processor:
             case RepetitionPenalty(penalty=penalty):
                 if token in context:
-                    out[token] = out[token] * np.float32(penalty) if out[token] < 0 else out[token] / np.float32(penalty)
+                    out[token] = (
+                        out[token] * np.float32(penalty) if out[token] < 0 else out[token] / np.float32(penalty)
+                    )
             case NoRepeatNGram(size=n):
                 grams = [context[i : i + n] for i in range(len(context) - n + 1)]
                 if len(context) >= n - 1 and [*context[len(context) - n + 1 :], token] in grams:
@@ -174,7 +176,9 @@ def test_the_first_processor_comes_first_and_all_is_float32():
     one, two = RepetitionPenalty(2.0), OccurrencePenalty(presence=1.0)
     out = process((one, two), jnp.asarray(LOGITS, jnp.bfloat16), history)
     assert out.dtype == jnp.float32
-    np.testing.assert_array_equal(out, two(one(jnp.asarray(LOGITS, jnp.bfloat16).astype(jnp.float32), history), history))
+    np.testing.assert_array_equal(
+        out, two(one(jnp.asarray(LOGITS, jnp.bfloat16).astype(jnp.float32), history), history)
+    )
     assert np.any(out != process((two, one), jnp.asarray(LOGITS, jnp.bfloat16), history))
 
 
