@@ -10,7 +10,7 @@ import numpy as np
 
 from clp_jax.models.conditioning import check_alpha
 from clp_jax.preferences import Preference, validate_weights
-from clp_jax.sampling.requests import Limits, answers, batches, pad_rows, read_requests
+from clp_jax.sampling.lines import Limits, answers, batches, pad_rows, read_lines
 from clp_jax.sampling.score import score as score_tokens
 from clp_jax.training.policies import LoadedPolicy, load_policy
 
@@ -59,7 +59,7 @@ def score(
         targets=max_tokens or 2**16,
         pad_id=pad_id,
     )
-    requests = read_requests(Path(input), loaded.vocabulary, limits, with_targets=True)
+    lines = read_lines(Path(input), loaded.vocabulary, limits, with_targets=True)
 
     @functools.partial(jax.jit)
     def run(params, reference, inputs, tokens, mask, preference):
@@ -68,18 +68,18 @@ def score(
         return score_tokens(model, loaded.conditioning.condition_inputs(inputs, rows), tokens, mask)
 
     with answers(output) as out:
-        out.expect(requests)
-        for batch in batches(requests, batch_size):
-            targets = [request.targets or () for request in batch]
+        out.expect(lines)
+        for batch in batches(lines, batch_size):
+            targets = [line.targets or () for line in batch]
             tokens = pad_rows(targets, batch_size, 0)
             lengths = np.asarray([len(row) for row in targets] + [0] * (batch_size - len(batch)))
             mask = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.float32)
-            inputs = pad_rows([request.inputs for request in batch], batch_size, pad_id)
+            inputs = pad_rows([line.inputs for line in batch], batch_size, pad_id)
             found = np.asarray(run(loaded.params, loaded.reference, inputs, tokens, mask, preference))
-            for row, request in zip(found, batch, strict=False):
-                log_probs = row[: len(request.targets or ())]
+            for row, line in zip(found, batch, strict=False):
+                log_probs = row[: len(line.targets or ())]
                 total = float(log_probs.astype(np.float64).sum())
-                out.put(request, {"logprobs": [float(x) for x in log_probs], "total": total})
+                out.put(line, {"logprobs": [float(x) for x in log_probs], "total": total})
 
 
 def _preference(loaded: LoadedPolicy, weights: Sequence[float] | None, alpha: float) -> Preference:

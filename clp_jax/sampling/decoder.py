@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int

@@ -187,9 +187,8 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens: expected 1 to {longest}, the longest of the buckets; "
                 "cut it or give the engine a longer one."
             )
-        if self._pad_id in request.prompt:
-            place = request.prompt.index(self._pad_id)
-            raise ValueError(f"the prompt has the padding token {self._pad_id} at {place}: expected no padding.")
+        if request.prompt[-1] == self._pad_id:  # Inside a prompt, conditioning may leave places empty.
+            raise ValueError(f"the prompt ends with the padding token {self._pad_id}: expected no padding.")
         if request.max_tokens is not None and not 1 <= request.max_tokens <= most:
             raise ValueError(f"Request.max_tokens is {request.max_tokens}: expected 1 to the engine's maximum, {most}.")
         number, n = self._submitted, self.config.num_samples

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
-from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.objectives.log_probs import token_log_probs
 from clp_jax.objectives.masking import completion_mask
 
@@ -44,7 +43,7 @@ def teacher_force(
     """
     hidden = model.decode(shift_right(tokens, model.config.start_id), model.encode(inputs)).hidden
     if mask is None:
-        mask = completion_mask(tokens, EOS_ID)
+        mask = completion_mask(tokens, model.config.eos_ids)
     log_probs = token_log_probs(model.logits(hidden), tokens) * mask
     return Forced(log_probs=log_probs, hidden=hidden)
 

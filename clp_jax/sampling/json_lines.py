@@ -1,4 +1,4 @@
-"""JSON lines in, JSON lines out: one request a line, bad lines reported by number, order kept."""
+"""JSON lines in, JSON lines out: bad lines are reported by number, the rest keep their order."""
 
 import contextlib
 import dataclasses
@@ -16,17 +16,17 @@ from clp_jax.sampling.text import bucket
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """One line of a file of requests.
+class Line:
+    """One line of a file: what is to be completed or scored.
 
     Attributes:
-        line: its number, from 1.
+        number: from 1.
         given: what the line says, to be written with the answer.
         inputs: token ids of the prompt.
         targets: token ids of the completion; None where none is asked for.
     """
 
-    line: int
+    number: int
     given: dict[str, Any]
     inputs: tuple[int, ...]
     targets: tuple[int, ...] | None
@@ -34,7 +34,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may be.
+    """What a line may be.
 
     Attributes:
         vocab_size: ids are below it.
@@ -49,8 +49,8 @@ class Limits:
     pad_id: int
 
 
-def read_requests(source: Path, vocabulary: Vocabulary, limits: Limits, *, with_targets: bool) -> list[Request]:
-    """Reads a file of requests; what is wrong with a line is printed with its number, and the rest go on.
+def read_lines(source: Path, vocabulary: Vocabulary, limits: Limits, *, with_targets: bool) -> list[Line]:
+    """Reads a file; what is wrong with a line is printed with its number, and the rest go on.
 
     Args:
         source: JSON lines with ``inputs``, and ``targets`` where they are wanted: text, or lists of token ids.
@@ -62,24 +62,22 @@ def read_requests(source: Path, vocabulary: Vocabulary, limits: Limits, *, with_
     Raises:
         ValueError: when no line is good.
     """
-    requests = []
+    lines = []
     for number, raw in enumerate(source.read_bytes().splitlines(), start=1):
         if not raw.strip():
             continue
         try:
-            requests.append(_parse(number, raw, vocabulary, limits, with_targets, source))
+            lines.append(_parse(number, raw, vocabulary, limits, with_targets, source))
         except (ValueError, KeyError, TypeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "msg", error)
             print(f"warning: {source}, line {number} was skipped: {what}", file=sys.stderr)
-    if not requests:
+    if not lines:
         wanted = '"inputs" and "targets"' if with_targets else '"inputs"'
-        raise ValueError(f"{source} holds no requests: expected one JSON object a line, with {wanted}.")
-    return requests
+        raise ValueError(f"{source} has no good line: expected one JSON object a line, with {wanted}.")
+    return lines
 
 
-def _parse(
-    number: int, raw: bytes, vocabulary: Vocabulary, limits: Limits, with_targets: bool, source: Path
-) -> Request:
+def _parse(number: int, raw: bytes, vocabulary: Vocabulary, limits: Limits, with_targets: bool, source: Path) -> Line:
     given = json.loads(raw.decode("utf-8"))
     if not isinstance(given, dict):
         raise ValueError("it is not a JSON object")
@@ -98,7 +96,7 @@ def _parse(
     elif with_targets:
         targets = _check_ids("targets", targets, limits.targets, limits)
     keep = {name: given[name] for name in ("inputs", "targets") if name in given and (with_targets or name == "inputs")}
-    return Request(number, keep, tuple(tokens), None if targets is None else tuple(targets))
+    return Line(number, keep, tuple(tokens), None if targets is None else tuple(targets))
 
 
 def _check_ids(name: str, ids: Any, longest: int, limits: Limits) -> list[int]:
@@ -115,15 +113,15 @@ def _check_ids(name: str, ids: Any, longest: int, limits: Limits) -> list[int]:
     return ids
 
 
-def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
+def batches(lines: Sequence[Line], batch_size: int) -> Iterator[list[Line]]:
     """Requests of like lengths together, so that few programs serve all and little is padding.
 
-    Order is up to who writes the answers; every request is in one batch.
+    Order is up to who writes the answers; every line is in one batch.
     """
-    by_shape: dict[tuple[int, int], list[Request]] = {}
-    for request in requests:
-        shape = bucket(len(request.inputs)), bucket(len(request.targets or ()))
-        by_shape.setdefault(shape, []).append(request)
+    by_shape: dict[tuple[int, int], list[Line]] = {}
+    for line in lines:
+        shape = bucket(len(line.inputs)), bucket(len(line.targets or ()))
+        by_shape.setdefault(shape, []).append(line)
     for group in by_shape.values():
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
@@ -156,13 +154,13 @@ class Answers:
         self._waiting: dict[int, dict[str, Any]] = {}
         self._order: list[int] = []
 
-    def expect(self, requests: Sequence[Request]) -> None:
+    def expect(self, lines: Sequence[Line]) -> None:
         """The lines to come, in order."""
-        self._order = [request.line for request in requests]
+        self._order = [line.number for line in lines]
 
-    def put(self, request: Request, answer: dict[str, Any]) -> None:
+    def put(self, line: Line, answer: dict[str, Any]) -> None:
         """Takes one answer."""
-        self._waiting[request.line] = {"line": request.line} | request.given | answer
+        self._waiting[line.number] = {"line": line.number} | line.given | answer
         while self._order and self._order[0] in self._waiting:
             self._file.write(json.dumps(self._waiting.pop(self._order.pop(0))) + "\n")
         self._file.flush()
