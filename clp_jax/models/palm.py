@@ -174,4 +174,4 @@ def _since_start(segments: Int[Array, "R T"]) -> Int[Array, "R T"]:
 
 def _joined(prompts: tuple[RoutingStatistics, ...], completions: tuple[RoutingStatistics, ...]) -> tuple[Any, ...]:
     """What the routers of each layer did with both."""
-    return tuple(a + b for a, b in zip(prompts, completions, strict=True))
+    return tuple(a.joined(b) for a, b in zip(prompts, completions, strict=True))

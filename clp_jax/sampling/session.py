@@ -146,7 +146,7 @@ class Server:
 
     def _condition(self, tokens: tuple[int, ...], preference: Preference) -> tuple[int, ...]:
         rows = jax.tree.map(lambda x: jnp.asarray(x)[None], preference)
-        found = self._conditioning.condition_inputs(np.asarray([tokens], np.int32), rows)
+        found = self._conditioning.condition_inputs(jnp.asarray([tokens], jnp.int32), rows)
         return tuple(np.asarray(found)[0].tolist())
 
     def _completion(self, sample: Sample) -> Completion:
