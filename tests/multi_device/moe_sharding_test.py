@@ -30,6 +30,7 @@ LAYOUTS = {
     ),
     "tokens_everywhere": (dict(data=4, expert=2), Rules((("batch", "data"), *EXPERT))),
     "data": (dict(data=8), Rules((DATA,))),
+    "length": (dict(data=2, expert=2, sequence=2), Rules((DATA, *EXPERT, ("length", "sequence")))),
 }
 ROUTERS = {
     "switch": TokenChoice(1, eval_capacity=1.25),
@@ -134,16 +135,17 @@ def test_dropless_tokens_come_back_summed():
 
 
 @pytest.mark.parametrize("router", ["switch", "dropless"])
-def test_groups_of_preferences_on_their_devices(router):
+@pytest.mark.parametrize("num_groups", [2, 8])
+def test_groups_of_preferences_on_their_devices(router, num_groups):
     sizes, rules = dict(data=2, expert=4), LAYOUTS["expert"][1]
     mesh = make_mesh(**sizes)
     graph, state = nnx.split(_moe(ROUTERS[router]))
-    many = jax.tree.map(lambda x: jnp.stack([x, x[..., ::-1]]), state)
-    xs, masks, cotangents = (jnp.stack([x, jnp.flip(x, 0)]) for x in (X, MASK, COTANGENT))
+    many = jax.tree.map(lambda x: jnp.stack([x, x[..., ::-1]] * (num_groups // 2)), state)
+    xs, masks, cotangents = (jnp.stack([x, jnp.flip(x, 0)] * (num_groups // 2)) for x in (X, MASK, COTANGENT))
     one = jax.jit(jax.vmap(functools.partial(_run, graph)))(many, xs, masks, cotangents)
 
     def grouped(*arguments):
-        with use_groups(2) as axes:
+        with use_groups(num_groups) as axes:
             assert "data" in axes and "expert" not in axes
             return jax.vmap(functools.partial(_run, graph), spmd_axis_name=axes)(*arguments)
 
