@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -167,8 +168,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
 def use_groups(num_groups: int) -> Iterator[tuple[str, ...]]:
     """Shards groups of rows before the rows in them, while a function of one group is traced under `jax.vmap`.
 
-    The mesh axes of ``batch`` go to ``group``, from the first on, as long as they divide the groups; the rest stay. So
-    the rows of all groups together lie on the devices as a batch does.
+    The mesh axes of ``batch`` go to ``group``, from the first on, as long as they divide the groups and shard no experts;
+    the rest stay. So the rows of all groups together lie on the devices as a batch does.
 
     Yields:
         The mesh axes of the groups, for ``jax.vmap(..., spmd_axis_name=...)``.
@@ -180,7 +181,9 @@ def use_groups(num_groups: int) -> Iterator[tuple[str, ...]]:
     mesh, rules = active
     table = dict(rules.table)
     axes = _as_tuple(table.get("batch"))
-    groups = _dividing(mesh, axes, num_groups)
+    # Where experts are, a device has some of them for all groups.
+    experts = _as_tuple(table.get("act_expert"))
+    groups = _dividing(mesh, tuple(itertools.takewhile(lambda axis: axis not in experts, axes)), num_groups)
     table |= {"group": groups, "batch": axes[len(groups) :]}
     with use_mesh(mesh, Rules(tuple(table.items()))):
         yield groups
