@@ -42,12 +42,14 @@ class Argument:
         annotation: parsed.
         default: as it stands in the source, or None for a required one.
         text: what the docstring says of it.
+        is_positional: whether a word without a flag may stand for it.
     """
 
     name: str
     annotation: ast.expr | None
     default: str | None
     text: str
+    is_positional: bool = False
 
     @property
     def expected(self) -> str:
@@ -98,7 +100,8 @@ class EntryPoint:
         prose, _, sections = docstring.partition("\nArgs:\n")
         summary, _, description = re.split(r"\n(?:Returns|Raises):", prose)[0].strip().partition("\n\n")
         texts = _argument_texts(sections)
-        arguments = [
+        arguments = [Argument(a.arg, a.annotation, None, texts.get(a.arg, ""), True) for a in node.args.args]
+        arguments += [
             Argument(a.arg, a.annotation, None if default is None else ast.unparse(default), texts.get(a.arg, ""))
             for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
         ]
@@ -139,11 +142,15 @@ def parse(words: Sequence[str], entry: EntryPoint) -> Invocation:
     """
     invocation = Invocation()
     flags = {argument.name: argument for argument in entry.arguments}
+    places = [argument.name for argument in entry.arguments if argument.is_positional]
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
         if word == "-h":
             word = "--help"
+        if places and not word.startswith("-"):
+            _store(invocation, places.pop(0), word, flags)
+            continue
         if not word.startswith("--") or word == "--":
             raise ConfigError(f"what is {word!r}? Every argument has a name: --NAME VALUE or --NAME=VALUE.")
         name, equals, value = word[2:].partition("=")
@@ -197,6 +204,9 @@ def convert(text: str, argument: Argument) -> Any:
 def usage(command: str, entry: EntryPoint) -> str:
     """The help of a command."""
     lines = [f"clp {command}: {entry.summary}", ""]
+    places = [argument.name.upper() for argument in entry.arguments if argument.is_positional]
+    if places:
+        lines += [f"usage: clp {command} {' '.join(places)} [--NAME=VALUE] ...", ""]
     if entry.description:
         lines += [*textwrap.wrap(" ".join(entry.description.split("\n\n")[0].split()), 100), ""]
     lines += ["Arguments, as flags or in gin:"]

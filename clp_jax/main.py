@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "clp_jax.evaluate.evaluate",
     "report": "clp_jax.report.report",
     "sample": "clp_jax.sample.sample",
+    "score": "clp_jax.score.score",
     "experiment": "clp_jax.experiment.experiment",
 }
 

@@ -41,6 +41,7 @@ LOGICAL_AXES: Mapping[str, str] = {
     "act_heads": "heads of an activation",
     "act_mlp": "feed-forward dimension of an activation",
     "act_vocab": "vocabulary of an activation",
+    "act_expert": "experts that tokens move to",
 }
 
 AxisNames: TypeAlias = tuple[str | None, ...]
@@ -194,6 +195,27 @@ def is_sharded(axis: str) -> bool:
     _check_name(axis)
     active = _active.get()
     return active is not None and active[1].spec((axis,))[0] is not None
+
+
+def active_mesh() -> Mesh | None:
+    """The mesh of the innermost `use_mesh`, if any."""
+    active = _active.get()
+    return None if active is None else active[0]
+
+
+def active_axes(axis: str, size: int) -> tuple[str, ...]:
+    """The mesh axes, larger than 1, over which the active rules shard a dimension of this size.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _check_name(axis)
+    active = _active.get()
+    if active is None:
+        return ()
+    mesh, rules = active
+    axes = _dividing(mesh, _as_tuple(dict(rules.table).get(axis)), size)
+    return tuple(name for name in axes if mesh.shape[name] > 1)
 
 
 def named_sharding(axes: Sequence[str | None], mesh: Mesh, rules: Rules) -> NamedSharding:

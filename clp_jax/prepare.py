@@ -34,7 +34,8 @@ def prepare(
         output_dir: where the data goes; new, or prepared by the same request.
         lengths: tokens of a row for ``inputs`` and ``targets``, the end of sequence included.
         vocabulary_size: tokens of the SentencePiece vocabulary trained on the first split.
-        vocabulary: a SentencePiece model file to use instead of training one.
+        vocabulary: a SentencePiece model file, or a directory of Hugging Face's with a tokenizer, to use instead of training
+            one.
         splits: to prepare.
         pack: put several short examples into one row; for supervised training only.
 

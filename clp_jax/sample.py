@@ -1,22 +1,25 @@
-"""`clp sample`: steers a trained policy by hand."""
+"""`clp sample`: steers a trained policy by hand, or completes a file of prompts."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
 from clp_jax.models.conditioning import check_alpha
 from clp_jax.preferences import Preference, validate_weights
+from clp_jax.sampling.beam_policies import PowerPenalty
+from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.generate import SamplingConfig
-from clp_jax.sampling.steering import Steerable
+from clp_jax.sampling.json_lines import Limits, answers, read_lines
+from clp_jax.sampling.processors import RepetitionPenalty
+from clp_jax.sampling.session import Server, ServingConfig
+from clp_jax.sampling.stop_strings import shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
-from clp_jax.sampling.text import Completion, complete, encode_prompts
+from clp_jax.sampling.text import Completion, encode_prompts
 from clp_jax.training.policies import LoadedPolicy, load_policy
 
 _HELP = """\
@@ -28,30 +31,25 @@ Every line is a prompt. Commands:
   /help              this text
   /quit              the end (so is the end of the input)"""
 
+STRATEGIES = ("sample", "greedy", "beam", "best_of_n")
 
-@dataclasses.dataclass
+
 class Session:
     """A loaded policy and the settings that lines of a terminal may change.
 
-    Attributes:
+    Args:
         loaded: the policy.
-        steerable: it, ready to generate.
-        weights: of the rewards.
-        alpha: KL weight.
-        num_samples: completions of each prompt.
-        config: what to generate.
-        max_prompt: tokens of a prompt at most.
+        config: how prompts are served.
         seed: of the samples; counts up with every prompt.
     """
 
-    loaded: LoadedPolicy
-    steerable: Steerable
-    weights: np.ndarray
-    alpha: float
-    num_samples: int
-    config: SamplingConfig
-    max_prompt: int
-    seed: int
+    def __init__(self, loaded: LoadedPolicy, config: ServingConfig, seed: int):
+        self.loaded, self.config, self.seed = loaded, config, seed
+        count = max(1, len(loaded.objectives))
+        self.weights, self.alpha = np.full(count, 1 / count, np.float32), 0.0
+        self._steerable = loaded.steerable()
+        self._servers: dict[ServingConfig, Server] = {}
+        self._stream: _Stream | None = None
 
     def set_weights(self, weights: Sequence[float]) -> None:
         """Changes the trade-off.
@@ -84,34 +82,90 @@ class Session:
             raise ValueError(f"{self.loaded.run_dir} is not conditioned on alpha: it would change nothing.")
         self.set_alpha(alpha)
 
-    def complete(self, prompts: Sequence[str]) -> tuple[list[list[Completion]], list[int]]:
-        """Completions of prompts, and the numbers of the prompts that were too long and were cut."""
-        inputs, cut = encode_prompts(self.loaded.vocabulary, prompts, self.max_prompt)
+    def complete(self, prompts: Sequence[tuple[tuple[int, ...], int]]) -> Iterator[tuple[int, list[Completion]]]:
+        """The number and the completions of every prompt, given as token ids and a seed, as soon as they are there."""
+        if self.config not in self._servers:
+            loaded = self.loaded
+            server = Server(loaded.policy, loaded.conditioning, loaded.vocabulary, self.config, self._show)
+            self._servers[self.config] = server
         preference = Preference.of(self.weights, self.alpha)
-        key = jax.random.key(self.seed)
-        found = complete(self.steerable, self.loaded.vocabulary, inputs, preference, key, self.config, self.num_samples)
-        return found, cut
+        yield from self._servers[self.config].complete(self._steerable.at(preference), preference, prompts)
+
+    def answer(self, prompt: str, console: Console) -> None:
+        """Prints the completions of a prompt; a single sample as it is written, where somebody looks on."""
+        inputs, cut = encode_prompts(self.loaded.vocabulary, [prompt], self.config.max_prompt)
+        if cut:
+            text = f"warning: the prompt is longer than {self.config.max_prompt} tokens: its end was cut."
+            print(text, file=sys.stderr)
+        tokens = inputs[0][inputs[0] != self.loaded.vocabulary.pad_id]
+        single = self.config.num_samples == 1 and isinstance(self.config.generation, SamplingConfig)
+        self._stream = _Stream(self.loaded.vocabulary, self.config.stop) if single and console.is_terminal else None
+        for _, completions in self.complete([(tuple(tokens.tolist()), self.seed)]):
+            if self._stream is not None:
+                self._stream.end(completions[0].text)
+                continue
+            for completion in completions:
+                console.print(completion.text or "(empty)", highlight=False, markup=False)
+
+    def set_samples(self, number: int) -> None:
+        """Changes the number of completions."""
+        if isinstance(self.config.generation, BeamConfig):
+            raise ValueError(
+                "beams return as many completions as the search was made for: start again with --num_samples."
+            )
+        self.config = dataclasses.replace(self.config, num_samples=max(1, number))
 
     def set_temperature(self, temperature: float) -> None:
         """Changes the temperature and leaves the rest of how tokens are chosen alone; 0 is greedy."""
-        before = self.config.strategy
-        if temperature == 0 or not isinstance(before, Sampling):
-            strategy = _strategy(temperature, 0, 1.0)
-        else:
-            strategy = dataclasses.replace(before, temperature=temperature)
-        self.config = dataclasses.replace(self.config, strategy=strategy)
+        generation = self.config.generation
+        if isinstance(generation, BeamConfig):
+            raise ValueError("a beam search has no temperature: start again with another --strategy.")
+        before = generation.strategy
+        strategy: Sampling | Greedy = Greedy()
+        if temperature != 0:
+            strategy = Sampling(temperature)
+            if isinstance(before, Sampling):
+                strategy = dataclasses.replace(before, temperature=temperature)
+        self.config = dataclasses.replace(self.config, generation=dataclasses.replace(generation, strategy=strategy))
 
     def describe(self) -> str:
         """The current trade-off in words."""
         if not self.loaded.objectives:
-            return "a supervised policy"
+            return "a policy without rewards to weigh"
         pairs = zip(self.loaded.objectives, self.weights, strict=True)
         parts = [f"{name} {weight:.2f}" for name, weight in pairs]
         if getattr(self.loaded.conditioning, "alpha_min", None) is not None:
             parts.append(f"alpha {self.alpha:g}")
-        if self.num_samples > 1:
-            parts.append(f"{self.num_samples} samples")
+        if self.config.num_samples > 1:
+            parts.append(f"{self.config.num_samples} samples")
         return ", ".join(parts)
+
+    def _show(self, prompt: int, sample: int, tokens: tuple[int, ...]) -> None:
+        if self._stream is not None:
+            self._stream.add(tokens)
+
+
+class _Stream:
+    """Shows a completion while it is written: what no later token can change any more."""
+
+    def __init__(self, vocabulary: Any, stops: tuple[str, ...]):
+        self._vocabulary, self._stops = vocabulary, stops
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def add(self, tokens: tuple[int, ...]) -> None:
+        self._tokens += tokens
+        text = self._vocabulary.decode(np.asarray(self._tokens))
+        self._show(text[: shown_length(text, self._stops)].rstrip("\ufffd"))
+
+    def end(self, text: str) -> None:
+        self._show(text or "(empty)")
+        print(flush=True)
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self._shown):
+            print(text[len(self._shown) :], end="", flush=True)
+            self._shown = text
 
 
 def sample(
@@ -120,33 +174,51 @@ def sample(
     prompt: str | None = None,
     weights: Sequence[float] | None = None,
     alpha: float = 0.05,
+    strategy: str = "sample",
     num_samples: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    num_beams: int = 4,
+    length_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     max_tokens: int | None = None,
     max_prompt: int | None = None,
     seed: int = 0,
     input: str | None = None,  # noqa: A002 - it is the name of a flag.
     output: str | None = None,
+    int8: bool = False,
 ) -> None:
     """Prints completions of a prompt at given reward weights; without a prompt, reads lines and steers between them.
+
+    A line of `input` has ``inputs``, as text or as a list of token ids; a line of `output` has its number, ``inputs``,
+    ``tokens``, ``text`` and ``logprobs`` (of lists, where there are several samples). Lines keep their order; a bad one is
+    reported with its number and left out. A line's samples depend on the line and the seed alone.
 
     Args:
         checkpoint: run directory of a policy, or ``RUN/checkpoints/STEP``.
         prompt: the document; without it, lines are read from the terminal or from a pipe.
         weights: one for each reward, summing to one; equal by default.
         alpha: KL weight, for policies conditioned on it.
-        num_samples: completions of each prompt.
+        strategy: ``sample``, ``greedy``, ``beam`` (search) or ``best_of_n`` (the most probable of `num_samples` samples).
+        num_samples: completions of each prompt; for ``best_of_n`` those that are compared.
         temperature: of the samples; 0 is greedy.
         top_k: keeps the k most probable tokens; 0 keeps all.
         top_p: keeps the most probable tokens that reach this probability; 1 keeps all.
+        min_p: keeps tokens at least this fraction as probable as the most probable one; 0 keeps all.
+        repetition_penalty: divides the odds of tokens that were written already (CTRL); 1 changes nothing.
+        num_beams: of a beam search, at least `num_samples`.
+        length_penalty: a beam's log-probability is divided by its length to this power.
+        stop: texts that end a completion, and are left out of it.
         max_tokens: of a completion; by default that of training.
         max_prompt: tokens of a prompt, by default as many as in training; longer ones lose their end, and a warning says
             so.
         seed: of the samples.
         input: JSON lines with ``inputs``, instead of a prompt.
-        output: JSON lines with ``text``, ``tokens`` and ``logprobs`` of every line of `input`, in order.
+        output: JSON lines with the completions of every line of `input`, in order.
+        int8: keeps keys and values in eight bits, which halves the memory of long prompts.
 
     Raises:
         ValueError: for weights that are not a point of the simplex or do not match the policy, and for settings that
@@ -161,36 +233,60 @@ def sample(
         raise ValueError("sample: a prompt and an input were given: expected one of them.")
     if output is not None and input is None:
         raise ValueError("sample: output is written for the lines of an input: give one, or redirect what is printed.")
-    if temperature == 0 and (top_k, top_p) != (0, 1.0):
-        raise ValueError("sample: top_k and top_p do nothing at temperature 0, which is greedy: leave them out.")
+    chosen = _strategy(strategy, temperature, Sampling(temperature or 1.0, top_k, top_p, min_p))
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
     loaded = load_policy(checkpoint)
-    count = max(1, len(loaded.objectives))
-    session = Session(
-        loaded=loaded,
-        steerable=loaded.steerable(),
-        weights=np.full(count, 1 / count, np.float32),
-        alpha=alpha,
-        num_samples=num_samples,
-        config=SamplingConfig(max_tokens or loaded.max_length or 64, _strategy(temperature, top_k, top_p)),
+    processors = () if repetition_penalty == 1 else (RepetitionPenalty(repetition_penalty),)
+    length = max_tokens or loaded.max_length or 64
+    generation: SamplingConfig | BeamConfig
+    if chosen is None:
+        if num_beams < num_samples:
+            raise ValueError(f"num_beams is {num_beams}: expected at least num_samples, {num_samples}.")
+        penalty = PowerPenalty(length_penalty)
+        generation = BeamConfig(length, num_beams, num_samples, length_penalty=penalty, processors=processors)
+    else:
+        generation = SamplingConfig(length, chosen, processors=processors)
+    config = ServingConfig(
+        generation=generation,
+        num_samples=1 if chosen is None else num_samples,
+        best=strategy == "best_of_n",
+        stop=tuple(stop),
         max_prompt=max_prompt or loaded.prompt_length,
-        seed=seed,
+        slots=32 if input is not None else 1,
+        int8=int8,
     )
+    session = Session(loaded, config, seed)
     if weights is not None:
         session.set_weights(weights)
     session.set_alpha(alpha)
     if input is not None:
-        _complete_file(session, Path(input), Path(output) if output else None)
+        _complete_file(session, Path(input), output)
     elif prompt is not None:
-        _answer(session, prompt, Console())
+        session.answer(prompt, Console())
     else:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr] # A bad line must not end it all.
         talk(session, sys.stdin, Console())
 
 
-def _strategy(temperature: float, top_k: int, top_p: float) -> Sampling | Greedy:
-    return Greedy() if temperature == 0 else Sampling(temperature, top_k, top_p)
+def _strategy(name: str, temperature: float, sampling: Sampling) -> Sampling | Greedy | None:
+    """How tokens are chosen; None for a search.
+
+    Raises:
+        ValueError: for an unknown strategy, or one that has no use for what was given.
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy is {name!r}: expected one of {', '.join(STRATEGIES)}.")
+    filtered = (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0)
+    if temperature == 0 and filtered:
+        raise ValueError("sample: top_k and top_p do nothing at temperature 0, which is greedy: leave them out.")
+    if name in ("greedy", "beam") and (filtered or temperature not in (0, 1)):
+        raise ValueError(
+            f"sample: temperature, top_k, top_p and min_p do nothing with strategy={name}: leave them out."
+        )
+    if name == "beam":
+        return None
+    return Greedy() if name == "greedy" or temperature == 0 else sampling
 
 
 def talk(session: Session, lines: Any, console: Console) -> None:
@@ -213,8 +309,8 @@ def talk(session: Session, lines: Any, console: Console) -> None:
             if line.startswith("/"):
                 _command(session, line, console)
             elif line:
-                _answer(session, line, console)
-                session.seed += 1
+                session.answer(line, console)
+                session.seed = (session.seed + 1) % 2**32
         except ValueError as error:
             console.print(f"error: {error}", style="red", highlight=False, markup=False)
 
@@ -237,7 +333,7 @@ def _command(session: Session, line: str, console: Console) -> None:
     settings: dict[str, Callable[[str], None]] = {
         "/weights": lambda text: session.set_weights(parse_numbers(text)),
         "/alpha": lambda text: session.change_alpha(float(text)),
-        "/samples": lambda text: setattr(session, "num_samples", max(1, int(text))),
+        "/samples": lambda text: session.set_samples(int(text)),
         "/temperature": lambda text: session.set_temperature(float(text)),
     }
     if name == "/help":
@@ -261,50 +357,23 @@ def parse_numbers(text: str) -> list[float]:
         raise ValueError(f"{text!r} are not numbers separated by commas, such as 0.2,0.8.") from None
 
 
-def _answer(session: Session, prompt: str, console: Console) -> None:
-    found, cut = session.complete([prompt])
-    if cut:
-        print(f"warning: the prompt is longer than {session.max_prompt} tokens: its end was cut.", file=sys.stderr)
-    for completion in found[0]:
-        console.print(completion.text or "(empty)", highlight=False, markup=False)
-
-
-def _complete_file(session: Session, source: Path, target: Path | None, batch_size: int = 32) -> None:
+def _complete_file(session: Session, source: Path, target: str | None) -> None:
     """Completes every line of a JSONL file; bad lines are reported by number and skipped."""
-    records = []
-    for number, raw in enumerate(source.read_bytes().splitlines(), start=1):
-        try:
-            text = json.loads(raw.decode("utf-8"))["inputs"]
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError("inputs is not text")
-            records.append((number, text))
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "msg", error)
-            print(f"warning: {source}, line {number} was skipped: {what}", file=sys.stderr)
-    if not records:
-        raise ValueError(f'{source} holds no prompts: expected one JSON object a line, with "inputs".')
-    out = target.open("x", encoding="utf-8") if target else sys.stdout
-    try:
-        for start in range(0, len(records), batch_size):
-            part = records[start : start + batch_size]
-            # A last batch is filled up, so that one program serves all.
-            texts = [text for _, text in part] + [part[-1][1]] * (batch_size - len(part))
-            found, cut = session.complete(texts)
-            for index in (i for i in cut if i < len(part)):
-                print(f"warning: {source}, line {part[index][0]}: the prompt was cut.", file=sys.stderr)
-            for (number, text), completions in zip(part, found, strict=False):
-                out.write(json.dumps(_line(number, text, completions)) + "\n")
-            session.seed += 1
-    finally:
-        if target:
-            out.close()
+    config = session.loaded.policy.config
+    limits = Limits(config.vocab_size, session.config.max_prompt, targets=0, pad_id=config.pad_id)
+    lines = read_lines(source, session.loaded.vocabulary, limits, with_targets=False)
+    # A line's seed is its own: files may be split, and their lines left out.
+    prompts = [(line.inputs, (session.seed * 1_000_003 + line.number) % 2**32) for line in lines]
+    with answers(target) as out:
+        out.expect(lines)
+        for number, completions in session.complete(prompts):
+            out.put(lines[number], _columns(completions))
 
 
-def _line(number: int, text: str, completions: Sequence[Completion]) -> dict[str, Any]:
+def _columns(completions: Sequence[Completion]) -> dict[str, Any]:
     columns: dict[str, list[Any]] = {
-        "text": [c.text for c in completions],
         "tokens": [list(c.tokens) for c in completions],
+        "text": [c.text for c in completions],
         "logprobs": [list(c.log_probs) for c in completions],
     }
-    single = len(completions) == 1
-    return {"line": number, "inputs": text} | {k: v[0] if single else v for k, v in columns.items()}
+    return {name: values[0] if len(completions) == 1 else values for name, values in columns.items()}

@@ -13,8 +13,8 @@ import numpy as np
 from clp_jax.data import packing, records
 from clp_jax.data.manifest import FILE_NAME, Manifest, Shard, Split, file_digest
 from clp_jax.data.text_task import TextTask, import_seqio
-from clp_jax.data.vocabulary import EOS_ID, Vocabulary, train_vocabulary
 from clp_jax.data.vocabulary import FILE_NAME as VOCABULARY_FILE
+from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -30,7 +30,7 @@ class Request:
         task: registers a SeqIO task or mixture with the text features ``inputs`` and ``targets``.
         lengths: tokens of a row by feature, the end of sequence included; what is longer is cut.
         vocabulary_size: tokens of the vocabulary that is trained on the training split.
-        vocabulary: a SentencePiece model file to use instead.
+        vocabulary: a SentencePiece model file, or a directory with a vocabulary (Hugging Face's too), to use instead.
         splits: to prepare; the first trains the vocabulary.
         pack: put several short examples into one row.
         shard_records: rows in a file.
@@ -59,7 +59,7 @@ class Request:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         content = fields | {"task": self.task.describe(), "lengths": dict(self.lengths)}
         if self.vocabulary is not None:
-            content["vocabulary"] = file_digest(Path(self.vocabulary))
+            content["vocabulary"] = Vocabulary.load(self.vocabulary).fingerprint
         return json.loads(json.dumps(content))
 
 
@@ -114,22 +114,26 @@ def materialise(request: Request, output_dir: Path, progress: Progress = lambda 
 
 
 def _write(request: Request, directory: Path, progress: Progress) -> Manifest:
+    given = None if request.vocabulary is None else Vocabulary.load(request.vocabulary)
     texts = {}
     for split in request.splits:
         progress(f"reading {split}", 0, None)
         texts[split] = load_texts(request, split)
-    if request.vocabulary is None:
+    if given is None:
         progress("training the vocabulary", 0, None)
         train_vocabulary(
             [t for pair in texts[request.splits[0]] for t in pair], request.vocabulary_size, directory / VOCABULARY_FILE
         )
     else:
-        shutil.copyfile(request.vocabulary, directory / VOCABULARY_FILE)
-    vocabulary = Vocabulary(directory / VOCABULARY_FILE)
+        given.save(directory)
+    vocabulary = Vocabulary.load(directory)
     description = request.task.describe()
     settings = [description, dict(request.lengths), request.pack, vocabulary.fingerprint]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    splits = {split: _write_split(request, split, pairs, directory, digest, progress) for split, pairs in texts.items()}
+    splits = {
+        split: _write_split(request, split, pairs, directory, vocabulary, digest, progress)
+        for split, pairs in texts.items()
+    }
     manifest = Manifest(
         task=str(description.get("task", type(request.task).__name__)),
         lengths=dict(request.lengths),
@@ -179,18 +183,23 @@ def _existing(request: Request, output_dir: Path) -> Manifest:
 
 
 def _write_split(
-    request: Request, split: str, texts: Sequence[tuple[str, str]], directory: Path, digest: Any, progress: Progress
+    request: Request,
+    split: str,
+    texts: Sequence[tuple[str, str]],
+    directory: Path,
+    vocabulary: Vocabulary,
+    digest: Any,
+    progress: Progress,
 ) -> Split:
-    seqio = import_seqio()
-    vocabulary = seqio.SentencePieceVocabulary(str(directory / VOCABULARY_FILE))
     names = tuple(request.lengths)
+    encoders = {"inputs": vocabulary.encode_prompt, "targets": vocabulary.encode_target}
     counts: dict[str, list[int]] = {name: [] for name in names}
 
     def examples() -> Iterator[dict[str, np.ndarray]]:
         for done, pair in enumerate(texts, start=1):
             tokens = {}
-            for name, text in zip(("inputs", "targets"), pair, strict=True):
-                ids = [*vocabulary.encode(text), EOS_ID]
+            for (name, encode), text in zip(encoders.items(), pair, strict=True):
+                ids = encode(text)
                 counts[name].append(len(ids))
                 # What is cut has no end of sequence: the model is not taught to stop there.
                 tokens[name] = np.asarray(ids[: request.lengths[name]], np.int32)

@@ -16,8 +16,8 @@ from clp_jax.data.batch import Batch, PromptBatch
 from clp_jax.data.manifest import Manifest
 from clp_jax.data.vocabulary import Vocabulary
 
-# (records, their ids, lengths by feature) -> a batch. An id of -1 stands for an empty row.
-Converter: TypeAlias = Callable[[Sequence[dict[str, np.ndarray]], np.ndarray, dict[str, int]], Any]
+# (records, their ids, lengths by feature, padding) -> a batch. An id of -1 stands for an empty row.
+Converter: TypeAlias = Callable[[Sequence[dict[str, np.ndarray]], np.ndarray, dict[str, int], int], Any]
 
 
 class DataSource:
@@ -54,7 +54,8 @@ class DataSource:
         self.manifest.verify(directory, split)
         if batch_size < 1 or batch_size % shard_count:
             raise ValueError(f"batch_size is {batch_size}: expected a positive multiple of the {shard_count} hosts.")
-        found = Vocabulary.load(directory).fingerprint
+        vocabulary = Vocabulary.load(directory)
+        found = vocabulary.fingerprint
         if found != self.manifest.vocabulary_fingerprint:
             raise ValueError(
                 f"the vocabulary in {directory} (fingerprint {found[:12]}) is not the one the data was prepared with "
@@ -62,6 +63,7 @@ class DataSource:
             )
         self.size = self.manifest.splits[split].records
         self.position = 0
+        self._pad_id = vocabulary.pad_id
         self._where = f"split {split!r} in {directory}"
         self._paths = [str(Path(directory) / shard.name) for shard in self.manifest.splits[split].shards]
         self.batch_size = batch_size
@@ -119,11 +121,13 @@ class DataSource:
             raise ValueError(
                 f"{self._where} has records that can't be read ({error}): a file is damaged. Prepare the data again."
             ) from error
-        return self._converter(rows, ids.astype(np.int32), self.manifest.lengths)
+        return self._converter(rows, ids.astype(np.int32), self.manifest.lengths, self._pad_id)
 
 
-def sequence_batch(rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths: dict[str, int]) -> Batch:
-    """Rows as a `Batch`, packed or not."""
+def sequence_batch(
+    rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths: dict[str, int], pad_id: int = 0
+) -> Batch:
+    """Rows as a `Batch`, packed or not; segments tell padding, whatever its token is."""
     laid = {name: _lay_out(rows, name, length) for name, length in lengths.items()}
     targets, segments, positions = laid["targets"]
     return Batch(
@@ -139,15 +143,18 @@ def sequence_batch(rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengt
     )
 
 
-def prompt_batch(rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths: dict[str, int]) -> PromptBatch:
-    """Rows as a `PromptBatch`.
+def prompt_batch(
+    rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths: dict[str, int], pad_id: int = 0
+) -> PromptBatch:
+    """Rows as a `PromptBatch`, padded with `pad_id`.
 
     Raises:
         ValueError: when the data is packed: a prompt is one example.
     """
     if any(len(row["inputs_ends"]) > 1 for row in rows if row):
         raise ValueError("these prompts are packed: prepare the data with pack=False for rollouts and evaluation.")
-    inputs, targets = (_lay_out(rows, name, lengths[name])[0] for name in ("inputs", "targets"))
+    laid = (_lay_out(rows, name, lengths[name]) for name in ("inputs", "targets"))
+    inputs, targets = (np.where(segments > 0, tokens, pad_id) for tokens, segments, _ in laid)
     return PromptBatch(inputs=inputs, targets=targets, example_ids=ids)
 
 

@@ -295,7 +295,8 @@ class T5Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.moe is not None and not self.moe.dense:
-            (self.moe.decoder_router or self.moe.router).check(causal=True)
+            self.moe.router.check(False, self.moe.num_experts)
+            (self.moe.decoder_router or self.moe.router).check(True, self.moe.num_experts)
 
     @classmethod
     def t5_1_0(cls, **sizes) -> "T5Config":
@@ -335,7 +336,7 @@ class PaLMConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.moe is not None and not self.moe.dense:
-            self.moe.router.check(causal=True)
+            self.moe.router.check(True, self.moe.num_experts)
 
     @classmethod
     def palm(cls, **sizes) -> "PaLMConfig":

@@ -12,7 +12,7 @@ from clp_jax.array_types import Array, Float, Int
 from clp_jax.models.config import LayerKind
 from clp_jax.models.transformer import KeysValues, Stack, View, layers_of
 from clp_jax.nn.attention import Keys, Quantized, Sight, look, quantize
-from clp_jax.nn.kv_cache import Cache, LayerCache, StackCache
+from clp_jax.nn.kv_cache import Cache, LayerCache
 from clp_jax.nn.stack import cut, depth, scan_layers
 from clp_jax.nn.visibility import Pattern, Places
 
@@ -45,9 +45,9 @@ def init_cache(
     kinds = stack.kinds[: stack.period]
     stacks = []
     for run, layers in zip(stack.runs(), prompt_keys_values, strict=True):
-        pieces = cut(run, stack.config.scan_unroll, len(layers))
+        pieces = _pieces(stack, run)
         size = depth(pieces[0])
-        for number, piece in enumerate(pieces):
+        for number in range(len(pieces)):
             caches = []
             for kind, kv in zip(kinds, layers, strict=False):
                 key, value = (x[number * size : (number + 1) * size] for x in kv)
@@ -55,7 +55,7 @@ def init_cache(
                 room = jnp.zeros((size, rows, key.shape[2], length, key.shape[4]), key.dtype)
                 stored = (quantize(x) for x in (room, room, key, value)) if int8 else (room, room, key, value)
                 caches.append(LayerCache(*stored))
-            stacks.append(StackCache(nnx.state(piece), tuple(caches)))
+            stacks.append(tuple(caches))
     return Cache(
         stacks=tuple(stacks),
         prompts=prompts,
@@ -65,8 +65,13 @@ def init_cache(
     )
 
 
+def loop_weights(stack: Stack) -> tuple[Any, ...]:
+    """The layers' weights as a loop over tokens wants them: cut once, before it (`clp_jax.nn.stack.cut`)."""
+    return tuple(nnx.state(piece) for run in stack.runs() for piece in _pieces(stack, run))
+
+
 def decode_step(
-    stack: Stack, x: Float[Array, "R 1 D"], cache: Cache, *, cross: Pattern | None
+    stack: Stack, x: Float[Array, "R 1 D"], cache: Cache, weights: tuple[Any, ...], *, cross: Pattern | None
 ) -> tuple[Float[Array, "R D"], Cache]:
     """The states that follow one more embedded token of every row.
 
@@ -74,22 +79,21 @@ def decode_step(
         stack: the decoder's.
         x: the embedded tokens.
         cache: of the tokens before.
+        weights: `loop_weights` of the stack.
         cross: how the keys of an encoder are seen, apart from the decoder's own; None where a prompt's keys are the
             decoder's too.
     """
     positions = (cache.offsets + cache.index - cache.start)[:, None]
     prompt_queries = _of_prompts(cache, positions)
     present = jnp.ones((1, 1), bool)
-    graphs = [
-        nnx.graphdef(run) for run in stack.runs() for _ in cut(run, stack.config.scan_unroll, len(layers_of(run)))
-    ]
+    graphs = [nnx.graphdef(run) for run in stack.runs() for _ in _pieces(stack, run)]
     stacks = []
-    for graph, piece in zip(graphs, cache.stacks, strict=True):
-        period = nnx.merge(graph, piece.weights)
+    for graph, state, piece in zip(graphs, weights, cache.stacks, strict=True):
+        period = nnx.merge(graph, state)
         kinds = stack.kinds[: len(layers_of(period))]
         views = [
             _view(stack, kind, layer, cache, positions, None if cross else prompt_queries)
-            for kind, layer in zip(kinds, piece.layers, strict=True)
+            for kind, layer in zip(kinds, piece, strict=True)
         ]
         cross_sight = look(cross, prompt_queries, cache.prompts) if cross else None
 
@@ -110,8 +114,8 @@ def decode_step(
                 after.append(written[0])
             return (x, after), None
 
-        own = [(layer.keys, layer.values) for layer in piece.layers]
-        prompts = [(layer.prompt_keys, layer.prompt_values) for layer in piece.layers]
+        own = [(layer.keys, layer.values) for layer in piece]
+        prompts = [(layer.prompt_keys, layer.prompt_values) for layer in piece]
         (x, own), _ = scan_layers(
             period,
             body,
@@ -122,10 +126,14 @@ def decode_step(
         )
         layers = tuple(
             dataclasses.replace(layer, keys=keys, values=values)
-            for layer, (keys, values) in zip(piece.layers, own, strict=True)
+            for layer, (keys, values) in zip(piece, own, strict=True)
         )
-        stacks.append(dataclasses.replace(piece, layers=layers))
+        stacks.append(layers)
     return stack.norm(x)[:, 0], dataclasses.replace(cache, stacks=tuple(stacks), index=cache.index + 1)
+
+
+def _pieces(stack: Stack, run: Any) -> tuple[Any, ...]:
+    return cut(run, stack.config.scan_unroll, len(layers_of(run)))
 
 
 def _of_prompts(cache: Cache, positions: Int[Array, "R 1"]) -> Places:
@@ -153,6 +161,43 @@ def _view(
         sight=look(pattern, now, Places(times[None], begun), table),
         prefix=None if prompt_queries is None else look(pattern, prompt_queries, cache.prompts, table),
         turned=stack.rotation(kind, positions),
+    )
+
+
+def empty_slots(cache: Cache) -> Cache:
+    """The cache of prompts that are padding alone, as one of slots to be filled: no row has begun."""
+    return dataclasses.replace(cache, start=jnp.full_like(cache.start, NEVER))
+
+
+def insert(cache: Cache, slots: Int[Array, "b"], fresh: Cache) -> Cache:
+    """Puts prompts that were just read into slots.
+
+    Args:
+        cache: of all slots, at any clock.
+        slots: of the prompts; numbers beyond the last slot are left out.
+        fresh: of ``b`` prompts, with as many samples, padded to no more tokens; nothing is decoded yet.
+    """
+    length = cache.prompts.segments.shape[1]
+    samples = cache.start.shape[0] // cache.prompts.segments.shape[0]
+    rows = (slots[:, None] * samples + jnp.arange(samples)).reshape(-1)
+
+    def put(old: Array, new: Array) -> Array:
+        missing = [(0, 0)] * new.ndim
+        missing[3] = (0, length - new.shape[3])
+        return old.at[:, slots].set(jnp.pad(new, missing), mode="drop")
+
+    def prompts(old: LayerCache, new: LayerCache) -> LayerCache:
+        pairs = ((old.prompt_keys, new.prompt_keys), (old.prompt_values, new.prompt_values))
+        keys, values = (jax.tree.map(put, *pair) for pair in pairs)
+        return dataclasses.replace(old, prompt_keys=keys, prompt_values=values)
+
+    segments = jnp.pad(fresh.prompts.segments, ((0, 0), (0, length - fresh.prompts.segments.shape[1])))
+    return dataclasses.replace(
+        cache,
+        stacks=tuple(tuple(map(prompts, *pair)) for pair in zip(cache.stacks, fresh.stacks, strict=True)),
+        prompts=Places(cache.prompts.positions, cache.prompts.segments.at[slots].set(segments, mode="drop")),
+        start=cache.start.at[rows].set(cache.index, mode="drop"),
+        offsets=cache.offsets.at[rows].set(fresh.offsets, mode="drop"),
     )
 
 

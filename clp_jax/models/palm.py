@@ -13,7 +13,7 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
 from clp_jax.models.config import PaLMConfig
-from clp_jax.models.incremental import decode_step, init_cache
+from clp_jax.models.incremental import decode_step, init_cache, loop_weights
 from clp_jax.models.language_model import Decoded, Encoded, LanguageModel, in_order, make_head
 from clp_jax.models.transformer import Prefix, Stack, fold
 from clp_jax.nn.kv_cache import Cache
@@ -130,9 +130,21 @@ class PaLM(LanguageModel):
             int8=int8,
         )
 
-    def decode_step(self, tokens: Int[Array, "R"], cache: Cache) -> tuple[Float[Array, "R D"], Cache]:
-        """The states before the head that follow one more token of every row, rows prompt-major."""
-        return decode_step(self.decoder, self.embed(tokens[:, None]), cache, cross=None)
+    def loop_weights(self) -> tuple[Any, ...]:
+        """What a loop of `decode_step` computes before it begins."""
+        return loop_weights(self.decoder)
+
+    def decode_step(
+        self, tokens: Int[Array, "R"], cache: Cache, weights: tuple[Any, ...]
+    ) -> tuple[Float[Array, "R D"], Cache]:
+        """The states before the head that follow one more token of every row, rows prompt-major.
+
+        Args:
+            tokens: the newest.
+            cache: of the tokens before.
+            weights: `loop_weights`.
+        """
+        return decode_step(self.decoder, self.embed(tokens[:, None]), cache, weights, cross=None)
 
     def _last_tokens(self, encoded: Encoded, last: Int[Array, "B X"]) -> Int[Array, "B X"]:
         tokens = jnp.take_along_axis(encoded.tokens, jnp.maximum(last, 0), axis=1)
@@ -162,4 +174,4 @@ def _since_start(segments: Int[Array, "R T"]) -> Int[Array, "R T"]:
 
 def _joined(prompts: tuple[RoutingStatistics, ...], completions: tuple[RoutingStatistics, ...]) -> tuple[Any, ...]:
     """What the routers of each layer did with both."""
-    return tuple(a + b for a, b in zip(prompts, completions, strict=True))
+    return tuple(a.joined(b) for a, b in zip(prompts, completions, strict=True))

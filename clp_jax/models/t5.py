@@ -1,11 +1,13 @@
 """Encoder-decoder policies (T5, arXiv 1910.10683; 1.1 as released by T5X; Switch, arXiv 2101.03961)."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
 from clp_jax.models.config import T5Config
-from clp_jax.models.incremental import decode_step, init_cache
+from clp_jax.models.incremental import decode_step, init_cache, loop_weights
 from clp_jax.models.language_model import Decoded, Encoded, LanguageModel, in_order, make_head
 from clp_jax.models.transformer import Stack, fold, layers_of
 from clp_jax.nn.attention import look
@@ -120,9 +122,21 @@ class T5(LanguageModel):
             int8=int8,
         )
 
-    def decode_step(self, tokens: Int[Array, "R"], cache: Cache) -> tuple[Float[Array, "R D"], Cache]:
-        """The states before the head that follow one more token of every row, rows prompt-major."""
-        return decode_step(self.decoder, self.embed(tokens[:, None]), cache, cross=self._cross_pattern())
+    def loop_weights(self) -> tuple[Any, ...]:
+        """What a loop of `decode_step` computes before it begins."""
+        return loop_weights(self.decoder)
+
+    def decode_step(
+        self, tokens: Int[Array, "R"], cache: Cache, weights: tuple[Any, ...]
+    ) -> tuple[Float[Array, "R D"], Cache]:
+        """The states before the head that follow one more token of every row, rows prompt-major.
+
+        Args:
+            tokens: the newest.
+            cache: of the tokens before.
+            weights: `loop_weights`.
+        """
+        return decode_step(self.decoder, self.embed(tokens[:, None]), cache, weights, cross=self._cross_pattern())
 
     def _cross_pattern(self) -> Pattern:
         return Pattern(cap=self.config.attention_cap)

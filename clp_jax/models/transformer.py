@@ -11,7 +11,7 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
 from clp_jax.models.config import LayerKind, ModelConfig
-from clp_jax.nn.attention import Attention, Keys, Sight, look
+from clp_jax.nn.attention import Attention, Keys, Quantized, Sight, look
 from clp_jax.nn.linear import dropout
 from clp_jax.nn.mlp import MLP
 from clp_jax.nn.moe import MoE
@@ -25,6 +25,8 @@ from clp_jax.partitioning import constrain
 
 # Keys and values of one layer, heads first.
 KeysValues = tuple[Float[Array, "_ _ _ H"], Float[Array, "_ _ _ H"]]
+# As a cache keeps them.
+Kept = KeysValues | tuple[Quantized, Quantized]
 
 
 def fold(key: PRNGKeyArray | None, salt: int) -> PRNGKeyArray | None:
@@ -86,8 +88,8 @@ class Layer(nnx.Module):
         view: View,
         present: Bool[Array, "r T"],
         *,
-        prefix: KeysValues | None = None,
-        cross: tuple[KeysValues, Sight] | None = None,
+        prefix: Kept | None = None,
+        cross: tuple[Kept, Sight] | None = None,
         key: PRNGKeyArray | None = None,
         cache: Callable[[KeysValues, View], Sequence[Keys]] | None = None,
     ) -> tuple[Float[Array, "R T D"], KeysValues, RoutingStatistics | None]:

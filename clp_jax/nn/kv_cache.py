@@ -1,7 +1,6 @@
 """What incremental decoding remembers."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
@@ -30,34 +29,20 @@ class LayerCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StackCache:
-    """Periods of layers that run one after another.
-
-    Attributes:
-        weights: of the layers.
-        layers: one for each layer of the period.
-    """
-
-    weights: Any
-    layers: tuple[LayerCache, ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Cache:
     """All a decoder needs for the next token.
 
     Policies that decode together have one cache, whose arrays lead with the policies.
 
     Attributes:
-        stacks: as `clp_jax.nn.stack.cut` cuts the model's.
+        stacks: for each stack of periods, as `clp_jax.nn.stack.cut` cuts them, and each layer of the period.
         prompts: where the keys of the prompts stand.
         index: ``int32[]``, a clock that counts decoded tokens.
         start: ``int32[R]``, the clock when each row began.
         offsets: ``int32[R]``, the position of the first token that each row fed.
     """
 
-    stacks: tuple[StackCache, ...]
+    stacks: tuple[tuple[LayerCache, ...], ...]
     prompts: Places
     index: Int[Array, "*M"]
     start: Int[Array, "*M R"]

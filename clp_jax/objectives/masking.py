@@ -16,7 +16,14 @@ def masked_mean(x: Float[Array, "*shape"], mask: Float[Array, "*shape"], axis: i
     return masked_sum(x, mask, axis) / jnp.where(total > 0, total, 1.0)
 
 
-def completion_mask(tokens: Int[Array, "B T"], eos_id: int = 1) -> Float[Array, "B T"]:
-    """1 up to and including the first end of sequence, 0 after it."""
-    ended = jnp.cumsum((tokens == eos_id).astype(jnp.int32), axis=-1) - (tokens == eos_id)
-    return (ended == 0).astype(jnp.float32)
+def completion_mask(tokens: Int[Array, "B T"], eos_id: int | tuple[int, ...] = 1) -> Float[Array, "B T"]:
+    """1 up to and including the first end of sequence, 0 after it; rows that never end count whole.
+
+    Args:
+        tokens: ``int[B, T]``.
+        eos_id: the token, or the tokens, that end a sequence.
+    """
+    ends = jnp.zeros(tokens.shape, jnp.int32)
+    for token in (eos_id,) if isinstance(eos_id, int) else eos_id:
+        ends = ends | (tokens == token)
+    return (jnp.cumsum(ends, axis=-1) == ends).astype(jnp.float32)

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
+from clp_jax.models.incremental import empty_slots, insert
 from clp_jax.nn.kv_cache import LayerCache
 
 
@@ -38,10 +40,16 @@ class CachedDecoder:
     Attributes:
         model: a bound policy.
         int8: whether keys and values are kept in eight bits.
+        weights: the model's `loop_weights`; made here, before any loop.
     """
 
     model: Any
     int8: bool = False
+    weights: Any = None
+
+    def __post_init__(self):
+        if self.weights is None:
+            object.__setattr__(self, "weights", self.model.loop_weights())
 
     @property
     def pad_id(self) -> int:
@@ -61,16 +69,22 @@ class CachedDecoder:
 
     def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
         """See `Decoder`."""
-        hidden, state = self.model.decode_step(tokens, state)
+        hidden, state = self.model.decode_step(tokens, state, self.weights)
         return self.model.logits(hidden), state
 
     def select(self, state: Any, rows: Int[Array, "R"]) -> Any:
         """See `Decoder`."""
-        stacks = tuple(
-            dataclasses.replace(stack, layers=tuple(_select_rows(layer, rows) for layer in stack.layers))
-            for stack in state.stacks
-        )
+        stacks = tuple(tuple(_select_rows(layer, rows) for layer in stack) for stack in state.stacks)
         return dataclasses.replace(state, stacks=stacks)
+
+    def empty(self, slots: int, prompt_length: int, max_length: int, num_samples: int) -> Any:
+        """See `clp_jax.sampling.slots.SlotDecoder`."""
+        padding = jnp.full((slots, prompt_length), self.pad_id, jnp.int32)
+        return empty_slots(self.start(padding, max_length, num_samples)[1])
+
+    def insert(self, state: Any, slots: Int[Array, "b"], first_state: Any) -> Any:
+        """See `clp_jax.sampling.slots.SlotDecoder`."""
+        return insert(state, slots, first_state)
 
 
 def _select_rows(layer: LayerCache, rows: Int[Array, "R"]) -> LayerCache:

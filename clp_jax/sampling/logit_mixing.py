@@ -25,21 +25,27 @@ class MixtureDecoder:
         policy: their shape.
         params: their parameters, stacked: every leaf ``[M, ...]``.
         coefficients: ``float[M]``; a coefficient of exactly 0 takes its policy out, ``-inf`` logits included.
+        weights: the policies' `loop_weights`; made here, before any loop.
     """
 
     policy: Policy
     params: Params
     coefficients: Float[Array, "M"]
+    weights: Any = None
+
+    def __post_init__(self):
+        if self.weights is None:
+            object.__setattr__(self, "weights", jax.vmap(lambda p: self.policy.bind(p).loop_weights())(self.params))
 
     @property
     def pad_id(self) -> int:
         """See `clp_jax.sampling.decoder.Decoder`."""
-        return self._one(0).pad_id
+        return self.policy.config.pad_id
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """See `clp_jax.sampling.decoder.Decoder`."""
-        return self._one(0).eos_ids
+        return self.policy.config.eos_ids
 
     def start(self, inputs: Int[Array, "B S"], max_length: int, num_samples: int) -> tuple[Int[Array, "R"], Any]:
         """One cache for each policy."""
@@ -51,19 +57,20 @@ class MixtureDecoder:
     def step(self, tokens: Int[Array, "R"], state: Any) -> tuple[Float[Array, "R V"], Any]:
         """The mixed logits, not normalised."""
 
-        def one(params, state):
-            logits, state = CachedDecoder(self.policy.bind(params)).step(tokens, state)
+        def one(params, weights, state):
+            logits, state = CachedDecoder(self.policy.bind(params), weights=weights).step(tokens, state)
             return jax.nn.log_softmax(logits, axis=-1), state
 
-        log_probs, state = jax.vmap(one)(self.params, state)
+        log_probs, state = jax.vmap(one)(self.params, self.weights, state)
         return mix_log_probs(log_probs, self.coefficients), state
 
     def select(self, state: Any, rows: Int[Array, "R"]) -> Any:
         """See `clp_jax.sampling.decoder.Decoder`."""
-        return jax.vmap(lambda p, s: CachedDecoder(self.policy.bind(p)).select(s, rows))(self.params, state)
 
-    def _one(self, number: int) -> CachedDecoder:
-        return CachedDecoder(self.policy.bind(jax.tree.map(lambda x: x[number], self.params)))
+        def one(params, weights, state):
+            return CachedDecoder(self.policy.bind(params), weights=weights).select(state, rows)
+
+        return jax.vmap(one)(self.params, self.weights, state)
 
 
 def mix_log_probs(log_probs: Float[Array, "M *batch V"], coefficients: Float[Array, "M"]) -> Float[Array, "*batch V"]:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
-from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.objectives.log_probs import token_log_probs
 from clp_jax.objectives.masking import completion_mask
 
@@ -31,19 +30,26 @@ def shift_right(tokens: Int[Array, "R T"], start_id: int) -> Int[Array, "R T"]:
     return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=start_id)
 
 
-def teacher_force(model: Any, inputs: Int[Array, "B S"], tokens: Int[Array, "R T"]) -> Forced:
-    """Log-probabilities and states of completions, ``n = R/B`` of each prompt; the encoder runs once a prompt.
+def teacher_force(
+    model: Any, inputs: Int[Array, "B S"], tokens: Int[Array, "R T"], mask: Float[Array, "R T"] | None = None
+) -> Forced:
+    """Log-probabilities and states of completions, ``n = R/B`` of each prompt; every prompt is read once.
 
     Args:
-        model: a bound encoder-decoder.
-        inputs: prompts, padded with 0.
-        tokens: completions, up to and including the end of sequence, then 0.
+        model: a bound policy.
+        inputs: prompts, padded at the end.
+        tokens: completions, padded at the end.
+        mask: 1 on the tokens that count; by default those up to and including the first end of sequence.
     """
     hidden = model.decode(shift_right(tokens, model.config.start_id), model.encode(inputs)).hidden
-    log_probs = token_log_probs(model.logits(hidden), tokens) * completion_mask(tokens, EOS_ID)
+    if mask is None:
+        mask = completion_mask(tokens, model.config.eos_ids)
+    log_probs = token_log_probs(model.logits(hidden), tokens) * mask
     return Forced(log_probs=log_probs, hidden=hidden)
 
 
-def score(model: Any, inputs: Int[Array, "B S"], tokens: Int[Array, "R T"]) -> Float[Array, "R T"]:
+def score(
+    model: Any, inputs: Int[Array, "B S"], tokens: Int[Array, "R T"], mask: Float[Array, "R T"] | None = None
+) -> Float[Array, "R T"]:
     """The log-probabilities of `teacher_force`."""
-    return teacher_force(model, inputs, tokens).log_probs
+    return teacher_force(model, inputs, tokens, mask).log_probs

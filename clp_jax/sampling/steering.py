@@ -53,6 +53,14 @@ class ConditionedPolicy:
     decode_calls_per_token: int = 1
 
     @functools.cached_property
+    def _mix(self):
+        return jax.jit(self.conditioning.mix)
+
+    def at(self, preference: Preference) -> Params:
+        """The ordinary parameters at one preference (no leading dimensions), mixed once for many calls."""
+        return self._mix(self.params, self.reference, preference)
+
+    @functools.cached_property
     def _run(self):
         @functools.partial(jax.jit, static_argnames=("config", "num_samples"))
         def run(params, reference, inputs, preference, key, config, num_samples):

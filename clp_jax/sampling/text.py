@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import Int, PRNGKeyArray
-from clp_jax.data.vocabulary import EOS_ID, Vocabulary
+from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.preferences import Preference
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.steering import Steerable
@@ -47,22 +47,21 @@ def encode_prompts(
         max_length: tokens of a prompt at most; longer ones lose their end.
 
     Returns:
-        ``int32[B, S]``, and the numbers of the prompts that were cut.
+        ``int32[B, S]``, filled up with the vocabulary's `pad_id`, and the numbers of the prompts that were cut.
 
     Raises:
         ValueError: for a prompt without a token.
     """
     encoded, cut = [], []
     for number, prompt in enumerate(prompts):
-        tokens = vocabulary.encode(prompt)
-        if not tokens:
+        if not vocabulary.encode(prompt):
             raise ValueError(f"prompt {number} is empty: expected some text.")
-        tokens.append(EOS_ID)
+        tokens = vocabulary.encode_prompt(prompt)
         if len(tokens) > max_length:
             cut.append(number)
         encoded.append(tokens[:max_length])
     size = min(max_length, bucket(max(map(len, encoded))))
-    batch = np.zeros((len(encoded), size), np.int32)
+    batch = np.full((len(encoded), size), vocabulary.pad_id, np.int32)
     for row, tokens in zip(batch, encoded, strict=True):
         row[: len(tokens)] = tokens
     return batch, cut

@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray
-from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.objectives.advantages import return_to_go, scalarize
@@ -89,5 +88,8 @@ class PolicyGradientLoss:
             "objective": (reward - alpha * whole).mean(),
             "kl": whole.mean(),
             "length": rollout.mask.sum(-1).mean(),
-            "finished": (rollout.tokens == EOS_ID).any(-1).astype(jnp.float32).mean(),
+            "finished": jnp.isin(rollout.tokens, jnp.asarray(self.policy.config.eos_ids))
+            .any(-1)
+            .astype(jnp.float32)
+            .mean(),
         }

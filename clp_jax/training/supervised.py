@@ -14,7 +14,7 @@ from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray
 from clp_jax.data.batch import Batch
 from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary
-from clp_jax.models.config import T5Config
+from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.objectives.losses import token_cross_entropy
@@ -38,7 +38,7 @@ class Supervised:
         evaluation_batches: of the validation split.
     """
 
-    model: T5Config
+    model: T5Config | PaLMConfig
     data_dir: str
     batch_size: int = 64
     z_loss: float = 0.0
@@ -120,7 +120,7 @@ class SupervisedLoss:
 
     def __call__(self, params: Params, frozen: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array, Metrics]:
         """Summed loss, number of target tokens, and metrics that are means over them."""
-        loss, weight, sums = self.sums(params, batch, key if self.policy.config.dropout_rate else None)
+        loss, weight, sums = self.sums(params, batch, key if self.policy.config.is_stochastic else None)
         return loss, weight, jax.tree.map(lambda total: total / jnp.maximum(weight, 1.0), sums)
 
     def sums(self, params: Params, batch: Batch, key: PRNGKeyArray | None) -> tuple[Array, Array, Metrics]:

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_tokenizers import huggingface_directory
 
 from clp_jax.data import records
 from clp_jax.data.manifest import FILE_NAME, Manifest, file_digest
@@ -70,6 +71,19 @@ def test_every_example_is_on_disk_in_order(prepared):
                 whole = [*vocabulary.encode(getattr(example, name)), EOS_ID]
                 assert row[name].tolist() == whole[:length]
                 assert row[f"{name}_ends"].tolist() == [min(len(whole), length)]
+
+
+def test_a_tokenizer_of_hugging_face_is_used_and_travels(tmp_path):
+    source = huggingface_directory(tmp_path / "llama3", "llama3")
+    request = dataclasses.replace(REQUEST, vocabulary=str(source), lengths={"inputs": 60, "targets": 30})
+    manifest = materialise(request, tmp_path / "data")
+    vocabulary = Vocabulary.load(tmp_path / "data")
+    fingerprint = Vocabulary.load(source).fingerprint
+    assert vocabulary.fingerprint == manifest.vocabulary_fingerprint == request.describe()["vocabulary"] == fingerprint
+    for row, example in zip(read(tmp_path / "data", manifest, "test"), texts("test"), strict=True):
+        assert row["inputs"].tolist() == [vocabulary.bos_id, *vocabulary.encode(example.inputs)][:60]
+        assert row["targets"].tolist() == [*vocabulary.encode(example.targets), vocabulary.eos_ids[0]][:30]
+    assert materialise(request, tmp_path / "data") == manifest
 
 
 def test_what_is_too_long_is_cut_without_an_end(prepared):

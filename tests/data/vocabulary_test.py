@@ -115,11 +115,13 @@ def test_a_file_that_is_no_model_is_named(tmp_path, content):
         Vocabulary.load(tmp_path)
 
 
-def test_a_model_with_other_special_tokens_is_refused(tmp_path):
-    options = {"vocab_size": SIZE, "model_type": "unigram", "minloglevel": 2, "num_threads": 1}
+def test_a_model_without_an_end_is_refused(tmp_path):
+    options = {"vocab_size": SIZE, "model_type": "unigram", "minloglevel": 2, "num_threads": 1, "eos_id": -1}
     with (tmp_path / "plain.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=file, **options)
-    with pytest.raises(ValueError, match=re.escape("tokens are (-1, 2, 0): expected T5's (0, 1, 2)")):
+    with pytest.raises(
+        ValueError, match=r"plain\.model has no token that ends a text: expected one trained with eos_id"
+    ):
         Vocabulary(tmp_path / "plain.model")
 
 

@@ -43,7 +43,7 @@ def test_dropout_rate_is_below_one(rate):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("activation", "relo", r"'relo' \(did you mean 'relu'\?\): expected one of relu, gelu"),
+        ("activation", "relo", r"'relo' \(did you mean 'relu'\?\): expected one of relu, relu2, gelu"),
         ("remat", "ful", r"'ful' \(did you mean 'full'\?\): expected one of none, minimal, full"),
         ("dtype", "float16", r"'float16' \(did you mean '(b)?float(16|32)'\?\): expected one of float32, bfloat16"),
         ("param_dtype", "x", r"'x': expected one of float32, bfloat16"),

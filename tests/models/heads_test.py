@@ -7,6 +7,7 @@ import pytest
 from tiny_policies import tiny_config, varied_params
 
 from clp_jax.models.heads import ScorerConfig, ValueHeadConfig
+from clp_jax.models.language_model import in_order
 from clp_jax.models.policy import Policy
 
 RNG = np.random.default_rng(0)
@@ -57,7 +58,7 @@ def test_a_score_is_the_mean_over_the_completion():
         embedded = model.token_embedder(tokens, jnp.dtype("float32"))
         # Document and completion are told apart by a vector added to each.
         marks = params["kind_embedding"][jnp.asarray([0, 0, 1])[kinds]]
-        return model.encoder(embedded + marks, (kinds > 0).astype(jnp.int32))
+        return model.encoder(embedded + marks, in_order((kinds > 0).astype(jnp.int32))).states
 
     states = np.asarray(encode(params, DOCUMENTS, KINDS), np.float64)
     means = np.stack([states[0, 3:5].mean(0), states[1, 1:].mean(0)])

@@ -34,13 +34,10 @@ def forward(policy, params, inputs, decoder_inputs, dropout_key=None):
 def step_by_step(policy, params, inputs, decoder_inputs, num_samples=1):
     """The logits of `forward`, one token at a time, and the cache that is left."""
     model = policy.bind(params)
-    segments = (inputs != 0).astype(jnp.int32)
-    cache = model.init_cache(
-        model.encode(inputs, segments), segments, max_length=decoder_inputs.shape[1], num_samples=num_samples
-    )
+    cache = model.init_cache(model.encode(inputs), max_length=decoder_inputs.shape[1], num_samples=num_samples)
 
     def step(cache, tokens):
-        hidden, cache = model.decode_step(tokens, cache)
+        hidden, cache = model.decode_step(tokens, cache, model.loop_weights())
         return cache, model.logits(hidden)
 
     cache, logits = jax.lax.scan(step, cache, decoder_inputs.T)
@@ -75,12 +72,12 @@ def test_samples_of_a_prompt_share_its_encoding():
     np.testing.assert_allclose(logits, apart, rtol=1e-5, atol=1e-5)
     # Cross-attention keys are those of two prompts, self-attention keys of four rows.
     assert len(cache.stacks) == 2
-    for stack in cache.stacks:
-        assert stack.cross_keys.shape == stack.cross_values.shape == (1, 2, 2, 6, 4)
-        assert stack.keys.shape == stack.values.shape == (1, 4, 2, 7, 4)
+    for (layer,) in cache.stacks:
+        assert layer.prompt_keys.shape == layer.prompt_values.shape == (1, 2, 2, 6, 4)
+        assert layer.keys.shape == layer.values.shape == (1, 4, 2, 7, 4)
     _, deep = step_by_step(Policy(tiny_config(scan_unroll=1)), params, prompts, COMPLETIONS, num_samples=2)
-    (stack,) = deep.stacks
-    assert stack.cross_keys.shape == (2, 2, 2, 6, 4) and stack.keys.shape == (2, 4, 2, 7, 4)
+    ((layer,),) = deep.stacks
+    assert layer.prompt_keys.shape == (2, 2, 2, 6, 4) and layer.keys.shape == (2, 4, 2, 7, 4)
 
 
 def test_what_is_behind_the_padding_does_not_matter():
@@ -146,7 +143,8 @@ def test_packed_and_unpacked_losses_and_gradients_agree():
         for rows in (groups, [[example] for example in examples])
     )
     np.testing.assert_allclose(packed[0], apart[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), packed[1], apart[1])
+    for a, b in zip(*map(jax.tree.leaves, (packed[1], apart[1])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +183,9 @@ def test_bfloat16_activations_and_float32_logits():
         @jax.jit
         def run(params, inputs, tokens, narrow=narrow):
             model = narrow.bind(params)
-            segments = (inputs != 0).astype(jnp.int32)
-            encoded = model.encode(inputs, segments)
-            hidden = model.decode(tokens, encoded, segments)
-            return encoded, hidden, model.logits(hidden), model.logits(hidden.astype(jnp.float32))
+            encoded = model.encode(inputs)
+            hidden = model.decode(tokens, encoded).hidden
+            return encoded.content, hidden, model.logits(hidden), model.logits(hidden.astype(jnp.float32))
 
         encoded, hidden, logits, logits_of_wide = run(own, PROMPTS, COMPLETIONS)
         assert encoded.dtype == hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
@@ -230,7 +227,7 @@ def test_layers_have_dropout_masks_of_their_own():
 
     @jax.jit
     def run(tokens, key):
-        return policy.bind(params).encode(tokens, dropout_key=key)
+        return policy.bind(params).encode(tokens, dropout_key=key).content
 
     count = 1500
     kept = np.mean(run(np.full((30, 50), 3, np.int32), jax.random.key(0))[:, :, 0] != 0)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from clp_jax.nn.position import RelativePositionBias, relative_position_bucket
+from clp_jax.nn.visibility import Buckets, Places, position_bias
 
 DISTANCES = np.arange(-300, 301, dtype=np.int32)
 
@@ -48,14 +49,20 @@ def test_buckets_of_t5():
 
 
 def test_the_bias_depends_on_the_distance_alone():
-    bias = RelativePositionBias(
-        nnx.Rngs(0), 3, num_buckets=8, max_distance=20, bidirectional=False, stddev=1.0, dtype=jnp.dtype("bfloat16")
-    )
+    table = RelativePositionBias(nnx.Rngs(0), 3, num_buckets=8, stddev=1.0, dtype=jnp.dtype("bfloat16")).embedding[...]
+    buckets = Buckets(8, 20, bidirectional=False)
+
+    def bias(queries, keys):
+        def places(positions):
+            return Places(positions[None], jnp.ones_like(positions)[None])
+
+        return position_bias(buckets, table, places(queries), places(keys))
+
     whole = bias(jnp.arange(6), jnp.arange(6))
-    assert whole.shape == (3, 6, 6) and whole.dtype == jnp.float32
-    table = np.asarray(bias.embedding[...], np.float32)
+    assert whole.shape == (1, 3, 6, 6) and whole.dtype == jnp.float32
     for query in range(6):
         for key in range(6):
-            np.testing.assert_array_equal(whole[:, query, key], table[:, exact_bucket(key - query, False, 8, 20)])
+            expected = np.asarray(table, np.float32)[:, exact_bucket(key - query, False, 8, 20)]
+            np.testing.assert_array_equal(whole[0, :, query, key], expected)
     # One query against all positions, as in decoding, is a row of it.
-    np.testing.assert_array_equal(bias(jnp.asarray([4]), jnp.arange(6)), whole[:, 4:5])
+    np.testing.assert_array_equal(bias(jnp.asarray([4]), jnp.arange(6)), whole[:, :, 4:5])

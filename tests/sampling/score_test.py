@@ -26,7 +26,7 @@ def forward(inputs, decoder_inputs):
 
 
 def test_decoder_inputs_start_with_padding():
-    shifted = shift_right(jnp.asarray(COMPLETIONS))
+    shifted = shift_right(jnp.asarray(COMPLETIONS), 0)
     np.testing.assert_array_equal(shifted, np.concatenate([np.zeros((4, 1)), COMPLETIONS[:, :-1]], axis=1))
 
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_policies import tiny_config, varied_params
+from tiny_tokenizers import sentencepiece_directory
 
 from clp_jax.data.vocabulary import EOS_ID, Vocabulary, train_vocabulary
 from clp_jax.models.conditioning import ParameterConditioning
@@ -45,6 +46,18 @@ def test_prompts_that_are_too_long_lose_their_end_and_are_named(vocabulary):
     tokens = len(vocabulary.encode(long)) + 1
     assert encode_prompts(vocabulary, [long], max_length=tokens)[1] == []
     assert encode_prompts(vocabulary, [long], max_length=tokens - 1)[1] == [0]
+
+
+def test_prompts_of_decoders_have_a_start_and_no_end(tmp_path):
+    ours = Vocabulary.load(sentencepiece_directory(tmp_path / "llama", "llama"))
+    prompts = ["lazy dog", "quick brown foxes"]
+    batch, cut = encode_prompts(ours, prompts, max_length=40)
+    # Token 0 is a token of its own: padding must not be taken for it.
+    assert ours.pad_id == -1 and cut == []
+    for row, prompt in zip(batch, prompts, strict=True):
+        tokens = [1, *ours.encode(prompt)]
+        assert row.tolist() == tokens + [-1] * (batch.shape[1] - len(tokens))
+        assert ours.decode(row) == prompt
 
 
 @pytest.mark.parametrize("empty", ["", "   "])

@@ -1,0 +1,154 @@
+"""A policy at one preference, serving prompts: continuous batching for samples, search for beams."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clp_jax.array_types import Params
+from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.models.conditioning import Conditioning
+from clp_jax.models.policy import Policy
+from clp_jax.preferences import Preference
+from clp_jax.sampling.beam_search import BeamConfig, beam_search
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.engine import Engine, EngineConfig, Request, Sample
+from clp_jax.sampling.generate import SamplingConfig
+from clp_jax.sampling.stop_strings import truncate_at
+from clp_jax.sampling.text import Completion, bucket
+
+# Gets the number of a prompt, of its sample, and the tokens that were just written.
+OnTokens = Callable[[int, int, tuple[int, ...]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """How prompts are served.
+
+    Attributes:
+        generation: samples, or a search.
+        num_samples: completions of each prompt.
+        best: whether only the most probable one of the samples is returned.
+        stop: texts that end a completion, and are left out of it.
+        max_prompt: tokens of a prompt at most.
+        slots: prompts at once.
+        int8: whether keys and values are kept in eight bits.
+    """
+
+    generation: SamplingConfig | BeamConfig
+    num_samples: int = 1
+    best: bool = False
+    stop: tuple[str, ...] = ()
+    max_prompt: int = 512
+    slots: int = 32
+    int8: bool = False
+
+
+class Server:
+    """Completes prompts; what it compiled serves every preference.
+
+    Args:
+        policy: the policy's shape.
+        conditioning: how a preference enters.
+        vocabulary: turns tokens into text.
+        config: how prompts are served.
+        on_tokens: called while samples are written; not for beams.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        vocabulary: Vocabulary,
+        config: ServingConfig,
+        on_tokens: OnTokens = lambda prompt, sample, tokens: None,
+    ):
+        self.config = config
+        self._policy, self._conditioning, self._vocabulary = policy, conditioning, vocabulary
+        self._on_tokens = on_tokens
+        self._engine: Engine | None = None
+
+    def complete(
+        self, params: Params, preference: Preference, prompts: Sequence[tuple[tuple[int, ...], int]]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Completes prompts, and yields each one's number and completions as soon as they are there.
+
+        Args:
+            params: ordinary parameters, mixed at the preference.
+            preference: what conditioning writes into prompts, where it does.
+            prompts: token ids, and the seed of each.
+        """
+        conditioned = [(self._condition(tokens, preference), seed) for tokens, seed in prompts]
+        if isinstance(self.config.generation, BeamConfig):
+            yield from self._search(params, self.config.generation, [tokens for tokens, _ in conditioned])
+        else:
+            yield from self._sample(params, self.config.generation, conditioned)
+
+    def _sample(
+        self, params: Params, sampling: SamplingConfig, prompts: Sequence[tuple[tuple[int, ...], int]]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        engine = self._prepared(params, sampling, max((len(tokens) for tokens, _ in prompts), default=1))
+        numbers = {}
+        engine.on_tokens = lambda number, sample, tokens: self._on_tokens(numbers[number], sample, tokens)
+        for index, (tokens, seed) in enumerate(prompts):
+            numbers[engine.submit(Request(tokens, seed=seed, num_samples=self.config.num_samples))] = index
+        for result in engine.run():
+            samples = result.samples
+            if self.config.best:
+                samples = (max(samples, key=lambda sample: float(np.sum(sample.log_probs, dtype=np.float64))),)
+            yield numbers[result.number], [self._completion(sample) for sample in samples]
+
+    def _prepared(self, params: Params, sampling: SamplingConfig, longest: int) -> Engine:
+        """The engine, made anew where a prompt is longer than all before it."""
+        engine = self._engine
+        if engine is None or engine.config.buckets[-1] < longest:
+            last = bucket(max(longest, min(self.config.max_prompt, 512)))
+            buckets = tuple(2**i for i in range(5, last.bit_length()))
+            config = EngineConfig(sampling, buckets, slots=self.config.slots, num_samples=self.config.num_samples)
+            engine = Engine(lambda p: CachedDecoder(self._policy.bind(p), self.config.int8), params, config)
+            self._engine = engine
+        engine.params = params
+        return engine
+
+    @functools.cached_property
+    def _beams(self):
+        @functools.partial(jax.jit, static_argnames="config")
+        def run(params, inputs, config):
+            return beam_search(CachedDecoder(self._policy.bind(params), self.config.int8), inputs, config)
+
+        return run
+
+    def _search(
+        self, params: Params, config: BeamConfig, prompts: Sequence[tuple[int, ...]]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), self.config.slots):
+            part = order[start : start + self.config.slots]
+            size = bucket(max(len(prompts[i]) for i in part))
+            # A last batch is filled up, so that one program serves all.
+            inputs = np.full((self.config.slots, size), self._policy.config.pad_id, np.int32)
+            for row in range(self.config.slots):
+                tokens = prompts[part[min(row, len(part) - 1)]]
+                inputs[row, : len(tokens)] = tokens
+            found = self._beams(params, inputs, config).completions
+            arrays = [np.asarray(x) for x in (found.tokens, found.log_probs, found.mask)]
+            for row, index in enumerate(part):
+                rows = range(row * config.num_returned, (row + 1) * config.num_returned)
+                lengths = [int(arrays[2][r].sum()) for r in rows]
+                samples = [
+                    Sample(tuple(arrays[0][r, :n].tolist()), tuple(arrays[1][r, :n].tolist()), "end")
+                    for r, n in zip(rows, lengths, strict=True)
+                ]
+                yield index, [self._completion(sample) for sample in samples]
+
+    def _condition(self, tokens: tuple[int, ...], preference: Preference) -> tuple[int, ...]:
+        rows = jax.tree.map(lambda x: jnp.asarray(x)[None], preference)
+        found = self._conditioning.condition_inputs(jnp.asarray([tokens], jnp.int32), rows)
+        return tuple(np.asarray(found)[0].tolist())
+
+    def _completion(self, sample: Sample) -> Completion:
+        text = self._vocabulary.decode(np.asarray(sample.tokens, np.int32)) if sample.tokens else ""
+        return Completion(truncate_at(text, self.config.stop), sample.tokens, sample.log_probs)

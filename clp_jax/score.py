@@ -1,0 +1,98 @@
+"""`clp score`: the log-probabilities of given completions."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clp_jax.models.conditioning import check_alpha
+from clp_jax.preferences import Preference, validate_weights
+from clp_jax.sampling.lines import Limits, answers, batches, pad_rows, read_lines
+from clp_jax.sampling.score import score as score_tokens
+from clp_jax.training.policies import LoadedPolicy, load_policy
+
+
+def score(
+    *,
+    checkpoint: str,
+    input: str,  # noqa: A002 - it is the name of a flag.
+    output: str | None = None,
+    weights: Sequence[float] | None = None,
+    alpha: float = 0.05,
+    max_prompt: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 32,
+) -> None:
+    """Writes the log-probability of every target token of every line, and their sum.
+
+    A line has ``inputs`` and ``targets``, as text or as lists of token ids; a line of the output has its number, ``inputs``,
+    ``targets``, ``logprobs`` and ``total``. Texts become what the policy reads and writes: targets end with an end of
+    sequence. Lists are taken as they are. Lines keep their order; a bad one is reported with its number and left out.
+
+    Args:
+        checkpoint: run directory of a policy, or ``RUN/checkpoints/STEP``.
+        input: JSON lines.
+        output: a new file of JSON lines; printed by default.
+        weights: of the rewards, summing to one, for a steerable policy; equal by default.
+        alpha: KL weight, for policies conditioned on it.
+        max_prompt: tokens of a prompt at most; as many as in training by default, or more where the input has them.
+        max_tokens: tokens of a target at most.
+        batch_size: lines scored together.
+
+    Raises:
+        ValueError: for weights that are not a point of the simplex, an output that exists, or an input without a good line.
+    """
+    for name, number in (("max_prompt", max_prompt), ("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}: expected at least 1.")
+    if output is not None and Path(output).exists():
+        raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
+    loaded = load_policy(checkpoint)
+    preference = _preference(loaded, weights, alpha)
+    pad_id = loaded.policy.config.pad_id
+    limits = Limits(
+        vocab_size=loaded.policy.config.vocab_size,
+        inputs=max_prompt or 2**16,
+        targets=max_tokens or 2**16,
+        pad_id=pad_id,
+    )
+    lines = read_lines(Path(input), loaded.vocabulary, limits, with_targets=True)
+
+    @functools.partial(jax.jit)
+    def run(params, reference, inputs, tokens, mask, preference):
+        model = loaded.policy.bind(loaded.conditioning.mix(params, reference, preference))
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (inputs.shape[0], *x.shape)), preference)
+        return score_tokens(model, loaded.conditioning.condition_inputs(inputs, rows), tokens, mask)
+
+    with answers(output) as out:
+        out.expect(lines)
+        for batch in batches(lines, batch_size):
+            targets = [line.targets or () for line in batch]
+            tokens = pad_rows(targets, batch_size, 0)
+            lengths = np.asarray([len(row) for row in targets] + [0] * (batch_size - len(batch)))
+            mask = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.float32)
+            inputs = pad_rows([line.inputs for line in batch], batch_size, pad_id)
+            found = np.asarray(run(loaded.params, loaded.reference, inputs, tokens, mask, preference))
+            for row, line in zip(found, batch, strict=False):
+                log_probs = row[: len(line.targets or ())]
+                total = float(log_probs.astype(np.float64).sum())
+                out.put(line, {"logprobs": [float(x) for x in log_probs], "total": total})
+
+
+def _preference(loaded: LoadedPolicy, weights: Sequence[float] | None, alpha: float) -> Preference:
+    """The preference that a user asks for.
+
+    Raises:
+        ValueError: when the policy has no rewards to weigh, or the numbers are not a preference of it.
+    """
+    names = loaded.objectives
+    if weights is not None and not names:
+        raise ValueError(f"{loaded.run_dir} has no rewards to weigh: leave weights out.")
+    count = max(1, len(names))
+    point = np.full(count, 1 / count, np.float32) if weights is None else validate_weights(weights, count, names)
+    preference = Preference.of(point, alpha)
+    check_alpha(loaded.conditioning, alpha)
+    return preference
