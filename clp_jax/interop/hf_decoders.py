@@ -253,7 +253,7 @@ def _write_gemma3(config: PaLMConfig) -> dict[str, Any]:
     return {key: value for key, value in written.items() if key != "attn_logit_softcapping"}
 
 
-_DEFAULTS = {
+DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,
     "hidden_act": "silu",
@@ -267,7 +267,7 @@ _DEFAULTS = {
     "eos_token_id": 2,
     "max_position_embeddings": 2048,
 }
-_QWEN = _DEFAULTS | {
+QWEN = DEFAULTS | {
     "bos_token_id": None,
     "eos_token_id": None,
     "use_sliding_window": False,
@@ -275,7 +275,7 @@ _QWEN = _DEFAULTS | {
     "max_window_layers": 28,
     "max_position_embeddings": 32768,
 }
-_GEMMA = _DEFAULTS | {
+_GEMMA = DEFAULTS | {
     "head_dim": 256,
     "hidden_act": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
@@ -285,20 +285,20 @@ _GEMMA = _DEFAULTS | {
     "max_position_embeddings": 8192,
 }
 # Old files hold the frequencies of rotary positions.
-_IGNORED = r"rotary_emb\.inv_freq$"
+IGNORED = r"rotary_emb\.inv_freq$"
 
-LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, names(), _DEFAULTS, ignored=_IGNORED)
+LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, names(), DEFAULTS, ignored=IGNORED)
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     _read_mistral,
     _write_mistral,
     names(),
-    _DEFAULTS | {"sliding_window": 4096, "max_position_embeddings": 131072},
-    ignored=_IGNORED,
+    DEFAULTS | {"sliding_window": 4096, "max_position_embeddings": 131072},
+    ignored=IGNORED,
 )
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2, names(), _QWEN, ignored=_IGNORED)
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, names(), _QWEN | {"head_dim": 128})
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2, names(), QWEN, ignored=IGNORED)
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, names(), QWEN | {"head_dim": 128})
 GEMMA = Family("gemma", "GemmaForCausalLM", lambda s: PaLMConfig(**_gemma(s)), _write_gemma, names(), _GEMMA)
 GEMMA2 = Family(
     "gemma2",

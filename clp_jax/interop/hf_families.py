@@ -7,12 +7,14 @@ from typing import Any
 
 from clp_jax.interop.hf_decoders import GEMMA, GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3, shortest
 from clp_jax.interop.hf_family import Family
+from clp_jax.interop.hf_moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE, SWITCH
 from clp_jax.interop.hf_t5 import MT5, T5, UMT5
-from clp_jax.models.config import ModelConfig, PaLMConfig, T5Config
+from clp_jax.models.config import ModelConfig, MoEConfig, PaLMConfig, T5Config
+from clp_jax.nn.routing import TokenChoice
 
 # Where several can express a policy, the first one is written.
-_ENCODER_DECODERS = (T5, UMT5, MT5)
-_DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)
+_ENCODER_DECODERS = (T5, UMT5, MT5, SWITCH)
+_DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 FAMILIES = {family.model_type: family for family in (*_ENCODER_DECODERS, *_DECODERS)}
 
 # How is computed, not what.
@@ -86,6 +88,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
     }
     if not config.num_buckets:
         changes |= {"max_distance": 128, "bias_per_layer": False}
+    if config.moe is not None:
+        changes |= _canonical_experts(config, config.moe)
     if isinstance(config, PaLMConfig):
         kinds = config.layer_kinds(config.num_layers)
         local = [kind.window is not None for kind in kinds]
@@ -98,6 +102,33 @@ def canonical(config: ModelConfig) -> ModelConfig:
             "local_rope": None if near == far else near,
         }
     return dataclasses.replace(config, **changes)
+
+
+def _canonical_experts(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+    """The experts; what only training knows is left out."""
+    width = moe.mlp_dim or config.mlp_dim
+
+    def plain(router: Any) -> Any:
+        router = dataclasses.replace(router, jitter=0.0)
+        if isinstance(router, TokenChoice) and router.fixed_capacity is not None:
+            # The factors then say nothing.
+            return TokenChoice(**{f: getattr(router, f) for f in ("k", "fixed_capacity", "group", "renormalize")})
+        return router
+
+    router, decoder = plain(moe.router), plain(moe.decoder_router or moe.router)
+    if isinstance(config, PaLMConfig):
+        router = decoder
+    experts = dataclasses.replace(
+        moe,
+        router=router,
+        decoder_router=None if decoder == router else decoder,
+        mlp_dim=width,
+        dropout_rate=None,
+        balance_weight=0.01,
+        z_weight=0.0,
+    )
+    # Nothing is as wide as the policy's own blocks where all are experts.
+    return {"moe": experts, "mlp_dim": width if moe.every == 1 and not moe.extra_mlp else config.mlp_dim}
 
 
 def config_json(

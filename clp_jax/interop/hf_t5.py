@@ -9,7 +9,7 @@ from clp_jax.models.config import ModelConfig, T5Config
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
-def _names(mlp: str, *, bias_layer: str) -> dict[str, str]:
+def t5_names(mlp: str, *, bias_layer: str) -> dict[str, str]:
     """Tensors of both stacks; `mlp` is the feed-forward block's name, `bias_layer` the layer that holds the positions'."""
     names = {"token_embedder/embedding": "shared.weight", "logits_head/kernel": "lm_head.weight"}
     for stack, blocks in (("encoder", 2), ("decoder", 3)):
@@ -33,7 +33,8 @@ def _names(mlp: str, *, bias_layer: str) -> dict[str, str]:
     return names
 
 
-def _sizes(settings: Settings) -> dict[str, Any]:
+def read_sizes(settings: Settings) -> dict[str, Any]:
+    """What encoder-decoders share."""
     layers = settings["num_layers"]
     deeper = settings.values.get("num_decoder_layers")
     start = settings.values.get("decoder_start_token_id", settings.generation.get("decoder_start_token_id"))
@@ -56,7 +57,8 @@ def _sizes(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _written(config: T5Config) -> dict[str, Any]:
+def write_sizes(config: T5Config) -> dict[str, Any]:
+    """The keys that encoder-decoders share."""
     eos = config.eos_ids
     return {
         "vocab_size": config.vocab_size,
@@ -102,13 +104,16 @@ def _read_t5(settings: Settings) -> T5Config:
     has_head = settings.tensors is not None and "lm_head.weight" in settings.tensors
     own_head = has_head and not scaled if settings.tensors is not None else not tied
     return T5Config(
-        **_sizes(settings), **_read_feed_forward(settings), tied_head=not own_head, scale_tied_head=own_head or scaled
+        **read_sizes(settings),
+        **_read_feed_forward(settings),
+        tied_head=not own_head,
+        scale_tied_head=own_head or scaled,
     )
 
 
 def _write_t5(config: T5Config) -> dict[str, Any]:
     scaled = config.tied_head and config.scale_tied_head
-    return _written(config) | {
+    return write_sizes(config) | {
         "feed_forward_proj": _written_feed_forward(config),
         "tie_word_embeddings": config.tied_head,
         "scale_decoder_outputs": scaled,
@@ -121,12 +126,12 @@ def _read_mt5(settings: Settings) -> T5Config:
     if settings.tensors is not None:
         own_head = "lm_head.weight" in settings.tensors
     return T5Config(
-        **_sizes(settings), **_read_feed_forward(settings), tied_head=not own_head, scale_tied_head=own_head
+        **read_sizes(settings), **_read_feed_forward(settings), tied_head=not own_head, scale_tied_head=own_head
     )
 
 
 def _write_mt5(config: T5Config) -> dict[str, Any]:
-    return _written(config) | {
+    return write_sizes(config) | {
         "feed_forward_proj": _written_feed_forward(config),
         "tie_word_embeddings": config.tied_head,
     }
@@ -134,10 +139,10 @@ def _write_mt5(config: T5Config) -> dict[str, Any]:
 
 def _read_umt5(settings: Settings) -> T5Config:
     own_head = settings["tie_word_embeddings"] is False
-    return T5Config(**_sizes(settings), **_read_feed_forward(settings), tied_head=not own_head, bias_per_layer=True)
+    return T5Config(**read_sizes(settings), **_read_feed_forward(settings), tied_head=not own_head, bias_per_layer=True)
 
 
-_T5_DEFAULTS = {
+T5_DEFAULTS = {
     "vocab_size": 32128,
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
@@ -149,7 +154,7 @@ _T5_DEFAULTS = {
     "eos_token_id": 1,
     "bos_token_id": None,
 }
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # Old files of T5 hold a table that nothing reads.
 _IGNORED = r"EncDecAttention\.relative_attention_bias\.weight$"
 
@@ -158,9 +163,9 @@ T5 = Family(
     architecture="T5ForConditionalGeneration",
     read=_read_t5,
     write=_write_t5,
-    names=_names("DenseReluDense", bias_layer="0"),
-    defaults=_T5_DEFAULTS,
-    copies=_COPIES,
+    names=t5_names("DenseReluDense", bias_layer="0"),
+    defaults=T5_DEFAULTS,
+    copies=COPIES,
     ignored=_IGNORED,
 )
 MT5 = Family(
@@ -169,8 +174,8 @@ MT5 = Family(
     read=_read_mt5,
     write=_write_mt5,
     names=T5.names,
-    defaults=_T5_DEFAULTS | {"feed_forward_proj": "gated-gelu"},
-    copies=_COPIES,
+    defaults=T5_DEFAULTS | {"feed_forward_proj": "gated-gelu"},
+    copies=COPIES,
     ignored=_IGNORED,
 )
 UMT5 = Family(
@@ -178,8 +183,8 @@ UMT5 = Family(
     architecture="UMT5ForConditionalGeneration",
     read=_read_umt5,
     write=_write_mt5,
-    names=_names("DenseReluDense", bias_layer="{layer}"),
-    defaults=_T5_DEFAULTS | {"feed_forward_proj": "gated-gelu"},
-    copies=_COPIES,
+    names=t5_names("DenseReluDense", bias_layer="{layer}"),
+    defaults=T5_DEFAULTS | {"feed_forward_proj": "gated-gelu"},
+    copies=COPIES,
     ignored=_IGNORED,
 )

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece  # noqa: F401 - the vocabulary needs it.
 
 from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
-from clp_jax.sampling.json_lines import Answers, Line, Limits, answers, batches, pad_rows, read_lines
+from clp_jax.sampling.json_lines import Answers, Limits, Line, answers, batches, pad_rows, read_lines
 
 
 @pytest.fixture(scope="module")
