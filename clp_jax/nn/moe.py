@@ -195,14 +195,19 @@ class MoE(nnx.Module):
 
 
 def _feed_forward(
-    experts: Experts, rows: Array, kernels: tuple[Array, ...], product: _Product, key: PRNGKeyArray | None
+    experts: Experts,
+    rows: Array,
+    kernels: tuple[Array, ...],
+    product: _Product,
+    key: PRNGKeyArray | None,
+    place: Callable[[Array], Array] = lambda hidden: hidden,
 ) -> Array:
-    """The experts' blocks, given how rows are multiplied with kernels."""
+    """The experts' blocks, given how rows are multiplied with kernels and where the hidden layer is."""
     *ways_in, out = (kernel.astype(rows.dtype) for kernel in kernels)
     hidden = ACTIVATIONS[experts.activation](product(rows, ways_in[0]))
     if experts.gated:
         hidden = hidden * product(rows, ways_in[1])
-    return product(dropout(hidden, experts.dropout_rate, key, salt=2), out)
+    return product(dropout(place(hidden), experts.dropout_rate, key, salt=2), out)
 
 
 def _with_capacity(
@@ -220,7 +225,7 @@ def _with_capacity(
     rows = constrain(there(groups), "batch", None, "act_embed")
     rows = _to_experts(rows, moe.num_experts)
     flat = rows.reshape(moe.num_experts, -1, rows.shape[-1])
-    flat = _feed_forward(moe.experts, flat, moe.experts.kernels(), _batched_product, key)
+    flat = _feed_forward(moe.experts, flat, moe.experts.kernels(), _batched_product, key, _place_hidden)
     rows = _from_experts(flat.reshape(rows.shape))
     # The sum over choices is in float32, like the weights.
     y = back(rows * slots.gates[..., None]).astype(x.dtype)
@@ -241,22 +246,25 @@ def _from_experts(rows: Float[Array, "E groups C D"]) -> Float[Array, "groups ro
 
 
 def _batched_product(rows: Float[Array, "E rows I"], kernels: Float[Array, "E I O"]) -> Float[Array, "E rows O"]:
-    axis = "act_mlp" if kernels.shape[-1] != 0 else None
-    del axis
     return jnp.einsum("eri,eio->ero", rows, kernels)
+
+
+def _place_hidden(hidden: Float[Array, "E rows F"]) -> Float[Array, "E rows F"]:
+    return constrain(hidden, "act_expert", "batch", "act_mlp")
 
 
 def _sorted(slots: Slots, num_tokens: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """The way from tokens to rows and back: both gather."""
     tokens = jnp.zeros(num_tokens, bool)
-    there = lambda x: jax.vmap(distribute)(x, slots.source, slots.slot_of)  # noqa: E731
-    back = lambda rows: jax.vmap(collect, (0, 0, 0, None))(rows, slots.source, slots.slot_of, tokens)  # noqa: E731
-    return there, back
+    return (
+        lambda x: jax.vmap(distribute)(x, slots.source, slots.slot_of),
+        lambda rows: jax.vmap(collect, (0, 0, 0, None))(rows, slots.source, slots.slot_of, tokens),
+    )
 
 
 def _one_hot(slots: Slots, num_tokens: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """The same as products with 0 and 1 (GShard, arXiv 2006.16668, section 3.2)."""
-    there = slots.source[..., None] == jnp.arange(num_tokens)
+    there = jax.nn.one_hot(slots.source, num_tokens, dtype=jnp.bool_)
     return (
         lambda x: jnp.einsum("grs,gsd->grd", there.astype(x.dtype), x),
         lambda rows: jnp.einsum("grs,grd->gsd", there.astype(rows.dtype), rows),
@@ -271,7 +279,7 @@ def _dropless(
     assert isinstance(routing, Dropless)
     scores = logits.reshape(1, -1, num_experts)
     experts, gates = top_k(jax.nn.softmax(scores[0], -1), routing.k, routing.renormalize)
-    chosen = count_choices(jnp.where(mask.reshape(-1), experts, num_experts), num_experts)
+    chosen = count_choices(jnp.where(mask.reshape(1, -1), experts, num_experts), num_experts)
 
     per_row = (routing.k, *mask.shape)
     arrays = (x, mask, experts.reshape(per_row), gates.reshape(per_row))

@@ -155,7 +155,7 @@ class TokenChoice:
         capacity = self.capacity(num_tokens, num_experts, training)
         experts, gates = top_k(probs, self.k, self.renormalize)
         priority = _by_probability(probs, mask, self.k) if self.batch_prioritised else None
-        experts = jnp.where(mask, experts, num_experts)
+        experts = jnp.where(mask[None], experts, num_experts)
         ranking = rank_choices(experts, num_experts, priority)
         owner = jnp.repeat(jnp.arange(num_experts), capacity)
         kept = jnp.minimum(ranking.counts, capacity)
@@ -309,7 +309,7 @@ class Dropless:
         """
         num_tokens = len(mask)
         num_local = num_experts if num_local is None else num_local
-        here = (experts >= first_local) & (experts < first_local + num_local) & mask
+        here = (experts >= first_local) & (experts < first_local + num_local) & mask[None]
         experts = jnp.where(here, experts - first_local, num_local)
         ranking = rank_choices(experts, num_local)
 
@@ -317,7 +317,7 @@ class Dropless:
         num_blocks = (self.k * num_tokens + num_local * (block - 1)) // block
         owned = -(-ranking.counts // block) * block
         ends = jnp.cumsum(owned)
-        owner = (jnp.arange(num_blocks)[:, None] * block >= ends).sum(-1)
+        owner = (jnp.arange(num_blocks)[:, None] * block >= ends[None]).sum(-1)
         owner = jnp.repeat(jnp.minimum(owner, num_local - 1), block)
         return fill_slots(experts, gates, ranking, owner, ends - owned, ranking.counts, owned)
 
@@ -344,7 +344,7 @@ def top_k(
     """
     experts = jnp.argmax(probs, -1)[None] if k == 1 else jax.lax.top_k(probs, k)[1].T
     # A product with 0 and 1, whose gradient is no scatter.
-    gates = jnp.where(experts[..., None] == jnp.arange(probs.shape[-1]), probs[None], 0.0).sum(-1)
+    gates = (jax.nn.one_hot(experts, probs.shape[-1], dtype=probs.dtype) * probs[None]).sum(-1)
     return experts, gates / gates.sum(0, keepdims=True) if renormalize else gates
 
 
@@ -413,7 +413,7 @@ def routing_statistics(
 def _by_probability(probs: Float[Array, "tokens E"], mask: Bool[Array, "tokens"], k: int) -> Int[Array, "pairs"]:
     """The priority of each choice: all first choices, then all second ones, each from the surest token on."""
     rank = jnp.argsort(jnp.argsort(-jnp.where(mask, probs.max(-1), -1.0), stable=True))
-    return (jnp.arange(k)[:, None] * len(probs) + rank).reshape(-1)
+    return (jnp.arange(k)[:, None] * len(probs) + rank[None]).reshape(-1)
 
 
 def _mean(values: Float[Array, "*groups"], mask: Bool[Array, "*groups"]) -> Float[Array, ""]:
