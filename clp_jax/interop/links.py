@@ -109,8 +109,8 @@ def fill(
         each = by_name[target]
         if not _repeats(_piece(source[name].read(), each), leaves[each.path][each.index]):
             raise ValueError(
-                f"{where}: {name!r} differs from {target!r}, which it should repeat where embeddings are tied: set "
-                "tie_word_embeddings to false in config.json if it is a head of its own."
+                f"{where}: {name!r} differs from {target!r}, which it should repeat: expected equal tensors. Where a head is "
+                "not tied to the embedding, config.json says tie_word_embeddings: false."
             )
     return unflatten(leaves)
 
