@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +30,32 @@ Region: TypeAlias = tuple[slice, ...]
 
 class CheckpointFileError(ValueError):
     """A checkpoint's file is not what it should be; the message names it and says what to do."""
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A file, or what reads like one."""
+
+    @property
+    def name(self) -> Any:
+        """For messages."""
+
+    def read(self, size: int, /) -> bytes:
+        """Bytes from where it stands, at most as many; none at the end only."""
+
+    def seek(self, position: int, /) -> Any:
+        """Goes to a position; some files only go forwards."""
+
+    def tell(self) -> int:
+        """Where it stands."""
+
+
+@runtime_checkable
+class Writable(Protocol):
+    """A file, or what is written to like one."""
+
+    def write(self, data: memoryview, /) -> Any:
+        """Takes bytes."""
 
 
 class ArraySpec(NamedTuple):
@@ -290,19 +316,20 @@ def within(region: Region, outer: Region) -> Region:
     return tuple(slice(s.start - o.start, s.stop - o.start) for s, o in zip(region, outer, strict=True))
 
 
-def blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK_BYTES) -> Iterator[Region]:
+def blocks(shape: tuple[int, ...], itemsize: int, limit: int | None = None) -> Iterator[Region]:
     """Cuts an array into pieces that are each contiguous in C order, and in that order.
 
     Args:
         shape: of the array.
         itemsize: bytes of an element.
-        limit: bytes of a piece; one row of one element at least.
+        limit: bytes of a piece, which is one element at least; None is `BLOCK_BYTES`.
 
     Yields:
         Regions that cover the array once.
     """
     if 0 in shape:
         return
+    limit = BLOCK_BYTES if limit is None else limit
     axis, row = len(shape), itemsize
     while axis > 0 and row * shape[axis - 1] <= limit:
         axis -= 1
@@ -318,7 +345,7 @@ def blocks(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK_BYTES) -> I
             yield (*first, slice(start, min(start + rows, shape[axis - 1])), *trailing)
 
 
-def read_stored(file: BinaryIO, shape: tuple[int, ...], out: np.ndarray, region: Region) -> None:
+def read_stored(file: Readable, shape: tuple[int, ...], out: np.ndarray, region: Region) -> None:
     """Reads a region of an array stored in C order, through blocks where the region is not contiguous.
 
     Args:
@@ -362,7 +389,7 @@ def _skip_rows(shape: tuple[int, ...], itemsize: int, region: Region) -> tuple[i
     return start, tuple(rows), tuple(inner)
 
 
-def write_stored(file: BinaryIO, array: np.ndarray, dtype: np.dtype) -> None:
+def write_stored(file: Writable, array: np.ndarray, dtype: np.dtype) -> None:
     """Writes an array in C order, cast and made contiguous block by block.
 
     Args:
@@ -374,7 +401,7 @@ def write_stored(file: BinaryIO, array: np.ndarray, dtype: np.dtype) -> None:
         file.write(bytes_of(np.ascontiguousarray(array[block], dtype)))
 
 
-def read_exactly(file: BinaryIO, out: memoryview) -> None:
+def read_exactly(file: Readable, out: memoryview) -> None:
     """Fills memory from a file.
 
     Args:

@@ -218,8 +218,7 @@ def _opened(tree: Any, path: Path) -> Any:
 def _lazy(path: Path, stored: _Stored) -> LazyArray:
     def fill(out: np.ndarray, region: Region) -> None:
         with path.open("rb") as file:
-            joined = cast(BinaryIO, _JoinedFile(file, stored.pieces))
-            read_stored(joined, stored.spec.shape, out, region)
+            read_stored(_JoinedFile(file, stored.pieces), stored.spec.shape, out, region)
 
     return LazyArray(stored.spec.shape, stored.spec.dtype, fill)
 

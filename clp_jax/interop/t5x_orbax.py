@@ -21,8 +21,8 @@ from clp_jax.interop.t5x_state import STEP, T5XCheckpoint, checkpoint_of
 STATE_ITEM, DATASET_ITEM = "state", "dataset"
 METADATA_FILE, MANIFEST_FILE, COMMIT_FILE = "_METADATA", "manifest.ocdbt", "commit_success.txt"
 TEMPORARY = ".orbax-checkpoint-tmp"
-# TensorStore holds a chunk twice while it reads or writes it.
-CHUNK_BYTES = 16 * 2**20
+# TensorStore holds a chunk a few times over while it reads or writes it, beside the array.
+CHUNK_BYTES = 4 * 2**20
 _FORM = "orbax"
 _HANDLERS = {
     DATASET_ITEM: "t5x.checkpoints.DatasetCheckpointHandler",

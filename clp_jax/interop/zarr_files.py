@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,7 @@ from clp_jax.interop.arrays import (
     CheckpointFileError,
     LazyArray,
     Region,
+    Writable,
     blocks,
     bytes_of,
     overlap,
@@ -94,7 +95,7 @@ def write(directory: Path, array: np.ndarray, dtype: np.dtype, chunks: tuple[int
     for key, place in _grid(array.shape, chunks):
         path = directory / (".".join(map(str, key)) or "0")
         with path.open("xb") as raw, gzip.GzipFile("", "wb", _GZIP_LEVEL, raw, mtime=0) as file:
-            _write_chunk(cast(BinaryIO, file), array, dtype, chunks, place)
+            _write_chunk(file, array, dtype, chunks, place)
 
 
 def metadata_text(shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> str:
@@ -181,9 +182,7 @@ def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[tup
 def _read_chunk(path: Path, compressor: str | None, chunks: tuple[int, ...], out: np.ndarray, region: Region) -> None:
     try:
         with path.open("rb") as raw:
-            file = cast(
-                BinaryIO, _Zlib(raw) if compressor == "zlib" else gzip.GzipFile(fileobj=raw) if compressor else raw
-            )
+            file = _Zlib(raw) if compressor == "zlib" else gzip.GzipFile(fileobj=raw) if compressor else raw
             read_stored(file, chunks, out, region)
             # The end holds the checksum, which is compared when it is reached.
             if shape_of(region) == chunks and file.read(1):
@@ -219,7 +218,7 @@ class _Zlib:
                 raise EOFError("it ends early")
 
 
-def _write_chunk(file: BinaryIO, array: np.ndarray, dtype: np.dtype, chunks: tuple[int, ...], place: Region) -> None:
+def _write_chunk(file: Writable, array: np.ndarray, dtype: np.dtype, chunks: tuple[int, ...], place: Region) -> None:
     """Writes a chunk at full size; what is beyond the array is zeros."""
     edge = shape_of(place) != chunks
     for block in blocks(chunks, max(dtype.itemsize, array.dtype.itemsize)):
