@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
@@ -94,6 +95,13 @@ class LayerKind:
     rope: Rope | None
     sparse: bool
     mlp_dim: int
+
+
+def period_of(kinds: Sequence[LayerKind]) -> int:
+    """The length of the shortest pattern that repeats through all layers, the last time perhaps cut short."""
+    return next(
+        size for size in range(1, len(kinds) + 1) if all(kind == kinds[i % size] for i, kind in enumerate(kinds))
+    )
 
 
 @serializable
@@ -251,14 +259,15 @@ class ModelConfig:
         """The layers of a stack, first to last; a causal one may have a router of its own."""
         kinds = []
         for layer in range(num_layers):
+            moe = self.moe
             local = self.window is not None and self.window_pattern[layer % len(self.window_pattern)]
-            chosen = self.moe is not None and layer % self.moe.every == self.moe.every - 1
+            chosen = moe is not None and layer % moe.every == moe.every - 1
             kinds.append(
                 LayerKind(
                     window=self.window if local else None,
                     rope=self.local_rope if local and self.local_rope is not None else self.rope,
-                    sparse=chosen and not self.moe.dense,
-                    mlp_dim=self._twin_dim(causal) if chosen and self.moe.dense else self.mlp_dim,
+                    sparse=moe is not None and chosen and not moe.dense,
+                    mlp_dim=self._twin_dim(causal) if moe is not None and chosen and moe.dense else self.mlp_dim,
                 )
             )
         return tuple(kinds)

@@ -91,7 +91,7 @@ class Server:
         self, params: Params, sampling: SamplingConfig, prompts: Sequence[tuple[tuple[int, ...], int]]
     ) -> Iterator[tuple[int, list[Completion]]]:
         engine = self._prepared(params, sampling, max((len(tokens) for tokens, _ in prompts), default=1))
-        numbers = {}
+        numbers: dict[int, int] = {}
         engine.on_tokens = lambda number, sample, tokens: self._on_tokens(numbers[number], sample, tokens)
         for index, (tokens, seed) in enumerate(prompts):
             numbers[engine.submit(Request(tokens, seed=seed, num_samples=self.config.num_samples))] = index

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece  # noqa: F401 - the vocabulary needs it.
 
 from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
-from clp_jax.sampling.json_lines import Answers, Line, Limits, answers, batches, pad_rows, read_lines
+from clp_jax.sampling.json_lines import Answers, Limits, Line, answers, batches, pad_rows, read_lines
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,11 @@ def read(tmp_path, vocabulary, *lines: bytes, with_targets: bool = True, **limit
 
 def test_texts_become_what_the_policy_reads_and_lists_stay(tmp_path, vocabulary):
     text, ids = read(
-        tmp_path, vocabulary, b'{"inputs": "fox", "targets": "dog", "id": 7}', b"", b'{"inputs": [3, 1], "targets": [4]}'
+        tmp_path,
+        vocabulary,
+        b'{"inputs": "fox", "targets": "dog", "id": 7}',
+        b"",
+        b'{"inputs": [3, 1], "targets": [4]}',
     )
     assert text.inputs == (*vocabulary.encode("fox"), 1) and text.targets == (*vocabulary.encode("dog"), 1)
     assert (text.number, text.given) == (1, {"inputs": "fox", "targets": "dog"})
@@ -69,7 +73,9 @@ def test_a_long_text_is_cut_with_a_warning(tmp_path, vocabulary, capsys):
 
 
 def test_a_file_without_a_good_line(tmp_path, vocabulary):
-    with pytest.raises(ValueError, match='in.jsonl has no good line: expected one JSON object a line, with "inputs" and'):
+    with pytest.raises(
+        ValueError, match='in.jsonl has no good line: expected one JSON object a line, with "inputs" and'
+    ):
         read(tmp_path, vocabulary, b"{}")
 
 
