@@ -222,7 +222,7 @@ class Stack(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, num_layers: int, rngs: nnx.Rngs, *, causal: bool, cross: bool = False):
-        self.kinds = config.layer_kinds(num_layers)
+        self.kinds = config.layer_kinds(num_layers, causal=causal)
         self.period = period_of(self.kinds)
         self.config, self.causal = config, causal
         if config.num_buckets and not config.bias_per_layer:
