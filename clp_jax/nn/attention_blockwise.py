@@ -184,7 +184,7 @@ def _attend_backward(plan: _Plan, saved, gradient):
     common = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     gradients = _backward(plan, inputs, gradient, log_z, common)
     kinds = (inputs.query, inputs.key, inputs.value, inputs.table)
-    typed = (None if x is None else g.astype(x.dtype) for g, x in zip(gradients, kinds, strict=True))
+    typed = (None if g is None or x is None else g.astype(x.dtype) for g, x in zip(gradients, kinds, strict=True))
     return (*typed, None, None, None)
 
 
@@ -236,7 +236,7 @@ def _backward(plan: _Plan, inputs: _Inputs, gradient, log_z, common) -> tuple[Ar
             to_value = _add_block(to_value, _key_sums(dropped, gradient_block), column)
             to_weights = _drop(plan, inputs.dropout_key, row, column, pair_logits(gradient_block, value))
             to_logits = weights * (to_weights - common_block[..., None])
-            if to_table is not None:
+            if inputs.table is not None:
                 to_table = to_table + _table_gradient(plan, inputs.table, to_logits, queries, keys)
             to_products = (to_logits * _slope(plan, query, key)).astype(query.dtype)
             to_key = _add_block(to_key, _key_sums(to_products, query), column)
@@ -267,7 +267,9 @@ def _slope(plan: _Plan, query, key) -> Float[Array, "B G n T S"] | float:
     return 1.0 if cap is None else 1 - jnp.square(jnp.tanh(pair_logits(query, key) / cap))
 
 
-def _table_gradient(plan: _Plan, table, to_logits: Float[Array, "B G n T S"], queries: Places, keys: Places) -> Array:
+def _table_gradient(
+    plan: _Plan, table: Array, to_logits: Float[Array, "B G n T S"], queries: Places, keys: Places
+) -> Array:
     buckets = plan.pattern.buckets
     assert buckets is not None  # There is a table.
     bias, vjp = jax.vjp(lambda table: position_bias(buckets, table, queries, keys), table.astype(jnp.float32))
