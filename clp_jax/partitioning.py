@@ -151,17 +151,31 @@ def constrain(x: Array, *axes: str | None) -> Array:
     Raises:
         ValueError: for an unknown name or a wrong number of names, with or without a mesh.
     """
-    if len(axes) != x.ndim:
-        raise ValueError(f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}.")
+    sharding = activation_sharding(x.shape, axes)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def activation_sharding(shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding | None:
+    """The sharding that `constrain` gives an array, or None without an active mesh.
+
+    Args:
+        shape: of the array.
+        axes: one logical name, or None, for each dimension.
+
+    Raises:
+        ValueError: for an unknown name or a wrong number of names, with or without a mesh.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"constrain: {len(axes)} axis names {tuple(axes)} for an array of shape {tuple(shape)}.")
     for name in axes:
         if name is not None:
             _check_name(name)
     active = _active.get()
     if active is None:
-        return x
+        return None
     mesh, rules = active
-    parts = [_dividing(mesh, _as_tuple(part), size) for part, size in zip(rules.spec(axes), x.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(part or None for part in parts))))
+    parts = [_dividing(mesh, _as_tuple(part), size) for part, size in zip(rules.spec(axes), shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*(part or None for part in parts)))
 
 
 @contextlib.contextmanager
