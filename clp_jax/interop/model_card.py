@@ -7,6 +7,7 @@ from typing import Any
 
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
+from clp_jax.models.serialization import to_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +94,7 @@ def _settings(config: ModelConfig) -> str:
         for field in dataclasses.fields(config)
         if field.default is dataclasses.MISSING or getattr(config, field.name) != field.default
     }
-    plain = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in changed.items()
-    }
+    plain = {name: to_json(value) for name, value in changed.items()}
     return json.dumps({"type": type(config).__name__} | plain, indent=2)
 
 
