@@ -20,7 +20,6 @@ from clp_jax.interop.t5x_state import STEP, T5XCheckpoint, checkpoint_of
 
 STATE_ITEM, DATASET_ITEM = "state", "dataset"
 METADATA_FILE, MANIFEST_FILE, COMMIT_FILE = "_METADATA", "manifest.ocdbt", "commit_success.txt"
-TEMPORARY = ".orbax-checkpoint-tmp"
 # TensorStore holds a chunk a few times over while it reads or writes it, beside the array.
 CHUNK_BYTES = 4 * 2**20
 _FORM = "orbax"
@@ -88,15 +87,18 @@ def read(directory: Path) -> T5XCheckpoint:
     in_store = (item / MANIFEST_FILE).is_file()
     if metadata.get("use_ocdbt", in_store) and not in_store:
         raise FileNotFoundError(f"{item / MANIFEST_FILE} is missing: {path} says the arrays are there; copy it again.")
+    # Orbax once left out chunks of zeros.
+    complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
     leaves = {}
     for name, shape in _names(metadata, path).items():
         dotted = name.replace("/", ".")
-        folder = {"driver": "file", "path": f"{item / dotted}/"}
-        array = tensorstore_files.open_array(
-            tensorstore_files.place_in_store(item, dotted) if in_store else folder, f"{item}: array {name!r}", driver
-        )
+        place = tensorstore_files.place_in_store(item, dotted)
+        if not in_store:
+            place = {"driver": "file", "path": f"{item / dotted}/"}
+        where = f"{item}: array {name!r}"
+        array = tensorstore_files.open_array(place, where, driver=driver, complete=complete)
         if shape is not None and shape != array.shape:
-            raise CheckpointFileError(f"{item}: array {name!r} has shape {array.shape}: {METADATA_FILE} says {shape}.")
+            raise CheckpointFileError(f"{where} has shape {array.shape}: {METADATA_FILE} says {shape}.")
         leaves[name] = array
     return checkpoint_of(leaves, _FORM, item)
 
@@ -215,7 +217,7 @@ def writer(directory: Path, final: Path, step: int, specs: Mapping[str, ArraySpe
     """
     item = directory / STATE_ITEM
     item.mkdir()
-    store = tensorstore_files.ArrayStore(item, chunk_bytes)
+    store = tensorstore_files.ArrayStore(item, max(chunk_bytes, CHUNK_BYTES))
     return OrbaxWriter(directory, final, step, specs, chunk_bytes, time.time_ns(), store, Expected(specs))
 
 

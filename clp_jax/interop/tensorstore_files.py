@@ -12,13 +12,14 @@ from clp_jax.interop.arrays import CheckpointFileError, LazyArray, Region, shape
 _COMPRESSOR = {"id": "zstd", "level": 1}
 
 
-def open_array(kvstore: Mapping[str, Any], where: str, driver: str = "zarr") -> LazyArray:
+def open_array(kvstore: Mapping[str, Any], where: str, *, driver: str = "zarr", complete: bool) -> LazyArray:
     """Opens an array.
 
     Args:
         kvstore: TensorStore's specification of where the array's keys are.
         where: the array, for messages.
         driver: ``"zarr"`` or ``"zarr3"``.
+        complete: whether all chunks are there; otherwise one that is missing holds the array's fill value alone.
 
     Returns:
         The array, read chunk by chunk.
@@ -27,10 +28,7 @@ def open_array(kvstore: Mapping[str, Any], where: str, driver: str = "zarr") -> 
         FileNotFoundError: there is no such array.
         CheckpointFileError: it can't be opened.
     """
-    spec: dict[str, Any] = {"driver": driver, "kvstore": dict(kvstore)}
-    if driver == "zarr":
-        # A chunk that is missing is no chunk of zeros.
-        spec["fill_missing_data_reads"] = False
+    spec = {"driver": driver, "kvstore": dict(kvstore), "fill_missing_data_reads": not complete}
     store = _wait(ts.open(spec, open=True, read=True), where)
     chunk = tuple(store.chunk_layout.read_chunk.shape or ())  # None for a scalar.
 

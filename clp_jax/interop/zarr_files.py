@@ -53,7 +53,8 @@ def read(directory: Path) -> LazyArray:
     metadata = _parse(path)
     compressor = (metadata.get("compressor") or {}).get("id")
     if metadata.get("filters") or metadata.get("order") != "C" or compressor not in (None, "gzip", "zlib"):
-        return tensorstore_files.open_array({"driver": "file", "path": f"{directory}/"}, str(directory))
+        place = {"driver": "file", "path": f"{directory}/"}
+        return tensorstore_files.open_array(place, str(directory), complete=metadata.get("fill_value") is None)
     shape, chunks = tuple(metadata["shape"]), tuple(metadata["chunks"])
     separator = metadata.get("dimension_separator", ".")
     dtype = _dtype(metadata["dtype"], path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flax import nnx
@@ -94,6 +95,13 @@ class LayerKind:
     rope: Rope | None
     sparse: bool
     mlp_dim: int
+
+
+def period_of(kinds: Sequence[LayerKind]) -> int:
+    """The length of the shortest pattern that repeats through all layers, the last time perhaps cut short."""
+    return next(
+        size for size in range(1, len(kinds) + 1) if all(kind == kinds[i % size] for i, kind in enumerate(kinds))
+    )
 
 
 @serializable
@@ -247,26 +255,29 @@ class ModelConfig:
         buckets = Buckets(self.num_buckets, self.max_distance, not causal) if self.num_buckets else None
         return Pattern(causal, kind.window, self.attention_scale, self.attention_cap, buckets)
 
-    def layer_kinds(self, num_layers: int) -> tuple[LayerKind, ...]:
-        """The layers of a stack, first to last."""
+    def layer_kinds(self, num_layers: int, *, causal: bool = True) -> tuple[LayerKind, ...]:
+        """The layers of a stack, first to last; a causal one may have a router of its own."""
         kinds = []
         for layer in range(num_layers):
+            moe = self.moe
             local = self.window is not None and self.window_pattern[layer % len(self.window_pattern)]
-            chosen = self.moe is not None and layer % self.moe.every == self.moe.every - 1
+            chosen = moe is not None and layer % moe.every == moe.every - 1
             kinds.append(
                 LayerKind(
                     window=self.window if local else None,
                     rope=self.local_rope if local and self.local_rope is not None else self.rope,
-                    sparse=chosen and not self.moe.dense,
-                    mlp_dim=self._twin_dim() if chosen and self.moe.dense else self.mlp_dim,
+                    sparse=moe is not None and chosen and not moe.dense,
+                    mlp_dim=self._twin_dim(causal) if moe is not None and chosen and moe.dense else self.mlp_dim,
                 )
             )
         return tuple(kinds)
 
-    def _twin_dim(self) -> int:
-        assert self.moe is not None
-        width = self.moe.mlp_dim or self.mlp_dim
-        return round(width * self.moe.router.experts_per_token) + self.moe.shared_dim
+    def _twin_dim(self, causal: bool) -> int:
+        moe = self.moe
+        assert moe is not None
+        router = moe.decoder_router if causal and moe.decoder_router is not None else moe.router
+        width = round((moe.mlp_dim or self.mlp_dim) * router.experts_per_token)
+        return width + moe.shared_dim + (self.mlp_dim if moe.extra_mlp else 0)
 
     def _depths(self) -> tuple[str, ...]:
         return tuple(

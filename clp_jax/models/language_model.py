@@ -1,14 +1,15 @@
 """What every policy has: embedded tokens in, logits out; and what passes between reading prompts and writing completions."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clp_jax.array_types import Array, Float, Int
-from clp_jax.models.config import ModelConfig
+from clp_jax.array_types import Array, Float, Int, Metrics
+from clp_jax.models.config import ModelConfig, MoEConfig
 from clp_jax.nn.embeddings import Embedding
 from clp_jax.nn.linear import Linear
 from clp_jax.nn.routing import RoutingStatistics
@@ -25,7 +26,7 @@ class Encoded:
         content: an encoder's states ``[B, S, D]``, or a decoder's keys and values.
         tokens: ``int32[B, S]``.
         places: where they stand.
-        routing: what the routers did with them, one statistic for each sparse layer; None without any.
+        routing: what the routers did with them: statistics of several layers each, stacked; none without experts.
     """
 
     content: Any
@@ -41,7 +42,7 @@ class Decoded:
 
     Attributes:
         hidden: ``[R, T, D]`` before the head.
-        routing: what the routers did with prompts and completions; None without any.
+        routing: what the routers did with prompts and completions; none without experts.
     """
 
     hidden: Float[Array, "R T D"]
@@ -50,6 +51,8 @@ class Decoded:
 
 class LanguageModel(nnx.Module):
     """The embedding and the head."""
+
+    logits_head: Linear  # Of an untied policy; made last.
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -90,3 +93,28 @@ def make_head(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
 def in_order(segments: Int[Array, "B S"]) -> Places:
     """Places counted from the start of the row: within a segment, distances are what they should be."""
     return Places(jnp.arange(segments.shape[1])[None], segments)
+
+
+# Loads of more experts than these are told by the largest and the smallest alone.
+MAX_LOADS = 32
+
+
+def routing_loss(moe: MoEConfig | None, routing: Sequence[RoutingStatistics]) -> tuple[Float[Array, ""], Metrics]:
+    """The routers' auxiliary loss, averaged over all sparse layers, and metrics.
+
+    Args:
+        moe: the weights of load-balance loss and z-loss.
+        routing: of all stacks; none gives 0 and no metrics.
+    """
+    if moe is None or not routing:
+        return jnp.zeros(()), {}
+
+    def mean(name: str) -> Array:
+        return jnp.concatenate([getattr(layers, name) for layers in routing]).mean(0)
+
+    metrics = {f"router/{name}": mean(name) for name in ("balance_loss", "z_loss", "dropped", "entropy")}
+    load = mean("load")
+    metrics |= {"router/load_max": load.max(), "router/load_min": load.min()}
+    if load.shape[0] <= MAX_LOADS:
+        metrics |= {f"router/load_{expert:02d}": load[expert] for expert in range(load.shape[0])}
+    return moe.balance_weight * metrics["router/balance_loss"] + moe.z_weight * metrics["router/z_loss"], metrics

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
-from clp_jax.models.config import LayerKind, ModelConfig
+from clp_jax.models.config import LayerKind, ModelConfig, period_of
 from clp_jax.nn.attention import Attention, Keys, Quantized, Sight, look
 from clp_jax.nn.linear import dropout
 from clp_jax.nn.mlp import MLP
@@ -111,9 +111,9 @@ class Layer(nnx.Module):
         normed = self.self_attention_norm(x) if self.config.pre_norm else x
         query, new = attention.project_q(normed, view.turned), attention.project_kv(normed, view.turned)
         view = self._with_own_bias(view)
-        seen = [Keys(*new, view.sight)] if cache is None else cache(new, view)
+        seen = [Keys(new[0], new[1], view.sight)] if cache is None else cache(new, view)
         if prefix is not None and view.prefix is not None:
-            seen = [Keys(*prefix, view.prefix), *seen]
+            seen = [Keys(prefix[0], prefix[1], view.prefix), *seen]
         y = attention.attend(query, seen, fold(key, 0))
         if self.config.post_norm:
             y = self.self_attention_post_norm(y)
@@ -126,7 +126,7 @@ class Layer(nnx.Module):
         if cross is not None:
             kv, sight = cross
             query = self.cross_attention.project_q(self.cross_attention_norm(x))
-            y = self.cross_attention.attend(query, [Keys(*kv, sight)], fold(key, 4))
+            y = self.cross_attention.attend(query, [Keys(kv[0], kv[1], sight)], fold(key, 4))
             x = x + dropout(y, rate, key, salt=5)
         y, routing = self._feed_forward(self.mlp_norm(x) if self.config.pre_norm else x, present, fold(key, 2))
         x = x + dropout(y, rate, key, salt=3)
@@ -142,7 +142,7 @@ class Layer(nnx.Module):
         self, x: Array, present: Array, key: PRNGKeyArray | None
     ) -> tuple[Array, RoutingStatistics | None]:
         routing = None
-        if self.sparse:
+        if isinstance(self.mlp, MoE):
             y, routing = self.mlp(x, jnp.broadcast_to(present, x.shape[:2]), key)
         else:
             y = self.mlp(x, key)
@@ -222,8 +222,8 @@ class Stack(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, num_layers: int, rngs: nnx.Rngs, *, causal: bool, cross: bool = False):
-        self.kinds = config.layer_kinds(num_layers)
-        self.period = _period(self.kinds)
+        self.kinds = config.layer_kinds(num_layers, causal=causal)
+        self.period = period_of(self.kinds)
         self.config, self.causal = config, causal
         if config.num_buckets and not config.bias_per_layer:
             self.relpos_bias = _position_bias(config, rngs)
@@ -264,7 +264,7 @@ class Stack(nnx.Module):
         kept, routings = [], []
         for run, periods in enumerate(self.runs()):
             length, count = len(layers_of(periods)), depth(periods)
-            keys = None if dropout_key is None else jax.random.split(fold(dropout_key, 10 + run), (count, length))
+            keys = None if dropout_key is None else _layer_keys(dropout_key, run, count, length)
 
             def body(period: Any, x: Array, inputs: Any, views: list[View] = views[:length]):
                 before, keys = inputs
@@ -319,11 +319,8 @@ class Stack(nnx.Module):
         )
 
 
-def _period(kinds: Sequence[LayerKind]) -> int:
-    """The length of the shortest pattern that repeats through all layers, the last time perhaps cut short."""
-    return next(
-        size for size in range(1, len(kinds) + 1) if all(kind == kinds[i % size] for i, kind in enumerate(kinds))
-    )
+def _layer_keys(key: PRNGKeyArray, run: int, count: int, length: int) -> Array:
+    return jax.random.split(jax.random.fold_in(key, 10 + run), (count, length))
 
 
 def _of_period(make: Sequence[Callable[[nnx.Rngs], Layer]]) -> Callable[[nnx.Rngs], nnx.Module]:

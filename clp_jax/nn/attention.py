@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,10 +119,7 @@ def dot_product_attention(
         return _context(query, weights, keys[0])
     # The samples of a prompt are further positions of its row; together with keys of their own they are rows.
     rows, length = query.shape[:2]
-    masks = [
-        _as_rows(jnp.broadcast_to(part.sight.mask[:, None], (x.shape[0], 1, *x.shape[2:])), rows, length)
-        for part, x in zip(keys, logits, strict=True)
-    ]
+    masks = [_mask_rows(part.sight, x, rows, length) for part, x in zip(keys, logits, strict=True)]
     joined = jnp.concatenate([_as_rows(x, rows, length) for x in logits], axis=-1)
     weights = _softmax(joined, jnp.concatenate(masks, axis=-1), query.dtype, dropout_rate, dropout_key)
     ends = [sum(x.shape[-1] for x in logits[: i + 1]) for i in range(len(keys) - 1)]
@@ -129,6 +127,12 @@ def dot_product_attention(
     for part, mine in zip(keys, jnp.split(weights, ends, axis=-1), strict=True):
         out = out + _context(query, _from_rows(mine, _rows_of(part)), part)
     return out
+
+
+def _mask_rows(sight: Sight, logits: Float[Array, "B N nT S"], rows: int, length: int) -> Bool[Array, "R one T S"]:
+    assert sight.mask is not None
+    whole = jnp.broadcast_to(sight.mask[:, None], (logits.shape[0], 1, *logits.shape[2:]))
+    return _as_rows(whole, rows, length)
 
 
 def _rows_of(part: Keys) -> int:
@@ -294,11 +298,8 @@ class Attention(nnx.Module):
         self, query: Float[Array, "R T N H"], keys: Sequence[Keys], dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "R T D"]:
         """Attention and the output projection."""
-        options = {"dropout_rate": self.dropout_rate, "dropout_key": dropout_key}
-        if all(part.sight.mask is not None for part in keys):
-            context = dot_product_attention(query, keys, **options)
-        else:
-            context = _blocked_attention(query, keys, **options)
+        attend = dot_product_attention if all(part.sight.mask is not None for part in keys) else _blocked_attention
+        context = attend(query, keys, dropout_rate=self.dropout_rate, dropout_key=dropout_key)
         return self.out(context.reshape(*context.shape[:2], -1))
 
     def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
@@ -329,7 +330,13 @@ def look(
     return Sight(pattern, queries, keys, mask=visible(pattern, queries, keys), bias=bias, table=None, aligned=aligned)
 
 
-def _blocked_attention(query: Float[Array, "R T N H"], keys: Sequence[Keys], **options) -> Float[Array, "R T N H"]:
+def _blocked_attention(
+    query: Float[Array, "R T N H"],
+    keys: Sequence[Keys],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "R T N H"]:
     """Attention that holds no array of all pairs."""
     rows = query.shape[0]
     first = keys[0].sight
@@ -346,11 +353,12 @@ def _blocked_attention(query: Float[Array, "R T N H"], keys: Sequence[Keys], **o
             keys=first.keys,
             table=first.table,
             aligned=first.aligned,
-            **options,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
         )
         return out.reshape(query.shape)
 
-    def join(arrays: Sequence[Array], axis: int) -> Array:
+    def join(arrays: Sequence[Any], axis: int) -> Array:
         each = [jnp.repeat(x, rows // x.shape[0], axis=0) for x in arrays]
         return jnp.concatenate(each, axis=axis)
 
@@ -368,5 +376,6 @@ def _blocked_attention(query: Float[Array, "R T N H"], keys: Sequence[Keys], **o
             join([first.keys.segments, stand.segments], 1),
         ),
         table=first.table if own.table is None else own.table,
-        **options,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
     )

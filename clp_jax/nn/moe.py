@@ -87,6 +87,7 @@ class Experts(nnx.Module):
         def wi():
             return ExpertKernels(rngs, num_experts, embed_dim, mlp_dim, axes=("embed", "mlp"), dtype=dtype)
 
+        self.mlp_dim = mlp_dim
         self.gated = gated
         self.activation = activation
         self.dropout_rate = dropout_rate
@@ -285,11 +286,9 @@ def _dropless(
     arrays = (x, mask, experts.reshape(per_row), gates.reshape(per_row))
     mesh = active_mesh()
     batch_axes, expert_axes = active_axes("batch", len(x)), active_axes("act_expert", num_experts)
-    local = _Local(moe.experts, routing, num_experts, batch_axes, expert_axes)
-    if mesh is None or not batch_axes + expert_axes:
-        y = local(*arrays, moe.experts.kernels(), key)
-    else:
-        y = _on_shards(local, mesh)(*arrays, moe.experts.kernels(), key)
+    length_axes = tuple(axis for axis in active_axes("length", x.shape[1]) if axis not in expert_axes)
+    local = _Local(moe.experts, routing, num_experts, batch_axes, length_axes, expert_axes)
+    y = (local if mesh is None else _on_shards(local, mesh))(*arrays, moe.experts.kernels(), key)
     statistics = routing_statistics(
         scores, mask.reshape(1, -1), chosen[None], chosen.sum(0).astype(jnp.int32), jnp.zeros(())
     )
@@ -305,6 +304,7 @@ class _Local:
         routing: the router.
         num_experts: ``E``, on all devices.
         batch_axes: mesh axes that shard the batch here.
+        length_axes: mesh axes that shard positions here.
         expert_axes: mesh axes that shard the experts here.
     """
 
@@ -312,6 +312,7 @@ class _Local:
     routing: Dropless
     num_experts: int
     batch_axes: tuple[str, ...]
+    length_axes: tuple[str, ...]
     expert_axes: tuple[str, ...]
 
     def __call__(
@@ -322,8 +323,8 @@ class _Local:
         if shared:
             x, mask = (jax.lax.all_gather(value, shared, axis=0, tiled=True) for value in (x, mask))
             experts, gates = (jax.lax.all_gather(value, shared, axis=1, tiled=True) for value in (experts, gates))
-        if key is not None and self.batch_axes + self.expert_axes:
-            devices = tuple(dict.fromkeys(self.batch_axes + self.expert_axes))
+        devices = tuple(dict.fromkeys(self.batch_axes + self.length_axes + self.expert_axes))
+        if key is not None and devices:
             key = jax.random.fold_in(key, jax.lax.axis_index(devices))
 
         num_local = len(kernels[0])
@@ -352,14 +353,16 @@ def _grouped(rows: Array, kernels: Array, *, owned: Array, block: int) -> Array:
 
 
 def _on_shards(local: _Local, mesh: Mesh) -> Callable[..., Array]:
-    """`local` on every device; axes that shard neither batch nor experts stay with the compiler."""
-    batch, expert = PartitionSpec(local.batch_axes), PartitionSpec(local.expert_axes)
-    pairs = PartitionSpec(None, local.batch_axes)
+    """`local` on every device, but for what shards the hidden layer: that stays with the compiler."""
+    tokens = (local.batch_axes, local.length_axes)
+    per_token, per_pair = PartitionSpec(*tokens), PartitionSpec(None, *tokens)
+    # Axes that shard nothing here may shard groups of preferences, under `jax.vmap`.
+    hidden = active_axes("act_mlp", local.experts.mlp_dim)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(batch, batch, pairs, pairs, expert, PartitionSpec()),
-        out_specs=batch,
-        axis_names=set(local.batch_axes + local.expert_axes),
+        in_specs=(per_token, per_token, per_pair, per_pair, PartitionSpec(local.expert_axes), PartitionSpec()),
+        out_specs=per_token,
+        axis_names=set(mesh.axis_names) - set(hidden),
         check_vma=False,
     )

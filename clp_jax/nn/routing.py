@@ -16,7 +16,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
+from clp_jax.array_types import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from clp_jax.nn.slots import Slots, fill_slots, rank_choices
 
 MAX_BLOCK = 128
@@ -40,20 +40,20 @@ class RoutingStatistics:
         tokens: valid ones.
     """
 
-    balance_loss: Float[Array, "*layers"]
-    z_loss: Float[Array, "*layers"]
-    load: Float[Array, "*layers E"]
-    dropped: Float[Array, "*layers"]
-    entropy: Float[Array, "*layers"]
-    choice_share: Float[Array, "*layers E"]
-    mean_probability: Float[Array, "*layers E"]
-    tokens: Float[Array, "*layers"]
+    balance_loss: Float[ArrayLike, "*layers"]
+    z_loss: Float[ArrayLike, "*layers"]
+    load: Float[ArrayLike, "*layers E"]
+    dropped: Float[ArrayLike, "*layers"]
+    entropy: Float[ArrayLike, "*layers"]
+    choice_share: Float[ArrayLike, "*layers E"]
+    mean_probability: Float[ArrayLike, "*layers E"]
+    tokens: Float[ArrayLike, "*layers"]
 
     def joined(self, other: "RoutingStatistics") -> "RoutingStatistics":
         """What the same layers did with these tokens and with others: means weighted by their numbers."""
         share = self.tokens / jnp.maximum(self.tokens + other.tokens, 1)
 
-        def mean(a: Array, b: Array) -> Array:
+        def mean(a: ArrayLike, b: ArrayLike) -> Array:
             weight = share.reshape(share.shape + (1,) * (a.ndim - share.ndim))
             return weight * a + (1 - weight) * b
 
@@ -220,7 +220,10 @@ class ExpertChoice:
         """Gives each expert its ``C`` best tokens of one group, the best first; see `TokenChoice.assign`."""
         num_tokens, num_experts = probs.shape
         capacity = self.capacity(num_tokens, num_experts, training)
-        gates, tokens = jax.lax.top_k(jnp.where(mask[:, None], probs, -1.0).T, capacity)
+        wanted = jnp.where(mask[:, None], probs, -1.0).T
+        # A sort, because `jax.lax.top_k` gathers what is sharded.
+        tokens = jnp.argsort(jax.lax.stop_gradient(-wanted), stable=True)[:, :capacity]
+        gates = jnp.take_along_axis(wanted, tokens, 1)
         holds = gates >= 0
         source = jnp.where(holds, tokens, num_tokens).reshape(-1)
         kept = holds.sum(-1)
@@ -342,10 +345,14 @@ def top_k(
         k: at most ``E``.
         renormalize: whether a token's weights sum to one.
     """
-    experts = jnp.argmax(probs, -1)[None] if k == 1 else jax.lax.top_k(probs, k)[1].T
+    # One maximum after another: `jax.lax.top_k` is slower for few, and gathers what is sharded.
+    experts, left = [], jax.lax.stop_gradient(probs)
+    for _ in range(k):
+        experts.append(jnp.argmax(left, -1))
+        left = jnp.where(jax.nn.one_hot(experts[-1], probs.shape[-1], dtype=jnp.bool_), -1.0, left)
     # A product with 0 and 1, whose gradient is no scatter.
-    gates = (jax.nn.one_hot(experts, probs.shape[-1], dtype=probs.dtype) * probs[None]).sum(-1)
-    return experts, gates / gates.sum(0, keepdims=True) if renormalize else gates
+    gates = (jax.nn.one_hot(jnp.stack(experts), probs.shape[-1], dtype=probs.dtype) * probs[None]).sum(-1)
+    return jnp.stack(experts), gates / gates.sum(0, keepdims=True) if renormalize else gates
 
 
 def balance_loss(

@@ -14,6 +14,9 @@ from clp_jax.sampling.decoder import Decoder
 from clp_jax.sampling.logit_mixing import mix_log_probs
 from clp_jax.sampling.slots import SlotDecoder
 
+# A log-probability that no policy gives to a token by itself.
+_FLOOR = -1e3
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +198,8 @@ class ContrastiveDecoder:
         """The logits from both policies' log-probabilities."""
         amateur = jax.nn.log_softmax(amateur / self.amateur_temperature, axis=-1)
         plausible = expert >= jnp.max(expert, axis=-1, keepdims=True) + jnp.log(self.plausibility)
-        # Where the amateur rules a token out, that alone must not make it certain.
-        amateur = jnp.maximum(amateur, jnp.finfo(jnp.float32).min)
+        # What the amateur rules out wins, and the expert chooses among several such tokens: infinities would not let it.
+        amateur = jnp.maximum(amateur, _FLOOR)
         return jnp.where(plausible, expert - self.strength * amateur, -jnp.inf)
 
     def select(self, state: Any, rows: Int[Array, "R"]) -> Any:

@@ -212,10 +212,8 @@ class Engine:
     def step(self) -> list[Result]:
         """Fills free slots, writes one chunk, hands out its tokens, and returns the requests that are done."""
         self._admit_waiting()
-        running = [ticket for ticket in self._slots if ticket is not None]
-        if running:
+        if any(self._slots):
             self._write_chunk()
-        self._slots = [ticket if ticket is not None and ticket.is_active else None for ticket in self._slots]
         results = []
         for number in sorted(self._ended):
             request, rows = self._requests[number]
@@ -232,6 +230,7 @@ class Engine:
             yield from self.step()
 
     def _admit_waiting(self) -> None:
+        self._slots = [ticket if ticket is not None and ticket.is_active else None for ticket in self._slots]
         self._waiting = collections.deque(ticket for ticket in self._waiting if ticket.is_active)
         free = collections.deque(slot for slot, ticket in enumerate(self._slots) if ticket is None)
         while free and self._waiting:

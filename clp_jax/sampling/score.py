@@ -19,10 +19,12 @@ class Forced:
     Attributes:
         log_probs: ``float32[R, T]`` of the tokens; 0 on padding.
         hidden: ``[R, T, D]`` the states before the head, each from the tokens before it only.
+        routing: what the routers did; none without experts.
     """
 
     log_probs: Float[Array, "R T"]
     hidden: Float[Array, "R T D"]
+    routing: tuple[Any, ...] = ()
 
 
 def shift_right(tokens: Int[Array, "R T"], start_id: int) -> Int[Array, "R T"]:
@@ -41,11 +43,11 @@ def teacher_force(
         tokens: completions, padded at the end.
         mask: 1 on the tokens that count; by default those up to and including the first end of sequence.
     """
-    hidden = model.decode(shift_right(tokens, model.config.start_id), model.encode(inputs)).hidden
+    decoded = model.decode(shift_right(tokens, model.config.start_id), model.encode(inputs))
     if mask is None:
         mask = completion_mask(tokens, model.config.eos_ids)
-    log_probs = token_log_probs(model.logits(hidden), tokens) * mask
-    return Forced(log_probs=log_probs, hidden=hidden)
+    log_probs = token_log_probs(model.logits(decoded.hidden), tokens) * mask
+    return Forced(log_probs=log_probs, hidden=decoded.hidden, routing=decoded.routing)
 
 
 def score(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import Params
-from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.preferences import Preference
@@ -62,7 +62,7 @@ class Server:
         self,
         policy: Policy,
         conditioning: Conditioning,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | TokenIds,
         config: ServingConfig,
         on_tokens: OnTokens = lambda prompt, sample, tokens: None,
     ):
@@ -91,7 +91,7 @@ class Server:
         self, params: Params, sampling: SamplingConfig, prompts: Sequence[tuple[tuple[int, ...], int]]
     ) -> Iterator[tuple[int, list[Completion]]]:
         engine = self._prepared(params, sampling, max((len(tokens) for tokens, _ in prompts), default=1))
-        numbers = {}
+        numbers: dict[int, int] = {}
         engine.on_tokens = lambda number, sample, tokens: self._on_tokens(numbers[number], sample, tokens)
         for index, (tokens, seed) in enumerate(prompts):
             numbers[engine.submit(Request(tokens, seed=seed, num_samples=self.config.num_samples))] = index

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
+from clp_jax.models.language_model import routing_loss
 from clp_jax.models.policy import Policy
 from clp_jax.objectives.advantages import return_to_go, scalarize
 from clp_jax.objectives.kl import per_token_kl
@@ -75,8 +76,10 @@ class PolicyGradientLoss:
         )
         policy_loss, policy_metrics = reinforce_loss(log_probs, advantages, rollout.mask)
         count = jnp.asarray(rows, jnp.float32)
-        metrics = metrics | policy_metrics | self._metrics(experience, kl, reward)
-        return policy_loss * count + baseline_loss, count, metrics
+        # Of a group at a time; groups are as many as rows allow, their statistics stacked like layers.
+        auxiliary, routing = routing_loss(self.policy.config.moe, forced.routing) if forced.routing else (0.0, {})
+        metrics = metrics | policy_metrics | routing | self._metrics(experience, kl, reward)
+        return (policy_loss + auxiliary) * count + baseline_loss, count, metrics
 
     def _metrics(self, experience: Experience, kl: Array, reward: Array) -> Metrics:
         rollout = experience.rollout

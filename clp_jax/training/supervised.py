@@ -15,8 +15,11 @@ from clp_jax.data.batch import Batch
 from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.models.config import PaLMConfig, T5Config
-from clp_jax.models.policy import Policy
+from clp_jax.models.language_model import routing_loss
+from clp_jax.models.layout import upcycled
+from clp_jax.models.policy import Policy, check_parameters
 from clp_jax.models.serialization import from_json, to_json
+from clp_jax.models.transformer import fold
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.stage import DataBatches, StageSetup
@@ -35,6 +38,7 @@ class Supervised:
         batch_size: rows in a batch.
         z_loss: coefficient of ``(log Z)²``.
         initial_checkpoint: a run whose parameters it starts from; None starts from scratch.
+        upcycle: whether the initial checkpoint is a dense policy whose blocks become the experts (`upcycled`).
         evaluation_batches: of the validation split.
     """
 
@@ -43,6 +47,7 @@ class Supervised:
     batch_size: int = 64
     z_loss: float = 0.0
     initial_checkpoint: str | None = None
+    upcycle: bool = False
     evaluation_batches: int = 8
 
     def __post_init__(self):
@@ -83,13 +88,19 @@ class Supervised:
     def _initial(self, policy: Policy, seed: int) -> Params | Callable[[], Params]:
         if self.initial_checkpoint is None:
             return lambda: policy.init(jax.random.key(seed))
-        params, description, _ = load_params(self.initial_checkpoint, expected=policy.abstract())
-        stored = to_json(from_json(description["model"]))
-        for name, value in to_json(self.model).items():
-            if name not in _FREE_FIELDS and stored.get(name) != value:
-                raise ValueError(
-                    f"{self.initial_checkpoint} is of another model: its {name} is {stored.get(name)}, model has {value}."
-                )
+        params, description, _ = load_params(self.initial_checkpoint)
+        dense = from_json(description["model"])
+        stored, wanted = to_json(dense), to_json(self.model)
+        for name, value in wanted.items():
+            if name in _FREE_FIELDS or stored.get(name) == value or (self.upcycle and name == "moe"):
+                continue
+            hint = " To make its blocks the experts, set upcycle=True." if name == "moe" and not self.upcycle else ""
+            raise ValueError(
+                f"{self.initial_checkpoint} is of another model: its {name} is {stored.get(name)}, model has {value}.{hint}"
+            )
+        if self.upcycle:
+            params = upcycled(params, dense, self.model, jax.random.key(seed))
+        check_parameters(policy.abstract(), params)
         return jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
 
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
@@ -124,12 +135,15 @@ class SupervisedLoss:
         return loss, weight, jax.tree.map(lambda total: total / jnp.maximum(weight, 1.0), sums)
 
     def sums(self, params: Params, batch: Batch, key: PRNGKeyArray | None) -> tuple[Array, Array, Metrics]:
-        """Summed loss, number of target tokens, and summed metrics; `key` None turns dropout off."""
-        logits = self.policy.bind(params)(
-            jnp.asarray(batch.inputs),
-            jnp.asarray(batch.decoder_inputs),
-            encoder_segments=jnp.asarray(batch.input_segments),
-            decoder_segments=jnp.asarray(batch.target_segments),
-            dropout_key=key,
+        """Summed loss, number of target tokens, and summed metrics; `key` None is evaluation."""
+        model = self.policy.bind(params)
+        encoded = model.encode(jnp.asarray(batch.inputs), jnp.asarray(batch.input_segments), dropout_key=fold(key, 0))
+        decoded = model.decode(
+            jnp.asarray(batch.decoder_inputs), encoded, jnp.asarray(batch.target_segments), dropout_key=fold(key, 1)
         )
-        return token_cross_entropy(logits, jnp.asarray(batch.targets), jnp.asarray(batch.loss_weights), self.z_loss)
+        loss, weight, metrics = token_cross_entropy(
+            model.logits(decoded.hidden), jnp.asarray(batch.targets), jnp.asarray(batch.loss_weights), self.z_loss
+        )
+        auxiliary, routing = routing_loss(self.policy.config.moe, decoded.routing)
+        # A mean of its own: it weighs as the mean cross-entropy does, whatever the number of tokens.
+        return loss + auxiliary * weight, weight, metrics | {name: value * weight for name, value in routing.items()}

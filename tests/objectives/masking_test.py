@@ -40,3 +40,10 @@ def test_a_completion_ends_with_its_first_end_of_sequence():
     assert mask.dtype == jnp.float32
     np.testing.assert_array_equal(mask, expected)
     np.testing.assert_array_equal(completion_mask(tokens, eos_id=6)[1], [1, 1, 0, 0])
+
+
+def test_a_completion_ends_with_the_first_of_several_ends_or_never():
+    tokens = jnp.asarray([[5, 1, 0, 6], [5, 6, 1, 1], [6, 6, 6, 6], [5, 0, 0, 7]], jnp.int32)
+    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(completion_mask(tokens, eos_id=(1, 6)), expected)
+    np.testing.assert_array_equal(completion_mask(tokens, eos_id=()), np.ones((4, 4)))

@@ -1,13 +1,12 @@
 """Beam search against transformers' on a random T5: the same tokens and scores under every setting."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from other_tests import load
 
 torch = pytest.importorskip("torch", reason="the parity reference needs the extra `hf` (torch)")
 transformers = pytest.importorskip("transformers", reason="the parity reference needs the extra `hf` (transformers)")
@@ -27,19 +26,10 @@ SIZES = dict(
 BAD_WORDS = ((5,), (7, 7), (3, 4))
 
 
-def conversion():
-    """The module that makes torch's T5 and converts it."""
-    path = Path(__file__).parents[1] / "models" / "t5_huggingface_test.py"
-    spec = importlib.util.spec_from_file_location("torch_t5", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def models():
     """The torch model, and ours with its parameters: peaked distributions, ends likely enough to come early."""
-    theirs, config = conversion(), T5Config.t5_1_1(**SIZES, num_buckets=8, max_distance=12)
+    theirs, config = load("models/t5_huggingface_test.py"), T5Config.t5_1_1(**SIZES, num_buckets=8, max_distance=12)
     model = theirs.torch_model(config)
     with torch.no_grad():
         model.shared.weight *= 0.3

@@ -14,19 +14,23 @@ from clp_jax.sampling.json_lines import Answers, Limits, Line, answers, batches,
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory) -> Vocabulary:
     path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.model"
-    train_vocabulary(["the quick brown fox jumps over the lazy dog"] * 3, 40, path)
+    train_vocabulary(["the quick brown fox jumps over the lazy dog"] * 3, 31, path)
     return Vocabulary(path)
 
 
 def read(tmp_path, vocabulary, *lines: bytes, with_targets: bool = True, **limits) -> list[Line]:
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    sizes = dict(vocab_size=40, inputs=8, targets=6, pad_id=0) | limits
+    sizes = dict(vocab_size=31, inputs=8, targets=6, pad_id=0) | limits
     return read_lines(tmp_path / "in.jsonl", vocabulary, Limits(**sizes), with_targets=with_targets)
 
 
 def test_texts_become_what_the_policy_reads_and_lists_stay(tmp_path, vocabulary):
     text, ids = read(
-        tmp_path, vocabulary, b'{"inputs": "fox", "targets": "dog", "id": 7}', b"", b'{"inputs": [3, 1], "targets": [4]}'
+        tmp_path,
+        vocabulary,
+        b'{"inputs": "fox", "targets": "dog", "id": 7}',
+        b"",
+        b'{"inputs": [3, 1], "targets": [4]}',
     )
     assert text.inputs == (*vocabulary.encode("fox"), 1) and text.targets == (*vocabulary.encode("dog"), 1)
     assert (text.number, text.given) == (1, {"inputs": "fox", "targets": "dog"})
@@ -45,10 +49,10 @@ def test_targets_may_be_left_out(tmp_path, vocabulary):
         (b'["a"]', "it is not a JSON object"),
         (b'{"targets": "a"}', "it has no 'inputs'"),
         (b'{"inputs": "a"}', "it has no 'targets'"),
-        (b'{"inputs": " ", "targets": "a"}', "inputs is empty"),
+        (b'{"inputs": " ", "targets": "a"}', "the prompt is empty"),
         (b'{"inputs": [], "targets": "a"}', "inputs is empty"),
         (b'{"inputs": 3, "targets": "a"}', "inputs is 3: expected text, or a list of token ids"),
-        (b'{"inputs": [3, 40], "targets": "a"}', "token id 40, which is outside the vocabulary of 40"),
+        (b'{"inputs": [3, 31], "targets": "a"}', "token id 31, which is outside the vocabulary of 31"),
         (b'{"inputs": [3, -1], "targets": "a"}', "token id -1, which is outside"),
         (b'{"inputs": [3, 0], "targets": "a"}', "token id 0, which is padding"),
         (b'{"inputs": [3, true], "targets": "a"}', "expected text, or a list of token ids"),
@@ -69,7 +73,9 @@ def test_a_long_text_is_cut_with_a_warning(tmp_path, vocabulary, capsys):
 
 
 def test_a_file_without_a_good_line(tmp_path, vocabulary):
-    with pytest.raises(ValueError, match='in.jsonl has no good line: expected one JSON object a line, with "inputs" and'):
+    with pytest.raises(
+        ValueError, match='in.jsonl has no good line: expected one JSON object a line, with "inputs" and'
+    ):
         read(tmp_path, vocabulary, b"{}")
 
 
