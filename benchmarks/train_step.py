@@ -11,7 +11,7 @@ from measure import SHAPES, mebibytes, medians, num_bytes, parse_arguments, peak
 
 from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.policy import Policy
-from clp_jax.objectives.losses import token_cross_entropy
+from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.preferences import Preference
 from clp_jax.training.learner import Learner
 from clp_jax.training.optimizers import AdamW
@@ -83,8 +83,10 @@ def loss_of(policy: Policy, params: Any, batch: tuple[jax.Array, jax.Array]) -> 
     """Summed token loss, and the tokens."""
     inputs, targets = batch
     decoder_inputs = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
-    logits = policy.bind(params)(inputs, decoder_inputs)
-    loss, weight, _ = token_cross_entropy(logits, targets, jnp.ones(targets.shape, jnp.float32))
+    model = policy.bind(params)
+    decoded = model.decode(decoder_inputs, model.encode(inputs))
+    found = chunked_token_statistics(decoded.hidden, model.logits, targets)
+    loss, weight = -found.log_probs.sum(), jnp.asarray(targets.size, jnp.float32)
     return loss, weight
 
 

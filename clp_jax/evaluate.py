@@ -91,7 +91,7 @@ def evaluate(
         resolution = 10 if len(names) == 2 else 4
     grid = simplex_lattice(len(names), resolution) if weights is None else weights
     preferences = [Preference.of(validate_weights(row, len(names), names), alpha) for row in grid]
-    data = DataSource(data_dir, split, batch_size=min(batch_size, num_prompts), converter=prompt_batch)
+    data = _data(data_dir, split, min(batch_size, num_prompts), loaded)
     config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
     settings = {
         "checkpoints": [str(find_checkpoint(path)) for path in paths],
@@ -132,6 +132,11 @@ def evaluate(
     print_table(sweep, Console())
     print(f"results: {target}", file=sys.stderr)
     return sweep
+
+
+def _data(directory: str, split: str, batch_size: int, loaded: LoadedPolicy) -> DataSource:
+    pad_id = loaded.policy.config.pad_id
+    return DataSource(directory, split, batch_size=batch_size, converter=prompt_batch, pad_id=pad_id)
 
 
 def _check_settings(method: str, alpha: float, num_prompts: int, batch_size: int, seed: int) -> None:

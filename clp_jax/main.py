@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "clp_jax.report.report",
     "sample": "clp_jax.sample.sample",
     "score": "clp_jax.score.score",
+    "convert": "clp_jax.convert.convert",
     "experiment": "clp_jax.experiment.experiment",
 }
 

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -150,25 +151,39 @@ def constrain(x: Array, *axes: str | None) -> Array:
     Raises:
         ValueError: for an unknown name or a wrong number of names, with or without a mesh.
     """
-    if len(axes) != x.ndim:
-        raise ValueError(f"constrain: {len(axes)} axis names {axes} for an array of shape {x.shape}.")
+    sharding = activation_sharding(x.shape, axes)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def activation_sharding(shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding | None:
+    """The sharding that `constrain` gives an array, or None without an active mesh.
+
+    Args:
+        shape: of the array.
+        axes: one logical name, or None, for each dimension.
+
+    Raises:
+        ValueError: for an unknown name or a wrong number of names, with or without a mesh.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"constrain: {len(axes)} axis names {tuple(axes)} for an array of shape {tuple(shape)}.")
     for name in axes:
         if name is not None:
             _check_name(name)
     active = _active.get()
     if active is None:
-        return x
+        return None
     mesh, rules = active
-    parts = [_dividing(mesh, _as_tuple(part), size) for part, size in zip(rules.spec(axes), x.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(part or None for part in parts))))
+    parts = [_dividing(mesh, _as_tuple(part), size) for part, size in zip(rules.spec(axes), shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*(part or None for part in parts)))
 
 
 @contextlib.contextmanager
 def use_groups(num_groups: int) -> Iterator[tuple[str, ...]]:
     """Shards groups of rows before the rows in them, while a function of one group is traced under `jax.vmap`.
 
-    The mesh axes of ``batch`` go to ``group``, from the first on, as long as they divide the groups; the rest stay. So
-    the rows of all groups together lie on the devices as a batch does.
+    The mesh axes of ``batch`` go to ``group``, from the first on, as long as they divide the groups and shard no experts;
+    the rest stay. So the rows of all groups together lie on the devices as a batch does.
 
     Yields:
         The mesh axes of the groups, for ``jax.vmap(..., spmd_axis_name=...)``.
@@ -180,7 +195,9 @@ def use_groups(num_groups: int) -> Iterator[tuple[str, ...]]:
     mesh, rules = active
     table = dict(rules.table)
     axes = _as_tuple(table.get("batch"))
-    groups = _dividing(mesh, axes, num_groups)
+    # Where experts are, a device has some of them for all groups.
+    experts = _as_tuple(table.get("act_expert"))
+    groups = _dividing(mesh, tuple(itertools.takewhile(lambda axis: axis not in experts, axes)), num_groups)
     table |= {"group": groups, "batch": axes[len(groups) :]}
     with use_mesh(mesh, Rules(tuple(table.items()))):
         yield groups

@@ -19,7 +19,7 @@ from clp_jax.sampling.processors import RepetitionPenalty
 from clp_jax.sampling.session import Server, ServingConfig
 from clp_jax.sampling.stop_strings import shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
-from clp_jax.sampling.text import Completion, encode_prompts
+from clp_jax.sampling.text import Completion, prompt_tokens
 from clp_jax.training.policies import LoadedPolicy, load_policy
 
 _HELP = """\
@@ -93,14 +93,13 @@ class Session:
 
     def answer(self, prompt: str, console: Console) -> None:
         """Prints the completions of a prompt; a single sample as it is written, where somebody looks on."""
-        inputs, cut = encode_prompts(self.loaded.vocabulary, [prompt], self.config.max_prompt)
-        if cut:
+        tokens, was_cut = prompt_tokens(self.loaded.vocabulary, prompt, self.config.max_prompt)
+        if was_cut:
             text = f"warning: the prompt is longer than {self.config.max_prompt} tokens: its end was cut."
             print(text, file=sys.stderr)
-        tokens = inputs[0][inputs[0] != self.loaded.vocabulary.pad_id]
         single = self.config.num_samples == 1 and isinstance(self.config.generation, SamplingConfig)
         self._stream = _Stream(self.loaded.vocabulary, self.config.stop) if single and console.is_terminal else None
-        for _, completions in self.complete([(tuple(tokens.tolist()), self.seed)]):
+        for _, completions in self.complete([(tuple(tokens), self.seed)]):
             if self._stream is not None:
                 self._stream.end(completions[0].text)
                 continue

@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.models.conditioning import check_alpha
-from clp_jax.preferences import Preference, validate_weights
 from clp_jax.sampling.lines import Limits, answers, batches, pad_rows, read_lines
 from clp_jax.sampling.score import score as score_tokens
-from clp_jax.training.policies import LoadedPolicy, load_policy
+from clp_jax.training.policies import load_policy
 
 
 def score(
@@ -51,7 +49,7 @@ def score(
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
     loaded = load_policy(checkpoint)
-    preference = _preference(loaded, weights, alpha)
+    preference = loaded.preference(weights, alpha)
     pad_id = loaded.policy.config.pad_id
     limits = Limits(
         vocab_size=loaded.policy.config.vocab_size,
@@ -80,19 +78,3 @@ def score(
                 log_probs = row[: len(line.targets or ())]
                 total = float(log_probs.astype(np.float64).sum())
                 out.put(line, {"logprobs": [float(x) for x in log_probs], "total": total})
-
-
-def _preference(loaded: LoadedPolicy, weights: Sequence[float] | None, alpha: float) -> Preference:
-    """The preference that a user asks for.
-
-    Raises:
-        ValueError: when the policy has no rewards to weigh, or the numbers are not a preference of it.
-    """
-    names = loaded.objectives
-    if weights is not None and not names:
-        raise ValueError(f"{loaded.run_dir} has no rewards to weigh: leave weights out.")
-    count = max(1, len(names))
-    point = np.full(count, 1 / count, np.float32) if weights is None else validate_weights(weights, count, names)
-    preference = Preference.of(point, alpha)
-    check_alpha(loaded.conditioning, alpha)
-    return preference

@@ -32,6 +32,7 @@ class DataSource:
         shuffle: read in the order on disk when False.
         shard_index: this host's number.
         shard_count: hosts; each reads its slice of every global batch.
+        pad_id: what fills prompts up, a policy's; None takes the vocabulary's.
 
     Raises:
         FileNotFoundError: when the directory is not prepared.
@@ -49,6 +50,7 @@ class DataSource:
         shuffle: bool = True,
         shard_index: int = 0,
         shard_count: int = 1,
+        pad_id: int | None = None,
     ):
         self.manifest = Manifest.load(directory)
         self.manifest.verify(directory, split)
@@ -63,7 +65,7 @@ class DataSource:
             )
         self.size = self.manifest.splits[split].records
         self.position = 0
-        self._pad_id = vocabulary.pad_id
+        self._pad_id = vocabulary.pad_id if pad_id is None else pad_id
         self._where = f"split {split!r} in {directory}"
         self._paths = [str(Path(directory) / shard.name) for shard in self.manifest.splits[split].shards]
         self.batch_size = batch_size

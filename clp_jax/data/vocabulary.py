@@ -207,6 +207,39 @@ class Vocabulary:
             )
 
 
+class TokenIds:
+    """What stands for the vocabulary of a policy that came without one: ids go in and out as they are.
+
+    Args:
+        size: tokens of the policy.
+        pad_id: padding.
+        eos_ids: tokens that end a text.
+    """
+
+    def __init__(self, size: int, pad_id: int, eos_ids: tuple[int, ...]):
+        self.size, self.pad_id, self.eos_ids = size, pad_id, eos_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Refuses text.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "this policy has no tokenizer: give lists of token ids, or convert it again with --vocabulary=FILE_OR_DIR"
+        )
+
+    encode_prompt = encode_target = encode
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The ids, separated by spaces."""
+        return " ".join(str(token) for token in tokens)
+
+    def decode_batch(self, tokens: Int[np.ndarray, "B T"]) -> list[str]:
+        """Those of every row."""
+        return [self.decode(row) for row in tokens]
+
+
 class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model, with any special tokens.
 

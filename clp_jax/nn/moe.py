@@ -87,6 +87,7 @@ class Experts(nnx.Module):
         def wi():
             return ExpertKernels(rngs, num_experts, embed_dim, mlp_dim, axes=("embed", "mlp"), dtype=dtype)
 
+        self.mlp_dim = mlp_dim
         self.gated = gated
         self.activation = activation
         self.dropout_rate = dropout_rate
@@ -195,14 +196,19 @@ class MoE(nnx.Module):
 
 
 def _feed_forward(
-    experts: Experts, rows: Array, kernels: tuple[Array, ...], product: _Product, key: PRNGKeyArray | None
+    experts: Experts,
+    rows: Array,
+    kernels: tuple[Array, ...],
+    product: _Product,
+    key: PRNGKeyArray | None,
+    place: Callable[[Array], Array] = lambda hidden: hidden,
 ) -> Array:
-    """The experts' blocks, given how rows are multiplied with kernels."""
+    """The experts' blocks, given how rows are multiplied with kernels and where the hidden layer is."""
     *ways_in, out = (kernel.astype(rows.dtype) for kernel in kernels)
     hidden = ACTIVATIONS[experts.activation](product(rows, ways_in[0]))
     if experts.gated:
         hidden = hidden * product(rows, ways_in[1])
-    return product(dropout(hidden, experts.dropout_rate, key, salt=2), out)
+    return product(dropout(place(hidden), experts.dropout_rate, key, salt=2), out)
 
 
 def _with_capacity(
@@ -220,7 +226,7 @@ def _with_capacity(
     rows = constrain(there(groups), "batch", None, "act_embed")
     rows = _to_experts(rows, moe.num_experts)
     flat = rows.reshape(moe.num_experts, -1, rows.shape[-1])
-    flat = _feed_forward(moe.experts, flat, moe.experts.kernels(), _batched_product, key)
+    flat = _feed_forward(moe.experts, flat, moe.experts.kernels(), _batched_product, key, _place_hidden)
     rows = _from_experts(flat.reshape(rows.shape))
     # The sum over choices is in float32, like the weights.
     y = back(rows * slots.gates[..., None]).astype(x.dtype)
@@ -241,22 +247,25 @@ def _from_experts(rows: Float[Array, "E groups C D"]) -> Float[Array, "groups ro
 
 
 def _batched_product(rows: Float[Array, "E rows I"], kernels: Float[Array, "E I O"]) -> Float[Array, "E rows O"]:
-    axis = "act_mlp" if kernels.shape[-1] != 0 else None
-    del axis
     return jnp.einsum("eri,eio->ero", rows, kernels)
+
+
+def _place_hidden(hidden: Float[Array, "E rows F"]) -> Float[Array, "E rows F"]:
+    return constrain(hidden, "act_expert", "batch", "act_mlp")
 
 
 def _sorted(slots: Slots, num_tokens: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """The way from tokens to rows and back: both gather."""
     tokens = jnp.zeros(num_tokens, bool)
-    there = lambda x: jax.vmap(distribute)(x, slots.source, slots.slot_of)  # noqa: E731
-    back = lambda rows: jax.vmap(collect, (0, 0, 0, None))(rows, slots.source, slots.slot_of, tokens)  # noqa: E731
-    return there, back
+    return (
+        lambda x: jax.vmap(distribute)(x, slots.source, slots.slot_of),
+        lambda rows: jax.vmap(collect, (0, 0, 0, None))(rows, slots.source, slots.slot_of, tokens),
+    )
 
 
 def _one_hot(slots: Slots, num_tokens: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """The same as products with 0 and 1 (GShard, arXiv 2006.16668, section 3.2)."""
-    there = slots.source[..., None] == jnp.arange(num_tokens)
+    there = jax.nn.one_hot(slots.source, num_tokens, dtype=jnp.bool_)
     return (
         lambda x: jnp.einsum("grs,gsd->grd", there.astype(x.dtype), x),
         lambda rows: jnp.einsum("grs,grd->gsd", there.astype(rows.dtype), rows),
@@ -271,17 +280,15 @@ def _dropless(
     assert isinstance(routing, Dropless)
     scores = logits.reshape(1, -1, num_experts)
     experts, gates = top_k(jax.nn.softmax(scores[0], -1), routing.k, routing.renormalize)
-    chosen = count_choices(jnp.where(mask.reshape(-1), experts, num_experts), num_experts)
+    chosen = count_choices(jnp.where(mask.reshape(1, -1), experts, num_experts), num_experts)
 
     per_row = (routing.k, *mask.shape)
     arrays = (x, mask, experts.reshape(per_row), gates.reshape(per_row))
     mesh = active_mesh()
     batch_axes, expert_axes = active_axes("batch", len(x)), active_axes("act_expert", num_experts)
-    local = _Local(moe.experts, routing, num_experts, batch_axes, expert_axes)
-    if mesh is None or not batch_axes + expert_axes:
-        y = local(*arrays, moe.experts.kernels(), key)
-    else:
-        y = _on_shards(local, mesh)(*arrays, moe.experts.kernels(), key)
+    length_axes = tuple(axis for axis in active_axes("length", x.shape[1]) if axis not in expert_axes)
+    local = _Local(moe.experts, routing, num_experts, batch_axes, length_axes, expert_axes)
+    y = (local if mesh is None else _on_shards(local, mesh))(*arrays, moe.experts.kernels(), key)
     statistics = routing_statistics(
         scores, mask.reshape(1, -1), chosen[None], chosen.sum(0).astype(jnp.int32), jnp.zeros(())
     )
@@ -297,6 +304,7 @@ class _Local:
         routing: the router.
         num_experts: ``E``, on all devices.
         batch_axes: mesh axes that shard the batch here.
+        length_axes: mesh axes that shard positions here.
         expert_axes: mesh axes that shard the experts here.
     """
 
@@ -304,6 +312,7 @@ class _Local:
     routing: Dropless
     num_experts: int
     batch_axes: tuple[str, ...]
+    length_axes: tuple[str, ...]
     expert_axes: tuple[str, ...]
 
     def __call__(
@@ -314,8 +323,8 @@ class _Local:
         if shared:
             x, mask = (jax.lax.all_gather(value, shared, axis=0, tiled=True) for value in (x, mask))
             experts, gates = (jax.lax.all_gather(value, shared, axis=1, tiled=True) for value in (experts, gates))
-        if key is not None and self.batch_axes + self.expert_axes:
-            devices = tuple(dict.fromkeys(self.batch_axes + self.expert_axes))
+        devices = tuple(dict.fromkeys(self.batch_axes + self.length_axes + self.expert_axes))
+        if key is not None and devices:
             key = jax.random.fold_in(key, jax.lax.axis_index(devices))
 
         num_local = len(kernels[0])
@@ -344,14 +353,16 @@ def _grouped(rows: Array, kernels: Array, *, owned: Array, block: int) -> Array:
 
 
 def _on_shards(local: _Local, mesh: Mesh) -> Callable[..., Array]:
-    """`local` on every device; axes that shard neither batch nor experts stay with the compiler."""
-    batch, expert = PartitionSpec(local.batch_axes), PartitionSpec(local.expert_axes)
-    pairs = PartitionSpec(None, local.batch_axes)
+    """`local` on every device, but for what shards the hidden layer: that stays with the compiler."""
+    tokens = (local.batch_axes, local.length_axes)
+    per_token, per_pair = PartitionSpec(*tokens), PartitionSpec(None, *tokens)
+    # Axes that shard nothing here may shard groups of preferences, under `jax.vmap`.
+    hidden = active_axes("act_mlp", local.experts.mlp_dim)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(batch, batch, pairs, pairs, expert, PartitionSpec()),
-        out_specs=batch,
-        axis_names=set(local.batch_axes + local.expert_axes),
+        in_specs=(per_token, per_token, per_pair, per_pair, PartitionSpec(local.expert_axes), PartitionSpec()),
+        out_specs=per_token,
+        axis_names=set(mesh.axis_names) - set(hidden),
         check_vma=False,
     )

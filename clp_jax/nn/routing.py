@@ -16,7 +16,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
+from clp_jax.array_types import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from clp_jax.nn.slots import Slots, fill_slots, rank_choices
 
 MAX_BLOCK = 128
@@ -40,20 +40,20 @@ class RoutingStatistics:
         tokens: valid ones.
     """
 
-    balance_loss: Float[Array, "*layers"]
-    z_loss: Float[Array, "*layers"]
-    load: Float[Array, "*layers E"]
-    dropped: Float[Array, "*layers"]
-    entropy: Float[Array, "*layers"]
-    choice_share: Float[Array, "*layers E"]
-    mean_probability: Float[Array, "*layers E"]
-    tokens: Float[Array, "*layers"]
+    balance_loss: Float[ArrayLike, "*layers"]
+    z_loss: Float[ArrayLike, "*layers"]
+    load: Float[ArrayLike, "*layers E"]
+    dropped: Float[ArrayLike, "*layers"]
+    entropy: Float[ArrayLike, "*layers"]
+    choice_share: Float[ArrayLike, "*layers E"]
+    mean_probability: Float[ArrayLike, "*layers E"]
+    tokens: Float[ArrayLike, "*layers"]
 
     def joined(self, other: "RoutingStatistics") -> "RoutingStatistics":
         """What the same layers did with these tokens and with others: means weighted by their numbers."""
         share = self.tokens / jnp.maximum(self.tokens + other.tokens, 1)
 
-        def mean(a: Array, b: Array) -> Array:
+        def mean(a: ArrayLike, b: ArrayLike) -> Array:
             weight = share.reshape(share.shape + (1,) * (a.ndim - share.ndim))
             return weight * a + (1 - weight) * b
 
@@ -155,7 +155,7 @@ class TokenChoice:
         capacity = self.capacity(num_tokens, num_experts, training)
         experts, gates = top_k(probs, self.k, self.renormalize)
         priority = _by_probability(probs, mask, self.k) if self.batch_prioritised else None
-        experts = jnp.where(mask, experts, num_experts)
+        experts = jnp.where(mask[None], experts, num_experts)
         ranking = rank_choices(experts, num_experts, priority)
         owner = jnp.repeat(jnp.arange(num_experts), capacity)
         kept = jnp.minimum(ranking.counts, capacity)
@@ -220,7 +220,10 @@ class ExpertChoice:
         """Gives each expert its ``C`` best tokens of one group, the best first; see `TokenChoice.assign`."""
         num_tokens, num_experts = probs.shape
         capacity = self.capacity(num_tokens, num_experts, training)
-        gates, tokens = jax.lax.top_k(jnp.where(mask[:, None], probs, -1.0).T, capacity)
+        wanted = jnp.where(mask[:, None], probs, -1.0).T
+        # A sort, because `jax.lax.top_k` gathers what is sharded.
+        tokens = jnp.argsort(jax.lax.stop_gradient(-wanted), stable=True)[:, :capacity]
+        gates = jnp.take_along_axis(wanted, tokens, 1)
         holds = gates >= 0
         source = jnp.where(holds, tokens, num_tokens).reshape(-1)
         kept = holds.sum(-1)
@@ -309,7 +312,7 @@ class Dropless:
         """
         num_tokens = len(mask)
         num_local = num_experts if num_local is None else num_local
-        here = (experts >= first_local) & (experts < first_local + num_local) & mask
+        here = (experts >= first_local) & (experts < first_local + num_local) & mask[None]
         experts = jnp.where(here, experts - first_local, num_local)
         ranking = rank_choices(experts, num_local)
 
@@ -317,7 +320,7 @@ class Dropless:
         num_blocks = (self.k * num_tokens + num_local * (block - 1)) // block
         owned = -(-ranking.counts // block) * block
         ends = jnp.cumsum(owned)
-        owner = (jnp.arange(num_blocks)[:, None] * block >= ends).sum(-1)
+        owner = (jnp.arange(num_blocks)[:, None] * block >= ends[None]).sum(-1)
         owner = jnp.repeat(jnp.minimum(owner, num_local - 1), block)
         return fill_slots(experts, gates, ranking, owner, ends - owned, ranking.counts, owned)
 
@@ -342,10 +345,14 @@ def top_k(
         k: at most ``E``.
         renormalize: whether a token's weights sum to one.
     """
-    experts = jnp.argmax(probs, -1)[None] if k == 1 else jax.lax.top_k(probs, k)[1].T
+    # One maximum after another: `jax.lax.top_k` is slower for few, and gathers what is sharded.
+    experts, left = [], jax.lax.stop_gradient(probs)
+    for _ in range(k):
+        experts.append(jnp.argmax(left, -1))
+        left = jnp.where(jax.nn.one_hot(experts[-1], probs.shape[-1], dtype=jnp.bool_), -1.0, left)
     # A product with 0 and 1, whose gradient is no scatter.
-    gates = jnp.where(experts[..., None] == jnp.arange(probs.shape[-1]), probs[None], 0.0).sum(-1)
-    return experts, gates / gates.sum(0, keepdims=True) if renormalize else gates
+    gates = (jax.nn.one_hot(jnp.stack(experts), probs.shape[-1], dtype=probs.dtype) * probs[None]).sum(-1)
+    return jnp.stack(experts), gates / gates.sum(0, keepdims=True) if renormalize else gates
 
 
 def balance_loss(
@@ -413,7 +420,7 @@ def routing_statistics(
 def _by_probability(probs: Float[Array, "tokens E"], mask: Bool[Array, "tokens"], k: int) -> Int[Array, "pairs"]:
     """The priority of each choice: all first choices, then all second ones, each from the surest token on."""
     rank = jnp.argsort(jnp.argsort(-jnp.where(mask, probs.max(-1), -1.0), stable=True))
-    return (jnp.arange(k)[:, None] * len(probs) + rank).reshape(-1)
+    return (jnp.arange(k)[:, None] * len(probs) + rank[None]).reshape(-1)
 
 
 def _mean(values: Float[Array, "*groups"], mask: Bool[Array, "*groups"]) -> Float[Array, ""]:

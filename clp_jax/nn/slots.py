@@ -64,7 +64,7 @@ def rank_choices(
         order = jnp.argsort(flat, stable=True)
     else:
         order = jax.lax.sort((flat, priority, jnp.arange(flat.size)), num_keys=2)[2]
-    counts = (flat[:, None] == jnp.arange(num_experts)).sum(0)
+    counts = jax.nn.one_hot(flat, num_experts, dtype=jnp.int32).sum(0)
     return Ranking(order, jnp.argsort(order), jnp.cumsum(counts) - counts, counts)
 
 
@@ -115,7 +115,7 @@ def fill_slots(
 
 def count_choices(experts: Int[Array, "k tokens"], num_experts: int) -> Float[Array, "tokens E"]:
     """How many of its choices each token gave each expert."""
-    return (experts[..., None] == jnp.arange(num_experts)).sum(0).astype(jnp.float32)
+    return jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(0)
 
 
 @jax.custom_vjp

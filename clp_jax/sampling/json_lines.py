@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from clp_jax.array_types import Int
-from clp_jax.data.vocabulary import Vocabulary
-from clp_jax.sampling.text import bucket
+from clp_jax.data.vocabulary import TokenIds, Vocabulary
+from clp_jax.sampling.text import bucket, prompt_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Limits:
     pad_id: int
 
 
-def read_lines(source: Path, vocabulary: Vocabulary, limits: Limits, *, with_targets: bool) -> list[Line]:
+def read_lines(source: Path, vocabulary: Vocabulary | TokenIds, limits: Limits, *, with_targets: bool) -> list[Line]:
     """Reads a file; what is wrong with a line is printed with its number, and the rest go on.
 
     Args:
@@ -77,18 +77,17 @@ def read_lines(source: Path, vocabulary: Vocabulary, limits: Limits, *, with_tar
     return lines
 
 
-def _parse(number: int, raw: bytes, vocabulary: Vocabulary, limits: Limits, with_targets: bool, source: Path) -> Line:
+def _parse(
+    number: int, raw: bytes, vocabulary: Vocabulary | TokenIds, limits: Limits, with_targets: bool, source: Path
+) -> Line:
     given = json.loads(raw.decode("utf-8"))
     if not isinstance(given, dict):
         raise ValueError("it is not a JSON object")
     inputs, targets = given["inputs"], given["targets"] if with_targets else None
     if isinstance(inputs, str):
-        if not inputs.strip():
-            raise ValueError("inputs is empty")
-        tokens = vocabulary.encode_prompt(inputs)
-        if len(tokens) > limits.inputs:
+        tokens, was_cut = prompt_tokens(vocabulary, inputs, limits.inputs)
+        if was_cut:
             print(f"warning: {source}, line {number}: the prompt was cut to {limits.inputs} tokens.", file=sys.stderr)
-            tokens = tokens[: limits.inputs]
     else:
         tokens = _check_ids("inputs", inputs, limits.inputs, limits)
     if isinstance(targets, str):
@@ -147,9 +146,9 @@ def answers(output: str | Path | None) -> Iterator["Answers"]:
 
 
 class Answers:
-    """Writes answers in the order of their lines, each as soon as all before it are written."""
+    """Writes answers into a text file in the order of their lines, each as soon as all before it are written."""
 
-    def __init__(self, file: TextIO):
+    def __init__(self, file: Any):
         self._file = file
         self._waiting: dict[int, dict[str, Any]] = {}
         self._order: list[int] = []

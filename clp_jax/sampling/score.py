@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
-from clp_jax.objectives.log_probs import token_log_probs
+from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.masking import completion_mask
 
 
@@ -46,7 +46,7 @@ def teacher_force(
     decoded = model.decode(shift_right(tokens, model.config.start_id), model.encode(inputs))
     if mask is None:
         mask = completion_mask(tokens, model.config.eos_ids)
-    log_probs = token_log_probs(model.logits(decoded.hidden), tokens) * mask
+    log_probs = chunked_token_statistics(decoded.hidden, model.logits, tokens).log_probs * mask
     return Forced(log_probs=log_probs, hidden=decoded.hidden, routing=decoded.routing)
 
 

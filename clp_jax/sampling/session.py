@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import Params
-from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
 from clp_jax.preferences import Preference
@@ -62,7 +62,7 @@ class Server:
         self,
         policy: Policy,
         conditioning: Conditioning,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | TokenIds,
         config: ServingConfig,
         on_tokens: OnTokens = lambda prompt, sample, tokens: None,
     ):

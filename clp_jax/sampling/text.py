@@ -1,13 +1,12 @@
 """Text in, text out: tokenising prompts to fixed lengths, generating in batches, and detokenising."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import Int, PRNGKeyArray
-from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.preferences import Preference
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.steering import Steerable
@@ -36,40 +35,26 @@ def bucket(length: int, smallest: int = 32) -> int:
     return size
 
 
-def encode_prompts(
-    vocabulary: Vocabulary, prompts: Sequence[str], max_length: int
-) -> tuple[Int[np.ndarray, "B S"], list[int]]:
-    """Token ids of prompts, padded to one bucketed length.
+def prompt_tokens(vocabulary: Vocabulary | TokenIds, prompt: str, max_length: int) -> tuple[list[int], bool]:
+    """Token ids of a prompt, and whether it was too long and lost its end.
 
     Args:
         vocabulary: of the policy.
-        prompts: texts.
-        max_length: tokens of a prompt at most; longer ones lose their end.
-
-    Returns:
-        ``int32[B, S]``, filled up with the vocabulary's `pad_id`, and the numbers of the prompts that were cut.
+        prompt: text.
+        max_length: tokens at most.
 
     Raises:
         ValueError: for a prompt without a token.
     """
-    encoded, cut = [], []
-    for number, prompt in enumerate(prompts):
-        if not vocabulary.encode(prompt):
-            raise ValueError(f"prompt {number} is empty: expected some text.")
-        tokens = vocabulary.encode_prompt(prompt)
-        if len(tokens) > max_length:
-            cut.append(number)
-        encoded.append(tokens[:max_length])
-    size = min(max_length, bucket(max(map(len, encoded))))
-    batch = np.full((len(encoded), size), vocabulary.pad_id, np.int32)
-    for row, tokens in zip(batch, encoded, strict=True):
-        row[: len(tokens)] = tokens
-    return batch, cut
+    if not vocabulary.encode(prompt):
+        raise ValueError("the prompt is empty: expected some text.")
+    tokens = vocabulary.encode_prompt(prompt)
+    return tokens[:max_length], len(tokens) > max_length
 
 
 def complete(
     steerable: Steerable,
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | TokenIds,
     inputs: Int[np.ndarray, "B S"],
     preference: Preference,
     key: PRNGKeyArray,

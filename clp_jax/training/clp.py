@@ -103,9 +103,10 @@ class ConditionalPolicy:
         # A resumed run keeps the reference it began with, whatever has become of the supervised run.
         stored = run_dir / REFERENCE_DIRECTORY
         reference, description, _ = load_params(stored if stored.is_dir() else self.initial_checkpoint)
-        if description.get("stage") != "supervised":
+        if description.get("stage") not in ("supervised", "converted"):
             raise ValueError(
-                f"{self.initial_checkpoint} is a run of stage {description.get('stage')!r}: expected a supervised policy."
+                f"{self.initial_checkpoint} is a run of stage {description.get('stage')!r}: expected a supervised or a "
+                "converted policy."
             )
         alpha = getattr(self.preferences, "alpha", None)
         if alpha is not None:
@@ -135,6 +136,7 @@ class ConditionalPolicy:
             "max_length": self.max_length,
             "vocabulary": vocabulary.fingerprint,
             "data": manifest.fingerprint,
+            "origin": description.get("origin", {}),
         }
         axes = policy.logical_axes()
         return StageSetup(
@@ -156,8 +158,10 @@ class ConditionalPolicy:
             vocabulary=vocabulary,
         )
 
-    def _data(self, seed: int, batch_size: int) -> DataSource:
-        return DataSource(self.data_dir, "train", batch_size=batch_size, converter=prompt_batch, seed=seed)
+    def _data(self, seed: int, batch_size: int, pad_id: int) -> DataSource:
+        return DataSource(
+            self.data_dir, "train", batch_size=batch_size, converter=prompt_batch, seed=seed, pad_id=pad_id
+        )
 
     def _source(
         self,
@@ -175,7 +179,7 @@ class ConditionalPolicy:
             num_groups=max(1, self.num_groups // self.num_chunks),
         )
         return ExperienceSource(
-            data=self._data(seed, self.batch_size),
+            data=self._data(seed, self.batch_size, policy.config.pad_id),
             worker=worker,
             sampler=self.preferences,
             rewards=RewardStack(self.rewards, statistics),
@@ -194,7 +198,7 @@ class ConditionalPolicy:
             statistics = RewardStatistics.load(run_dir)
             RewardStack(self.rewards, statistics)  # Checks the names.
             return statistics
-        data = self._data(seed + 1, min(self.batch_size, self.statistics_prompts))
+        data = self._data(seed + 1, min(self.batch_size, self.statistics_prompts), policy.config.pad_id)
         config = SamplingConfig(self.max_length)
 
         @jax.jit

@@ -3,19 +3,31 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clp_jax.array_types import Params
-from clp_jax.data.vocabulary import Vocabulary
-from clp_jax.models.conditioning import Conditioning, ParameterConditioning, Unconditioned, stack_experts
+from clp_jax.data.vocabulary import TokenIds, Vocabulary
+from clp_jax.models.conditioning import (
+    Conditioning,
+    ParameterConditioning,
+    Unconditioned,
+    check_alpha,
+    stack_experts,
+)
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json
+from clp_jax.preferences import Preference, validate_weights
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.sampling.steering import ConditionedPolicy, LogitMixture, PerWeight
 from clp_jax.training.checkpoints import CheckpointError, find_checkpoint, load_params
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
+
+# Tokens of a prompt, where no training says.
+PROMPT_LENGTH = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +35,7 @@ class LoadedPolicy:
     """A trained policy.
 
     Attributes:
-        run_dir: where it came from.
+        run_dir: where it lies.
         step: updates it was trained for.
         policy: its shape.
         params: its parameters, expanded where it is conditioned.
@@ -35,6 +47,8 @@ class LoadedPolicy:
         max_length: tokens of a completion in training; None for a supervised run.
         prompt_length: tokens of a prompt in training.
         reward_fingerprints: of the rewards it was trained with, by name.
+        origin: the checkpoint of another framework it came from, as `clp convert` keeps it; empty for none.
+        provenance: what it came from, one line each.
     """
 
     run_dir: Path
@@ -45,14 +59,35 @@ class LoadedPolicy:
     conditioning: Conditioning
     objectives: tuple[str, ...]
     statistics: RewardStatistics | None
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary | TokenIds
     max_length: int | None
     prompt_length: int
     reward_fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: tuple[str, ...] = ()
 
     def steerable(self) -> ConditionedPolicy:
         """The policy, ready to generate at any preference."""
         return ConditionedPolicy(self.policy, self.conditioning, self.params, self.reference)
+
+    def preference(self, weights: Sequence[float] | None, alpha: float) -> Preference:
+        """The preference that a user asks of it.
+
+        Args:
+            weights: one for each reward, summing to one; None weighs all the same.
+            alpha: KL weight.
+
+        Raises:
+            ValueError: when there are no rewards to weigh, or the numbers are not a preference of this policy.
+        """
+        names = self.objectives
+        if weights is not None and not names:
+            raise ValueError(f"{self.run_dir} has no rewards to weigh: leave weights out.")
+        count = max(1, len(names))
+        point = np.full(count, 1 / count, np.float32) if weights is None else validate_weights(weights, count, names)
+        preference = Preference.of(point, alpha)
+        check_alpha(self.conditioning, alpha)
+        return preference
 
 
 def load_policy(path: str | Path) -> LoadedPolicy:
@@ -65,15 +100,27 @@ def load_policy(path: str | Path) -> LoadedPolicy:
     run_dir = checkpoint.parent.parent
     params, description, step = load_params(checkpoint)
     stage = description.get("stage")
-    if stage not in ("supervised", "clp"):
-        raise CheckpointError(f"{path} is a run of stage {stage!r}: expected a policy (supervised or clp).")
+    if stage not in ("supervised", "clp", "converted"):
+        raise CheckpointError(f"{path} is a run of stage {stage!r}: expected a policy (supervised, clp or converted).")
     policy = Policy(from_json(description["model"]))
-    vocabulary = Vocabulary.load(run_dir)
-    if vocabulary.fingerprint != description["vocabulary"]:
-        raise CheckpointError(f"the vocabulary in {run_dir} is not the one the policy was trained with.")
-    if stage == "supervised":
-        length = description["prompt_length"]
-        return LoadedPolicy(run_dir, step, policy, params, params, Unconditioned(), (), None, vocabulary, None, length)
+    vocabulary = _vocabulary(run_dir, description, policy)
+    origin, provenance = description.get("origin", {}), tuple(description.get("provenance", ()))
+    if stage != "clp":
+        return LoadedPolicy(
+            run_dir=run_dir,
+            step=step,
+            policy=policy,
+            params=params,
+            reference=params,
+            conditioning=Unconditioned(),
+            objectives=(),
+            statistics=None,
+            vocabulary=vocabulary,
+            max_length=None,
+            prompt_length=description.get("prompt_length", PROMPT_LENGTH),
+            origin=origin,
+            provenance=provenance,
+        )
     reference, _, _ = load_params(run_dir / REFERENCE_DIRECTORY, expected=policy.abstract())
     return LoadedPolicy(
         run_dir=run_dir,
@@ -88,7 +135,18 @@ def load_policy(path: str | Path) -> LoadedPolicy:
         max_length=description["max_length"],
         prompt_length=description["prompt_length"],
         reward_fingerprints=description["reward_fingerprints"],
+        origin=origin,
+        provenance=provenance,
     )
+
+
+def _vocabulary(run_dir: Path, description: Mapping[str, Any], policy: Policy) -> Vocabulary | TokenIds:
+    if description["vocabulary"] is None:
+        return TokenIds(policy.config.vocab_size, policy.config.pad_id, policy.config.eos_ids)
+    vocabulary = Vocabulary.load(run_dir)
+    if vocabulary.fingerprint != description["vocabulary"]:
+        raise CheckpointError(f"the vocabulary in {run_dir} is not the one the policy was trained with.")
+    return vocabulary
 
 
 def load_soup(paths: Sequence[str | Path]) -> LoadedPolicy:

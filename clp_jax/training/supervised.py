@@ -20,6 +20,7 @@ from clp_jax.models.layout import upcycled
 from clp_jax.models.policy import Policy, check_parameters
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.models.transformer import fold
+from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.stage import DataBatches, StageSetup
@@ -141,8 +142,9 @@ class SupervisedLoss:
         decoded = model.decode(
             jnp.asarray(batch.decoder_inputs), encoded, jnp.asarray(batch.target_segments), dropout_key=fold(key, 1)
         )
+        found = chunked_token_statistics(decoded.hidden, model.logits, jnp.asarray(batch.targets))
         loss, weight, metrics = token_cross_entropy(
-            model.logits(decoded.hidden), jnp.asarray(batch.targets), jnp.asarray(batch.loss_weights), self.z_loss
+            found.log_probs, found.log_z, found.correct, jnp.asarray(batch.loss_weights), self.z_loss
         )
         auxiliary, routing = routing_loss(self.policy.config.moe, decoded.routing)
         # A mean of its own: it weighs as the mean cross-entropy does, whatever the number of tokens.

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_logits import loss_of_logits
 
 from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
-from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
@@ -73,7 +73,7 @@ def results():
 
     def loss(params):
         logits = POLICY.bind(params)(example["encoder_input_tokens"], example["decoder_input_tokens"])
-        total, _, sums = token_cross_entropy(logits, example["decoder_target_tokens"], weights, z_loss=1e-4)
+        total, _, sums = loss_of_logits(logits, example["decoder_target_tokens"], weights, z_loss=1e-4)
         return total, (logits, sums)
 
     @jax.jit
@@ -136,5 +136,5 @@ def test_packed_examples():
     logits = run(tree("target"))
     np.testing.assert_allclose(logits, RECORD["packed/logits"], rtol=1e-5, atol=1e-5)
     weights = example["decoder_loss_weights"].astype(jnp.float32)
-    total, _, _ = token_cross_entropy(logits, example["decoder_target_tokens"], weights, z_loss=1e-4)
+    total, _, _ = loss_of_logits(logits, example["decoder_target_tokens"], weights, z_loss=1e-4)
     np.testing.assert_allclose(total, RECORD["packed/loss"], rtol=1e-6)

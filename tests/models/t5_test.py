@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_policies import PROMPTS, tiny_config, varied_params
+from whole_logits import loss_of_logits
 
 from clp_jax.data.packing import pack
 from clp_jax.data.reader import sequence_batch
 from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
-from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.supervised import SupervisedLoss
 
 RNG = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def loss_and_gradient():
         @jax.value_and_grad
         def run(params, inputs, tokens):
             logits = policy.bind(params)(inputs, tokens, dropout_key=dropout_key(7))
-            return token_cross_entropy(logits, tokens, jnp.ones(tokens.shape))[0]
+            return loss_of_logits(logits, tokens, jnp.ones(tokens.shape))[0]
 
         return run(varied_params(policy), PROMPTS, COMPLETIONS)
 

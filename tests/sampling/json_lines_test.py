@@ -14,13 +14,13 @@ from clp_jax.sampling.json_lines import Answers, Limits, Line, answers, batches,
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory) -> Vocabulary:
     path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.model"
-    train_vocabulary(["the quick brown fox jumps over the lazy dog"] * 3, 40, path)
+    train_vocabulary(["the quick brown fox jumps over the lazy dog"] * 3, 31, path)
     return Vocabulary(path)
 
 
 def read(tmp_path, vocabulary, *lines: bytes, with_targets: bool = True, **limits) -> list[Line]:
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    sizes = dict(vocab_size=40, inputs=8, targets=6, pad_id=0) | limits
+    sizes = dict(vocab_size=31, inputs=8, targets=6, pad_id=0) | limits
     return read_lines(tmp_path / "in.jsonl", vocabulary, Limits(**sizes), with_targets=with_targets)
 
 
@@ -49,10 +49,10 @@ def test_targets_may_be_left_out(tmp_path, vocabulary):
         (b'["a"]', "it is not a JSON object"),
         (b'{"targets": "a"}', "it has no 'inputs'"),
         (b'{"inputs": "a"}', "it has no 'targets'"),
-        (b'{"inputs": " ", "targets": "a"}', "inputs is empty"),
+        (b'{"inputs": " ", "targets": "a"}', "the prompt is empty"),
         (b'{"inputs": [], "targets": "a"}', "inputs is empty"),
         (b'{"inputs": 3, "targets": "a"}', "inputs is 3: expected text, or a list of token ids"),
-        (b'{"inputs": [3, 40], "targets": "a"}', "token id 40, which is outside the vocabulary of 40"),
+        (b'{"inputs": [3, 31], "targets": "a"}', "token id 31, which is outside the vocabulary of 31"),
         (b'{"inputs": [3, -1], "targets": "a"}', "token id -1, which is outside"),
         (b'{"inputs": [3, 0], "targets": "a"}', "token id 0, which is padding"),
         (b'{"inputs": [3, true], "targets": "a"}', "expected text, or a list of token ids"),

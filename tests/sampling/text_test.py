@@ -6,13 +6,14 @@ import pytest
 from tiny_policies import tiny_config, varied_params
 from tiny_tokenizers import sentencepiece_directory
 
-from clp_jax.data.vocabulary import EOS_ID, Vocabulary, train_vocabulary
+from clp_jax.data.vocabulary import EOS_ID, TokenIds, Vocabulary, train_vocabulary
 from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.policy import Policy
 from clp_jax.preferences import Preference
 from clp_jax.sampling.generate import SamplingConfig
+from clp_jax.sampling.json_lines import pad_rows
 from clp_jax.sampling.steering import ConditionedPolicy
-from clp_jax.sampling.text import bucket, complete, encode_prompts
+from clp_jax.sampling.text import bucket, complete, prompt_tokens
 
 
 @pytest.fixture(scope="module")
@@ -28,49 +29,43 @@ def test_buckets_are_powers_of_two(length, size):
     assert bucket(length) == size
 
 
-def test_prompts_are_padded_to_one_bucket(vocabulary):
-    prompts = ["returns the mean", "of numbers"]
-    batch, cut = encode_prompts(vocabulary, prompts, max_length=100)
-    assert batch.shape == (2, 32) and batch.dtype == np.int32 and cut == []
-    for row, prompt in zip(batch, prompts, strict=True):
-        tokens = [*vocabulary.encode(prompt), EOS_ID]
-        assert row.tolist() == tokens + [0] * (32 - len(tokens))
-
-
-def test_prompts_that_are_too_long_lose_their_end_and_are_named(vocabulary):
-    long = "returns the mean of a sequence of numbers"
-    batch, cut = encode_prompts(vocabulary, ["mean", long], max_length=6)
-    assert batch.shape == (2, 6) and cut == [1]
-    assert batch[1].tolist() == vocabulary.encode(long)[:6]
-    # As long as it may be, with the end of sequence, is not too long.
-    tokens = len(vocabulary.encode(long)) + 1
-    assert encode_prompts(vocabulary, [long], max_length=tokens)[1] == []
-    assert encode_prompts(vocabulary, [long], max_length=tokens - 1)[1] == [0]
+def test_prompts_of_encoder_decoders_end(vocabulary):
+    assert prompt_tokens(vocabulary, "of numbers", 100) == ([*vocabulary.encode("of numbers"), EOS_ID], False)
 
 
 def test_prompts_of_decoders_have_a_start_and_no_end(tmp_path):
     ours = Vocabulary.load(sentencepiece_directory(tmp_path / "llama", "llama"))
-    prompts = ["lazy dog", "quick brown foxes"]
-    batch, cut = encode_prompts(ours, prompts, max_length=40)
-    # Token 0 is a token of its own: padding must not be taken for it.
-    assert ours.pad_id == -1 and cut == []
-    for row, prompt in zip(batch, prompts, strict=True):
-        tokens = [1, *ours.encode(prompt)]
-        assert row.tolist() == tokens + [-1] * (batch.shape[1] - len(tokens))
-        assert ours.decode(row) == prompt
+    assert prompt_tokens(ours, "lazy dog", 40) == ([1, *ours.encode("lazy dog")], False)
+
+
+def test_prompts_that_are_too_long_lose_their_end(vocabulary):
+    long = "returns the mean of a sequence of numbers"
+    assert prompt_tokens(vocabulary, long, 6) == (vocabulary.encode(long)[:6], True)
+    # As long as it may be, with the end of sequence, is not too long.
+    tokens = len(vocabulary.encode(long)) + 1
+    assert not prompt_tokens(vocabulary, long, tokens)[1]
+    assert prompt_tokens(vocabulary, long, tokens - 1)[1]
 
 
 @pytest.mark.parametrize("empty", ["", "   "])
-def test_an_empty_prompt_is_named(vocabulary, empty):
-    with pytest.raises(ValueError, match="prompt 1 is empty: expected some text"):
-        encode_prompts(vocabulary, ["mean", empty], max_length=10)
+def test_an_empty_prompt_is_refused(vocabulary, empty):
+    with pytest.raises(ValueError, match="the prompt is empty: expected some text"):
+        prompt_tokens(vocabulary, empty, 10)
+
+
+def test_a_policy_without_a_tokenizer_takes_ids_alone():
+    ids = TokenIds(7, 0, (1,))
+    with pytest.raises(ValueError, match="this policy has no tokenizer: give lists of token ids"):
+        prompt_tokens(ids, "text", 10)
+    assert ids.decode_batch(np.asarray([[3, 1], [4, 0]])) == ["3 1", "4 0"]
 
 
 def test_completions_are_the_texts_of_their_tokens(vocabulary):
     policy = Policy(tiny_config(vocab_size=vocabulary.size, num_encoder_layers=1, num_decoder_layers=1))
     params = jax.tree.map(lambda *x: np.stack(x), varied_params(policy, 0), varied_params(policy, 1))
     steerable = ConditionedPolicy(policy, ParameterConditioning("full", 2), params, varied_params(policy, 0))
-    inputs, _ = encode_prompts(vocabulary, ["returns the mean", "of numbers", "empty"], max_length=32)
+    prompts = [prompt_tokens(vocabulary, text, 32)[0] for text in ("returns the mean", "of numbers", "empty")]
+    inputs = pad_rows(prompts, 3, 0)
     preference, config = Preference.of([0.4, 0.6], 0.1), SamplingConfig(max_length=24)
     groups = complete(steerable, vocabulary, inputs, preference, jax.random.key(0), config, num_samples=2)
     out = steerable.generate(inputs, preference, jax.random.key(0), config, 2)

@@ -1,0 +1,204 @@
+"""`clp convert`: policies from and to the checkpoints of Hugging Face and T5X."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from clp_jax.array_types import Params
+from clp_jax.data.vocabulary import DIRECTORY_NAME, FILE_NAME, Vocabulary
+from clp_jax.interop import huggingface, t5x
+from clp_jax.interop.model_card import model_card
+from clp_jax.models.config import ModelConfig
+from clp_jax.models.policy import Policy
+from clp_jax.models.serialization import to_json
+from clp_jax.training.checkpoints import save_params
+from clp_jax.training.policies import load_policy
+from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
+
+FORMATS = ("hf", "t5x", "clp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A policy between two formats.
+
+    Attributes:
+        config: what it is made of.
+        params: its ordinary parameters.
+        origin: plain JSON that says what it came from first, and what of that we don't model.
+        tokenizer: a file or a directory of its tokenizer, to be carried along; None without one.
+        step: updates behind it.
+        provenance: what the model card says, one line each.
+    """
+
+    config: ModelConfig
+    params: Params
+    origin: dict[str, Any]
+    tokenizer: Path | None
+    step: int
+    provenance: tuple[str, ...]
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    weights: Sequence[float] | None = None,
+    alpha: float = 0.05,
+    dtype: str | None = None,
+    vocabulary: str | None = None,
+    step: int | None = None,
+    overrides: Mapping[str, int | float | bool | str] | None = None,
+    layout: str = "legacy",
+    scanned: bool = False,
+    max_shard_gb: float = 5.0,
+) -> None:
+    """Converts a policy between formats; nothing is downloaded, and no pickle is ever opened.
+
+    Formats are ``hf:DIR`` (Hugging Face: config.json and safetensors), ``t5x:DIR`` (a checkpoint_N of T5X, or the original
+    T5's of Mesh TensorFlow) and ``clp:DIR`` (a run directory; written, one that `sample`, `score` and `train` take). Tensors
+    are read and written one at a time. The tokenizer's files travel along.
+
+    Args:
+        source: where the policy is, as FORMAT:DIR.
+        target: where it goes, as FORMAT:DIR; the directory must be new.
+        weights: of the rewards: a steerable policy is mixed there, and written as an ordinary one; equal by default.
+        alpha: KL weight, for policies conditioned on it.
+        dtype: of the written tensors, ``float32`` or ``bfloat16`` (also ``float16`` for hf); by default the source's, and
+            float32 for clp.
+        vocabulary: the tokenizer, a file or a directory, where the source has none, as T5X's have not.
+        step: of a T5X directory with several checkpoints; the newest by default.
+        overrides: fields of the policy's configuration that a T5X checkpoint does not tell, as NAME=VALUE,NAME=VALUE.
+        layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr) or ``orbax``.
+        scanned: whether a T5X checkpoint is written with its layers stacked, for scalable T5.
+        max_shard_gb: of one file of safetensors, in 10^9 bytes.
+
+    Raises:
+        ValueError: for an unknown format, a policy that the target can't express, or a directory that exists.
+    """
+    (kind, place), (target_kind, target_place) = _parse("source", source), _parse("target", target)
+    if target_place.exists() and (not target_place.is_dir() or any(target_place.iterdir())):
+        raise ValueError(f"{target_place} exists: it was not overwritten. Give another directory.")
+    if weights is not None and kind != "clp":
+        raise ValueError("weights mix a policy that was trained to be steered: the source must be clp:RUN_DIR.")
+    readers: dict[str, Callable[[], Converted]] = {
+        "hf": lambda: _read_hf(place, dtype, overrides),
+        "t5x": lambda: _read_t5x(place, dtype, step, overrides),
+        "clp": lambda: _read_clp(place, weights, alpha),
+    }
+    console = Console()
+    found = readers[kind]()
+    count = Policy(found.config).num_params()
+    console.print(f"{source}: {type(found.config).__name__}, {count:,} parameters.", highlight=False)
+    if vocabulary is not None:
+        found = dataclasses.replace(found, tokenizer=Path(vocabulary).expanduser())
+    if target_kind == "hf":
+        card = model_card(found.config, (*found.provenance, f"Converted with `clp convert {source} {target}`."))
+        huggingface.write(
+            target_place,
+            found.config,
+            found.params,
+            origin=found.origin,
+            files=() if found.tokenizer is None else _text_files(found.tokenizer),
+            dtype=dtype,
+            max_shard_bytes=int(max_shard_gb * 1e9),
+            card=card,
+        )
+    elif target_kind == "t5x":
+        t5x.write(
+            target_place, found.config, found.params, step=found.step, layout=layout, scanned=scanned, dtype=dtype
+        )
+    else:
+        _write_clp(target_place, found)
+    if target_kind != "clp" and found.tokenizer is not None:
+        _carry(found.tokenizer, target_place)
+    console.print(f"{target}: written.", highlight=False)
+
+
+def _parse(name: str, text: str) -> tuple[str, Path]:
+    kind, colon, place = text.partition(":")
+    if not colon or kind not in FORMATS or not place:
+        raise ValueError(f"{name} is {text!r}: expected {', '.join(f'{kind}:DIR' for kind in FORMATS)}.")
+    return kind, Path(place).expanduser()
+
+
+def _read_hf(place: Path, dtype: str | None, overrides: Mapping[str, Any] | None) -> Converted:
+    found = huggingface.read(place, dtype=_own_dtype(dtype), overrides=overrides)
+    if found.left_out:
+        print(f"{place}: {len(found.left_out)} tensors of other parts (images) were left out.")
+    provenance = (f"From the Hugging Face checkpoint `{place.name}` ({found.origin['model_type']}).",)
+    return Converted(found.config, found.params, found.origin, _tokenizer(place), 0, provenance)
+
+
+def _read_t5x(place: Path, dtype: str | None, step: int | None, overrides: Mapping[str, Any] | None) -> Converted:
+    found = t5x.read(place, step=step, dtype=_own_dtype(dtype), overrides=overrides)
+    provenance = (f"From the T5X checkpoint `{place.name}` at step {found.step}.",)
+    return Converted(found.config, found.params, {"format": "t5x"}, _tokenizer(place), found.step, provenance)
+
+
+def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float) -> Converted:
+    loaded = load_policy(place)
+    params, mixed = loaded.params, tuple[str, ...]()
+    if loaded.objectives:
+        preference = loaded.preference(weights, alpha)
+        params, point = loaded.steerable().at(preference), np.asarray(preference.weights)
+        named = ", ".join(f"{name} {value:.4g}" for name, value in zip(loaded.objectives, point, strict=True))
+        mixed = (f"Mixed at the reward weights {named}.",)
+    elif weights is not None:
+        raise ValueError(f"{place} has no rewards to weigh: leave weights out.")
+    provenance = (*loaded.provenance, f"From the run `{loaded.run_dir.name}` at step {loaded.step}.", *mixed)
+    return Converted(
+        loaded.policy.config, params, dict(loaded.origin), _tokenizer(loaded.run_dir), loaded.step, provenance
+    )
+
+
+def _write_clp(place: Path, found: Converted) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    fingerprint = None
+    if found.tokenizer is not None:
+        vocabulary = Vocabulary.load(found.tokenizer)
+        vocabulary.save(place)
+        fingerprint = vocabulary.fingerprint
+    description = {
+        "stage": "converted",
+        "model": to_json(found.config),
+        "vocabulary": fingerprint,
+        "origin": found.origin,
+        "provenance": list(found.provenance),
+    }
+    save_params(place / CHECKPOINTS_DIRECTORY / str(found.step), found.params, description, found.step)
+
+
+def _own_dtype(dtype: str | None) -> str:
+    return dtype if dtype in ("float32", "bfloat16") else "float32"
+
+
+def _tokenizer(place: Path) -> Path | None:
+    """Where a directory's tokenizer is, if it has one."""
+    for candidate in (place / FILE_NAME, place / DIRECTORY_NAME, place):
+        try:
+            if candidate.exists():
+                Vocabulary.load(candidate)
+                return candidate
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def _text_files(tokenizer: Path) -> tuple[Path, ...]:
+    return huggingface.text_files(tokenizer) if tokenizer.is_dir() else ()
+
+
+def _carry(tokenizer: Path, place: Path) -> None:
+    """Copies a SentencePiece model that stands alone under the name that T5's have, or a tokenizer's files."""
+    files = (
+        {"spiece.model": tokenizer} if tokenizer.is_file() else {f.name: f for f in huggingface.text_files(tokenizer)}
+    )
+    for name, file in files.items():
+        if not (place / name).exists():
+            shutil.copyfile(file, place / name)

@@ -1,0 +1,132 @@
+"""Arrays that TensorStore reads and writes: what Orbax keeps in its key-value store."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from clp_jax.interop.arrays import CheckpointFileError, LazyArray, Region, shape_of, whole, within
+
+_COMPRESSOR = {"id": "zstd", "level": 1}
+
+
+def open_array(kvstore: Mapping[str, Any], where: str, *, driver: str = "zarr", complete: bool) -> LazyArray:
+    """Opens an array.
+
+    Args:
+        kvstore: TensorStore's specification of where the array's keys are.
+        where: the array, for messages.
+        driver: ``"zarr"`` or ``"zarr3"``.
+        complete: whether all chunks are there; otherwise one that is missing holds the array's fill value alone.
+
+    Returns:
+        The array, read chunk by chunk.
+
+    Raises:
+        FileNotFoundError: there is no such array.
+        CheckpointFileError: it can't be opened.
+    """
+    spec = {"driver": driver, "kvstore": dict(kvstore), "fill_missing_data_reads": not complete}
+    store = _wait(ts.open(spec, open=True, read=True), where)
+    chunk = tuple(store.chunk_layout.read_chunk.shape or ())  # None for a scalar.
+
+    def fill(out: np.ndarray, region: Region) -> None:
+        # One chunk after another: TensorStore holds what it reads at once twice, compressed and not.
+        for place in _chunks(region, chunk):
+            out[within(place, region)] = _wait(store[place].read(), where)
+
+    return LazyArray(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), fill)
+
+
+def place_in_store(directory: Path, name: str) -> dict[str, Any]:
+    """Where an array's keys are in an OCDBT store.
+
+    Args:
+        directory: of the store.
+        name: of the array.
+
+    Returns:
+        TensorStore's specification.
+    """
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}, "path": f"{name}/"}
+
+
+class ArrayStore:
+    """An OCDBT store that arrays are written to.
+
+    Each commit writes the tree of keys anew, so that small arrays are committed together.
+
+    Args:
+        directory: of the store.
+        pending_bytes: of arrays, held until they are committed.
+    """
+
+    def __init__(self, directory: Path, pending_bytes: int):
+        self._directory = directory
+        self._limit = pending_bytes
+        self._context = ts.Context()
+        self._transaction = ts.Transaction()
+        self._pending = 0
+
+    def write(self, name: str, array: np.ndarray, dtype: np.dtype, chunks: tuple[int, ...]) -> None:
+        """Writes an array as Orbax does.
+
+        Args:
+            name: of the array.
+            array: any view.
+            dtype: of what is written.
+            chunks: sizes of a chunk, each 1 or more.
+        """
+        where = f"{self._directory}: array {name!r}"
+        spec = {
+            "driver": "zarr",
+            "kvstore": place_in_store(self._directory, name),
+            "metadata": {"shape": list(array.shape), "chunks": list(chunks), "compressor": _COMPRESSOR},
+            "dtype": dtype.name,
+            "store_data_equal_to_fill_value": True,
+        }
+        store = None
+        for place in _chunks(whole(array.shape), chunks):
+            if store is None:
+                opened = ts.open(spec, open=True, create=True, context=self._context, transaction=self._transaction)
+                store = _wait(opened, where)
+            part = np.ascontiguousarray(array[place], dtype).reshape(shape_of(place))
+            _wait(store[place].write(part), where)
+            self._pending += part.nbytes
+            if self._pending >= self._limit:
+                self.commit()
+                store = None
+        if 0 in array.shape:
+            _wait(ts.open(spec, create=True, context=self._context, transaction=self._transaction), where)
+
+    def commit(self) -> None:
+        """Puts what is pending into files."""
+        _wait(self._transaction.commit_async(), str(self._directory))
+        self._transaction = ts.Transaction()
+        self._pending = 0
+
+
+def _chunks(region: Region, chunk: tuple[int, ...]) -> Iterator[Region]:
+    """The chunks that a region touches, cut where the region ends."""
+    if any(s.start == s.stop for s in region):
+        return
+    numbers = [range(s.start // n, -(-s.stop // n)) for s, n in zip(region, chunk, strict=True)]
+    for key in np.ndindex(*map(len, numbers)):
+        cells = zip(numbers, key, region, chunk, strict=True)
+        starts = [(count[i] * n, s, n) for count, i, s, n in cells]
+        yield tuple(slice(max(start, s.start), min(start + n, s.stop)) for start, s, n in starts)
+
+
+def _wait(future: Any, where: str) -> Any:
+    try:
+        return future.result()
+    except ValueError as error:
+        if "NOT_FOUND" in str(error):
+            raise FileNotFoundError(
+                f"{where} is missing, or part of it: copy the checkpoint again. ({error})"
+            ) from None
+        raise CheckpointFileError(
+            f"{where} can't be read: {error}. It is damaged; copy the checkpoint again."
+        ) from error

@@ -1,0 +1,234 @@
+"""Zarr version 2 in plain folders: what T5X's older checkpoints keep each array in.
+
+Chunks that are plain, gzip or zlib are read and written here, in blocks; others are TensorStore's.
+"""
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from clp_jax.interop import tensorstore_files
+from clp_jax.interop.arrays import (
+    CheckpointFileError,
+    LazyArray,
+    Region,
+    Writable,
+    blocks,
+    bytes_of,
+    overlap,
+    read_stored,
+    shape_of,
+    size_of,
+    within,
+)
+
+METADATA_FILE = ".zarray"
+_GZIP_LEVEL = 1
+_NATURAL = ("chunks", "shape")
+
+
+def read(directory: Path) -> LazyArray:
+    """Opens an array.
+
+    Args:
+        directory: that holds ``.zarray`` and chunks.
+
+    Returns:
+        The array.
+
+    Raises:
+        FileNotFoundError: the directory or a chunk is missing.
+        CheckpointFileError: ``.zarray`` can't be read.
+    """
+    path = directory / METADATA_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: copy the folder {directory.name} beside the checkpoint's file.")
+    metadata = _parse(path)
+    compressor = (metadata.get("compressor") or {}).get("id")
+    if metadata.get("filters") or metadata.get("order") != "C" or compressor not in (None, "gzip", "zlib"):
+        place = {"driver": "file", "path": f"{directory}/"}
+        return tensorstore_files.open_array(place, str(directory), complete=metadata.get("fill_value") is None)
+    shape, chunks = tuple(metadata["shape"]), tuple(metadata["chunks"])
+    separator = metadata.get("dimension_separator", ".")
+    dtype = _dtype(metadata["dtype"], path)
+    filler = metadata.get("fill_value")
+    files = {key: directory / separator.join(map(str, key or (0,))) for key, _ in _grid(shape, chunks)}
+    for file in files.values():
+        if filler is None and not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing: {shape} in chunks of {chunks} needs it; copy the folder again."
+            )
+
+    def fill(out: np.ndarray, region: Region) -> None:
+        for key, place in _grid(shape, chunks):
+            shared = overlap(place, region) if shape else place
+            if shared is None:
+                continue
+            target = out[within(shared, region)] if shape else out
+            if files[key].is_file():
+                # Chunks at the edge are stored whole, so a chunk's place may be smaller than what is stored.
+                stored = tuple(slice(i * n, (i + 1) * n) for i, n in zip(key, chunks, strict=True))
+                _read_chunk(files[key], compressor, chunks, target, within(shared, stored))
+            else:
+                target[...] = filler
+
+    return LazyArray(shape, dtype, fill)
+
+
+def write(directory: Path, array: np.ndarray, dtype: np.dtype, chunks: tuple[int, ...]) -> None:
+    """Writes an array with chunks compressed by gzip.
+
+    Args:
+        directory: that does not exist.
+        array: any view.
+        dtype: of what is written.
+        chunks: sizes of a chunk, each 1 or more.
+    """
+    directory.mkdir()
+    (directory / METADATA_FILE).write_text(metadata_text(array.shape, dtype, chunks), "utf-8")
+    for key, place in _grid(array.shape, chunks):
+        path = directory / (".".join(map(str, key)) or "0")
+        with path.open("xb") as raw, gzip.GzipFile("", "wb", _GZIP_LEVEL, raw, mtime=0) as file:
+            _write_chunk(file, array, dtype, chunks, place)
+
+
+def metadata_text(shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> str:
+    """What ``.zarray`` says of an array, as T5X writes it.
+
+    Args:
+        shape: of the array.
+        dtype: stored.
+        chunks: sizes of a chunk.
+
+    Returns:
+        JSON.
+    """
+    metadata = {
+        "chunks": list(chunks),
+        "compressor": {"id": "gzip", "level": _GZIP_LEVEL},
+        "dimension_separator": ".",
+        "dtype": dtype.name if _is_extended(dtype) else dtype.newbyteorder("<").str,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": list(shape),
+        "zarr_format": 2,
+    }
+    return json.dumps(metadata, separators=(",", ":"))
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, ...]:
+    """Sizes of chunks that divide an array evenly: the largest size goes to its next divisor until a chunk is small enough.
+
+    Args:
+        shape: of the array.
+        itemsize: bytes of an element.
+        limit: bytes of a chunk.
+
+    Returns:
+        Sizes of a chunk, each 1 or more.
+    """
+    chunk = [max(n, 1) for n in shape]
+    while any(n > 1 for n in chunk) and size_of(tuple(chunk)) * itemsize > limit:
+        axis = chunk.index(max(chunk))
+        chunk[axis] = _next_divisor(chunk[axis], max(shape[axis], 1))
+    return tuple(chunk)
+
+
+def _next_divisor(below: int, of: int) -> int:
+    return next(n for n in range(below - 1, 0, -1) if of % n == 0)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(path.read_bytes())
+        sizes = [metadata[name] for name in _NATURAL]
+        natural = all(type(n) is int and n >= 0 for size in sizes for n in size)
+        known = metadata["zarr_format"] == 2 and isinstance(metadata["dtype"], str)
+        if not (known and natural and len(sizes[0]) == len(sizes[1]) and all(n > 0 for n in sizes[0])):
+            raise ValueError("expected zarr_format 2, a dtype, and as many chunk sizes as sizes")
+        if metadata.get("dimension_separator", ".") not in (".", "/"):
+            raise ValueError("expected a dimension_separator of '.' or '/'")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointFileError(f"{path} does not describe an array: {error}. Copy it again.") from None
+    return metadata
+
+
+def _dtype(name: str, path: Path) -> np.dtype:
+    extended = {d.name: d for d in map(np.dtype, (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))}
+    plain = {d: np.dtype(d) for d in ("|b1", "|i1", "|u1", *(f"<{k}{n}" for k in "iuf" for n in (2, 4, 8)))}
+    if name not in extended | plain:
+        raise CheckpointFileError(f"{path} says dtype {name!r}: expected one of {', '.join((*extended, *plain))}.")
+    return (extended | plain)[name]
+
+
+def _is_extended(dtype: np.dtype) -> bool:
+    return dtype.kind == "V" or dtype.type.__module__ == "ml_dtypes"
+
+
+def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Region]]:
+    """Chunks by number, and where each is in the array."""
+    for key in np.ndindex(*(math.ceil(n / chunk) for n, chunk in zip(shape, chunks, strict=True))):
+        places = zip(key, shape, chunks, strict=True)
+        yield key, tuple(slice(i * chunk, min((i + 1) * chunk, n)) for i, n, chunk in places)
+
+
+def _read_chunk(path: Path, compressor: str | None, chunks: tuple[int, ...], out: np.ndarray, region: Region) -> None:
+    try:
+        with path.open("rb") as raw:
+            file = _Zlib(raw) if compressor == "zlib" else gzip.GzipFile(fileobj=raw) if compressor else raw
+            read_stored(file, chunks, out, region)
+            # The end holds the checksum, which is compared when it is reached.
+            if shape_of(region) == chunks and file.read(1):
+                raise CheckpointFileError(f"{path} holds more than a chunk of {chunks} {out.dtype}: copy it again.")
+    except (OSError, EOFError, zlib.error) as error:
+        raise CheckpointFileError(f"{path} can't be read: {error}. It is damaged; copy it again.") from error
+
+
+class _Zlib:
+    """A file behind zlib, read forwards."""
+
+    def __init__(self, raw: BinaryIO):
+        self.name = raw.name
+        self._raw, self._at = raw, 0
+        self._stream = zlib.decompressobj()
+
+    def read(self, size: int) -> bytes:
+        data = b""
+        while not data and not self._stream.eof:
+            held = self._stream.unconsumed_tail or self._raw.read(2**16)
+            if not held:
+                raise EOFError("it ends early")
+            data = self._stream.decompress(held, size)
+        self._at += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, position: int) -> None:
+        while self._at < position:
+            if not self.read(min(position - self._at, 2**16)):
+                raise EOFError("it ends early")
+
+
+def _write_chunk(file: Writable, array: np.ndarray, dtype: np.dtype, chunks: tuple[int, ...], place: Region) -> None:
+    """Writes a chunk at full size; what is beyond the array is zeros."""
+    edge = shape_of(place) != chunks
+    for block in blocks(chunks, max(dtype.itemsize, array.dtype.itemsize)):
+        there = tuple(slice(p.start + b.start, p.start + b.stop) for p, b in zip(place, block, strict=True))
+        shared = overlap(there, place) if edge else there
+        if not edge:
+            file.write(bytes_of(np.ascontiguousarray(array[there], dtype)))
+            continue
+        stored = np.zeros(shape_of(block), dtype)
+        if shared is not None:
+            stored[within(shared, there)] = array[shared]
+        file.write(bytes_of(stored))

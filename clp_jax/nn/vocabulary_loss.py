@@ -1,0 +1,104 @@
+"""What losses need of the logits over a large vocabulary, a chunk of positions at a time."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clp_jax.array_types import Array, Bool, Float, Int
+from clp_jax.partitioning import activation_sharding
+
+# Float32 logits of a chunk, on one device.
+CHUNK_BYTES = 64 * 2**20
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenStatistics:
+    """Of each position's distribution over the vocabulary.
+
+    Attributes:
+        log_probs: ``float32[B, T]``, of the targets.
+        log_z: ``float32[B, T]``, logarithm of the normaliser; its square is the z-loss (PaLM, arXiv 2204.02311).
+        correct: ``bool[B, T]``, whether the target has the largest logit, the first of equal ones.
+        entropy: ``float32[B, T]`` in nats, or None where it was not asked for.
+    """
+
+    log_probs: Float[Array, "*chunks B T"]
+    log_z: Float[Array, "*chunks B T"]
+    correct: Bool[Array, "*chunks B T"]
+    entropy: Float[Array, "*chunks B T"] | None = None
+
+
+def token_statistics(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], *, with_entropy: bool = False
+) -> TokenStatistics:
+    """The statistics of logits that are there, in float32."""
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    entropy = None
+    if with_entropy:
+        entropy = log_z - jnp.sum(jnp.exp(logits - log_z[..., None]) * logits, axis=-1)
+    return TokenStatistics(chosen - log_z, log_z, jnp.argmax(logits, axis=-1) == targets, entropy)
+
+
+def chunked_token_statistics(
+    hidden: Float[Array, "B T D"],
+    head: Callable[[Float[Array, "B t D"]], Float[Array, "B t V"]],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int | None = None,
+    with_entropy: bool = False,
+) -> TokenStatistics:
+    """`token_statistics` of ``head(hidden)``, whose ``B·T·V`` logits never exist, forward or backward.
+
+    Chunks are cut along T, so a sharded batch stays sharded. The backward pass makes each chunk's logits again: one
+    more product with the head.
+
+    Args:
+        hidden: what the head reads; gradients flow to it and to what `head` closes over.
+        head: logits of some positions; treats positions alike.
+        targets: token ids, in ``[0, V)``.
+        chunk: positions of a chunk; None takes as many as `CHUNK_BYTES` of float32 logits hold on a device. Where all
+            fit there is no loop, and nothing is made again.
+        with_entropy: whether the entropy is wanted.
+
+    Raises:
+        ValueError: for a chunk below 1.
+    """
+    length = targets.shape[1]
+    chunk = _fitting(hidden, head) if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunked_token_statistics: chunk is {chunk}: expected at least 1, or None to choose.")
+    if chunk >= length:
+        return token_statistics(head(hidden), targets, with_entropy=with_entropy)
+
+    @jax.checkpoint
+    def statistics(hidden, targets):
+        return token_statistics(head(hidden), targets, with_entropy=with_entropy)
+
+    xs = (_chunks(hidden, chunk), _chunks(targets, chunk))
+    _, stacked = jax.lax.scan(lambda _, x: (None, statistics(*x)), None, xs)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], stacked)
+
+
+def _fitting(hidden: Float[Array, "B T D"], head: Callable) -> int:
+    """Positions of a chunk whose logits keep to the budget: as even as they come, and one at least."""
+    batch, length, _ = hidden.shape
+    shape = (batch, length, jax.eval_shape(head, hidden).shape[-1])
+    sharding = activation_sharding(shape, ("batch", "length", "act_vocab"))
+    rows, _, vocabulary = shape if sharding is None else sharding.shard_shape(shape)
+    most = max(1, CHUNK_BYTES // (4 * rows * vocabulary))
+    return int(np.ceil(length / np.ceil(length / most)))
+
+
+def _chunks(x: Array, size: int) -> Array:
+    """``[B, T, ...]`` as ``[chunks, B, size, ...]``, the last one filled up with what the last position holds.
+
+    Zeros might be nothing a head is made for; a norm's gradient there can be NaN.
+    """
+    padded = jnp.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)], mode="edge")
+    return jnp.moveaxis(padded.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

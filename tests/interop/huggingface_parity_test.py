@@ -1,0 +1,81 @@
+"""Parity with transformers: tiny torch models of every family, saved by it and read by us; and written back."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the parity reference needs the extra `hf` (torch)")
+pytest.importorskip("transformers", reason="the parity reference needs the extra `hf` (transformers)")
+
+import torch_models
+from torch_models import CASES, COMPLETION
+
+from clp_jax.interop import huggingface
+from clp_jax.models.policy import Policy
+from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
+from clp_jax.sampling.strategies import Greedy
+
+
+@pytest.fixture(scope="module", params=CASES)
+def saved(request, tmp_path_factory):
+    """The directory of a model, that of its gradient, a batch, and what torch made of it."""
+    directory = tmp_path_factory.mktemp("saved") / request.param
+    model, batch = torch_models.make(request.param), torch_models.rows()
+    torch_models.save(model, directory / "model")
+    results = torch_models.compute(model, batch)
+    torch_models.save_gradient(model, directory / "gradient")
+    return directory, batch, results
+
+
+def test_logits_loss_gradients_and_greedy_completions(saved):
+    directory, batch, expected = saved
+    imported = huggingface.read(directory / "model")
+    policy = Policy(imported.config)
+
+    def loss(params):
+        logits = policy.bind(params)(jnp.asarray(batch.inputs), jnp.asarray(batch.decoder_inputs))
+        log_probs = jax.nn.log_softmax(logits)
+        chosen = jnp.take_along_axis(log_probs, jnp.asarray(batch.targets)[..., None], axis=-1)
+        return -chosen.sum(), logits
+
+    @jax.jit
+    def run(params):
+        (total, logits), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        config = SamplingConfig(max_length=COMPLETION, strategy=Greedy())
+        keys = row_keys(jax.random.key(0), len(batch.inputs))
+        greedy = generate(CachedDecoder(policy.bind(params)), jnp.asarray(batch.inputs), keys=keys, config=config)
+        return total, logits, gradient, greedy.tokens
+
+    total, logits, gradient, greedy = run(jax.tree.map(jnp.asarray, imported.params))
+    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(total, expected["loss"], rtol=1e-5)
+    if directory.name != "switch_dropping":  # Token by token every expert has room, in the whole it has not.
+        np.testing.assert_array_equal(greedy, expected["greedy"])
+
+    def check(path, ours, theirs):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+    theirs = huggingface.read(directory / "gradient").params
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs)) > 1e-3
+    jax.tree_util.tree_map_with_path(check, gradient, theirs)
+
+
+def test_written_back_it_is_what_it_was(saved, tmp_path):
+    directory, _, _ = saved
+    imported = huggingface.read(directory / "model")
+    huggingface.write(
+        tmp_path / "out", imported.config, imported.params, origin=imported.origin, files=imported.text_files
+    )
+    names = sorted(path.name for path in (directory / "model").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for name in names:
+        before, after = ((folder / name).read_bytes() for folder in (directory / "model", tmp_path / "out"))
+        if name.endswith(".json"):
+            assert json.loads(before) == json.loads(after)
+        else:
+            assert before == after
