@@ -95,7 +95,7 @@ def decode_step(
             _view(stack, kind, layer, cache, positions, None if cross else prompt_queries)
             for kind, layer in zip(kinds, piece, strict=True)
         ]
-        cross_sight = look(cross, prompt_queries, cache.prompts) if cross else None
+        cross_sight = look(cross, prompt_queries, cache.prompts, dense=True) if cross else None
 
         def body(period: Any, carry: Any, inputs: Any, views: list[View] = views, sight: Sight | None = cross_sight):
             x, owned = carry
@@ -158,8 +158,8 @@ def _view(
     now = Places(cache.index[None, None], jnp.ones_like(positions))
     pattern, table = stack.pattern(kind), stack.table()
     return View(
-        sight=look(pattern, now, Places(times[None], begun), table),
-        prefix=None if prompt_queries is None else look(pattern, prompt_queries, cache.prompts, table),
+        sight=look(pattern, now, Places(times[None], begun), table, dense=True),
+        prefix=None if prompt_queries is None else look(pattern, prompt_queries, cache.prompts, table, dense=True),
         turned=stack.rotation(kind, positions),
     )
 

@@ -64,11 +64,15 @@ class PaLM(LanguageModel):
         if not tokens.shape[1]:  # One position of padding, so that no array is empty.
             tokens = jnp.full((tokens.shape[0], 1), self.config.pad_id, tokens.dtype)
             segments = jnp.zeros_like(tokens)
-        if segments is None:
-            segments = (tokens != self.config.pad_id).astype(jnp.int32)
-        places = in_order(segments)
+        unpacked = segments is None
+        places = in_order((tokens != self.config.pad_id).astype(jnp.int32) if segments is None else segments)
         ran = self.decoder(
-            self.embed(tokens), places, dropout_key=dropout_key, keep=True, causal=not self.config.prefix_lm
+            self.embed(tokens),
+            places,
+            dropout_key=dropout_key,
+            keep=True,
+            causal=not self.config.prefix_lm,
+            unpacked=unpacked,
         )
         return Encoded(ran.keys_values, tokens, places, ran.routing)
 

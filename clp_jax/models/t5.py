@@ -57,10 +57,9 @@ class T5(LanguageModel):
             segments: packed examples; by default one, wherever there is no padding.
             dropout_key: None is evaluation.
         """
-        if segments is None:
-            segments = (tokens != self.config.pad_id).astype(jnp.int32)
-        places = in_order(segments)
-        ran = self.encoder(self.embed(tokens), places, dropout_key=dropout_key)
+        unpacked = segments is None
+        places = in_order((tokens != self.config.pad_id).astype(jnp.int32) if segments is None else segments)
+        ran = self.encoder(self.embed(tokens), places, dropout_key=dropout_key, unpacked=unpacked)
         return Encoded(ran.states, tokens, places, ran.routing)
 
     def decode(
@@ -79,7 +78,7 @@ class T5(LanguageModel):
             segments: packed examples; by default everything is one example, with its padding at the end.
             dropout_key: None is evaluation.
         """
-        prompts = encoded.places
+        prompts, unpacked = encoded.places, segments is None
         if segments is None:
             segments = jnp.ones_like(decoder_inputs)
             prompts = in_order((prompts.segments > 0).astype(jnp.int32))
@@ -88,8 +87,9 @@ class T5(LanguageModel):
         ran = self.decoder(
             self.embed(decoder_inputs),
             in_order(segments),
-            cross=(encoded.content, look(self._cross_pattern(), queries, prompts)),
+            cross=(encoded.content, look(self._cross_pattern(), queries, prompts, unpacked=unpacked)),
             dropout_key=dropout_key,
+            unpacked=unpacked,
         )
         return Decoded(ran.states, (*encoded.routing, *ran.routing))
 
@@ -139,4 +139,4 @@ class T5(LanguageModel):
         return decode_step(self.decoder, self.embed(tokens[:, None]), cache, weights, cross=self._cross_pattern())
 
     def _cross_pattern(self) -> Pattern:
-        return Pattern(cap=self.config.attention_cap)
+        return Pattern(scale=self.config.attention_scale, cap=self.config.attention_cap)

@@ -244,6 +244,7 @@ class Stack(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
         keep: bool = False,
         causal: bool | None = None,
+        unpacked: bool = False,
     ) -> Ran:
         """States of embedded tokens.
 
@@ -255,10 +256,11 @@ class Stack(nnx.Module):
             dropout_key: None is evaluation.
             keep: whether keys and values are kept.
             causal: whether later tokens are hidden; None does as the stack was built.
+            unpacked: a promise: every row is one example from its start on.
         """
         config = self.config
         causal = self.causal if causal is None else causal
-        views = [self._view(kind, places, prefix, causal) for kind in self.kinds[: self.period]]
+        views = [self._view(kind, places, prefix, causal, unpacked) for kind in self.kinds[: self.period]]
         present = places.segments > 0
         x = dropout(x, config.dropout_rate, dropout_key, salt=1)
         kept, routings = [], []
@@ -306,14 +308,14 @@ class Stack(nnx.Module):
         """How self-attention of one layer sees."""
         return self.config.pattern(kind, causal=self.causal)
 
-    def _view(self, kind: LayerKind, places: Places, prefix: Prefix | None, causal: bool) -> View:
+    def _view(self, kind: LayerKind, places: Places, prefix: Prefix | None, causal: bool, unpacked: bool) -> View:
         # The buckets stay the stack's: one table serves prompts that see both ways and completions that do not.
         pattern, table = dataclasses.replace(self.pattern(kind), causal=causal), self.table()
         positions = places.positions
         if prefix is not None:
             positions = prefix.queries.positions.reshape(places.segments.shape)
         return View(
-            sight=look(pattern, places, places, table, aligned=True),
+            sight=look(pattern, places, places, table, aligned=True, unpacked=unpacked),
             prefix=None if prefix is None else look(pattern, prefix.queries, prefix.places, table),
             turned=self.rotation(kind, positions),
         )

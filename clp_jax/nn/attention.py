@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
-from clp_jax.nn.attention_kernels import attention
+from clp_jax.nn.attention_kernels import SHORT_PAIRS, attention
 from clp_jax.nn.linear import Linear, dropout
 from clp_jax.nn.norms import RMSNorm
 from clp_jax.nn.rope import rotate
@@ -18,9 +18,6 @@ from clp_jax.partitioning import constrain
 
 # Finite, so that a row with nothing to attend to has no NaN in it or in its gradient.
 MASKED = -1e10
-
-# Pairs of a query and a key, up to which masks and biases are held whole and shared by the layers.
-DENSE_PAIRS = 1024 * 1024
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +55,7 @@ class Sight:
         bias: float32, of the positions; None without one, or where there are too many pairs.
         table: of the bias, where there are too many pairs; ``[N, buckets]``.
         aligned: whether query ``i`` and key ``i`` are the same token (`clp_jax.nn.attention_kernels`).
+        unpacked: whether every row is one example from its start on.
     """
 
     pattern: Pattern = dataclasses.field(metadata={"static": True})
@@ -67,6 +65,7 @@ class Sight:
     bias: Float[Array, "c N T S"] | None
     table: Float[Array, "N buckets"] | None = None
     aligned: bool = dataclasses.field(default=False, metadata={"static": True})
+    unpacked: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -106,11 +105,13 @@ def dot_product_attention(
     gets zeros.
 
     Args:
-        query: queries, scaled already.
+        query: queries.
         keys: what they see; the softmax runs over all of them.
         dropout_rate: of the attention weights.
         dropout_key: None turns dropout off.
     """
+    scale = keys[0].sight.pattern.scale
+    query = query if scale == 1 else query * jnp.asarray(scale, query.dtype)
     logits = [_logits(query, part) for part in keys]
     if len(keys) == 1:
         mask = keys[0].sight.mask
@@ -235,7 +236,7 @@ class Attention(nnx.Module):
         num_heads: ``N``.
         num_kv_heads: ``G``, divides ``N``.
         head_dim: ``H``.
-        scale: multiplies the queries.
+        scale: multiplies the logits, see `Pattern`; here it decides the initial values alone.
         qkv_bias: biases of query, key and value.
         out_bias: a bias of the output.
         qk_norm: makes the norms of queries and keys, one function of ``H``; None for none.
@@ -273,17 +274,15 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = qk_norm(head_dim), qk_norm(head_dim)
         self.has_norms = qk_norm is not None
         self.head_dim = head_dim
-        self.scale = scale
         self.dropout_rate = dropout_rate
 
     def project_q(
         self, x: Float[Array, "B T D"], turned: Float[Array, "b T turned"] | None = None
     ) -> Float[Array, "B T N H"]:
-        """Queries, normalised, rotated (`clp_jax.nn.rope.rotation`) and scaled."""
+        """Queries, normalised and rotated (`clp_jax.nn.rope.rotation`)."""
         query = self._heads(self.query(x))
         query = self.query_norm(query) if self.has_norms else query
-        query = query if turned is None else rotate(query, turned)
-        return query if self.scale == 1 else query * self.scale
+        return query if turned is None else rotate(query, turned)
 
     def project_kv(
         self, x: Float[Array, "B S D"], turned: Float[Array, "b S turned"] | None = None
@@ -314,6 +313,8 @@ def look(
     table: Float[Array, "N buckets"] | None = None,
     *,
     aligned: bool = False,
+    unpacked: bool = False,
+    dense: bool = False,
 ) -> Sight:
     """How queries see keys, made once for all the layers that see alike.
 
@@ -323,9 +324,12 @@ def look(
         keys: where the keys stand.
         table: of the relative position bias, where the pattern has one.
         aligned: whether query ``i`` and key ``i`` are the same token.
+        unpacked: whether every row is one example from its start on.
+        dense: whether masks and biases are held whole, however many pairs there are: for single queries.
     """
-    if queries.positions.shape[1] * keys.positions.shape[1] > DENSE_PAIRS:
-        return Sight(pattern, queries, keys, mask=None, bias=None, table=table, aligned=aligned)
+    pairs = queries.positions.shape[1] * keys.positions.shape[1]
+    if not dense and pairs >= SHORT_PAIRS:
+        return Sight(pattern, queries, keys, None, None, table=table, aligned=aligned, unpacked=unpacked)
     bias = None if table is None or pattern.buckets is None else position_bias(pattern.buckets, table, queries, keys)
     return Sight(pattern, queries, keys, mask=visible(pattern, queries, keys), bias=bias, table=None, aligned=aligned)
 
@@ -353,6 +357,7 @@ def _blocked_attention(
             keys=first.keys,
             table=first.table,
             aligned=first.aligned,
+            unpacked=first.unpacked,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
         )

@@ -13,6 +13,7 @@ from clp_jax.models.layout import RUNS, place_of, restacked, stacks_of, unstacke
 from clp_jax.models.policy import Policy
 from clp_jax.nn.routing import Dropless, TokenChoice
 
+
 def kinds_of(letters: str) -> tuple[LayerKind, ...]:
     """One kind for each letter."""
     return tuple(LayerKind(window=None, rope=None, sparse=False, mlp_dim=ord(letter)) for letter in letters)

@@ -26,11 +26,11 @@ def keys_and_values(groups: int, batch: int = B, size: int = S) -> tuple[np.ndar
     return tuple(RNG.normal(size=(2, batch, size, groups, H)).astype(np.float32))
 
 
-def seen(key, value, mask, bias=None, cap=None) -> Keys:
+def seen(key, value, mask, bias=None, cap=None, scale=1.0) -> Keys:
     """A set of keys with a mask and a bias that are written down."""
     nowhere = Places(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
     bias = None if bias is None else jnp.asarray(bias)
-    sight = Sight(Pattern(cap=cap), nowhere, nowhere, mask=jnp.asarray(mask), bias=bias)
+    sight = Sight(Pattern(cap=cap, scale=scale), nowhere, nowhere, mask=jnp.asarray(mask), bias=bias)
     return Keys(swap_heads(jnp.asarray(key)), swap_heads(jnp.asarray(value)), sight)
 
 
@@ -81,6 +81,13 @@ def test_several_sets_of_keys_are_one_softmax(samples):
     parts = [(*prompt, prompt_mask, None, 3.0), (*own, own_mask, BIAS[..., :T], None)]
     out = dot_product_attention(jnp.asarray(query), [seen(*part) for part in parts])
     np.testing.assert_allclose(out, reference(query, parts), rtol=1e-5, atol=1e-6)
+
+
+def test_the_scale_is_the_queries():
+    key, value = keys_and_values(2)
+    scaled = dot_product_attention(jnp.asarray(QUERY), [seen(key, value, MASK, BIAS, 2.0, scale=0.25)])
+    expected = dot_product_attention(jnp.asarray(QUERY * 0.25), [seen(key, value, MASK, BIAS, 2.0)])
+    np.testing.assert_array_equal(scaled, expected)
 
 
 def test_a_bias_gets_the_summed_gradient_of_the_rows_that_share_it():
@@ -169,7 +176,7 @@ def make(num_kv_heads: int = N, norms: bool = False, biases: bool = False, scale
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
-def test_projections_are_split_into_heads_normalised_rotated_and_scaled(num_kv_heads):
+def test_projections_are_split_into_heads_normalised_and_rotated(num_kv_heads):
     attention = make(num_kv_heads, norms=True, biases=True, scale=0.3)
     for layer in (attention.query, attention.key, attention.value):
         layer.bias[...] = jnp.asarray(RNG.normal(size=layer.bias.shape), jnp.float32)
@@ -192,7 +199,7 @@ def test_projections_are_split_into_heads_normalised_rotated_and_scaled(num_kv_h
             (attention.value, None),
         )
     )
-    np.testing.assert_allclose(query, rotate(q, turned) * 0.3, **close)
+    np.testing.assert_allclose(query, rotate(q, turned), **close)
     np.testing.assert_allclose(swap_heads(key), rotate(k, turned), **close)
     np.testing.assert_allclose(swap_heads(value), v, **close)
 
@@ -225,3 +232,4 @@ def test_pairs_are_held_whole_up_to_a_number():
 
     small, large = look(Pattern(), places(4), places(4)), look(Pattern(), places(2048), places(1024))
     assert small.mask is not None and large.mask is None
+    assert look(Pattern(), places(2048), places(1024), dense=True).mask is not None
