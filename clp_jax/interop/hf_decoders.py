@@ -74,7 +74,7 @@ def read_common(settings: Settings, **more: Any) -> dict[str, Any]:
 def write_common(config: PaLMConfig) -> dict[str, Any]:
     """The keys that every decoder-only family shares."""
     eos, rope = config.eos_ids, config.rope
-    is_other = config.start_id == config.pad_id or config.start_id == eos[0]
+    is_told = config.start_id == (eos[0] if config.pad_id < 0 else config.pad_id)
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
@@ -90,7 +90,7 @@ def write_common(config: PaLMConfig) -> dict[str, Any]:
         "rope_scaling": None if rope is None else write_scaling(rope),
         "pad_token_id": None if config.pad_id < 0 else config.pad_id,
         # Told by the padding or the end where it is one of them: a padding that is the beginning could not be told apart.
-        "bos_token_id": None if is_other else config.start_id,
+        "bos_token_id": None if is_told else config.start_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
     }
 
@@ -98,7 +98,8 @@ def write_common(config: PaLMConfig) -> dict[str, Any]:
 def plain_rope(settings: Settings) -> Rope:
     """The positions of families whose layers all have the same."""
     key = "rope_parameters" if settings.values.get("rope_parameters") else "rope_scaling"
-    return read_rope(settings.values.get(key) or {}, settings["rope_theta"], settings, key)
+    theta = settings["rope_theta"] or settings.defaults["rope_theta"]
+    return read_rope(settings.values.get(key) or {}, theta, settings, key)
 
 
 def read_windows(settings: Settings, default: Sequence[bool]) -> dict[str, Any]:
@@ -241,8 +242,8 @@ def _read_gemma3(settings: Settings) -> PaLMConfig:
         everywhere, local = (given.get(kind) or {} for kind in (_GLOBAL, _LOCAL))
     else:
         everywhere, local = settings.values.get("rope_scaling") or given, {}
-    rope = read_rope(everywhere, settings["rope_theta"], settings)
-    near = read_rope(local, settings["rope_local_base_freq"], settings)
+    theta, near_theta = (settings[k] or settings.defaults[k] for k in ("rope_theta", "rope_local_base_freq"))
+    rope, near = read_rope(everywhere, theta, settings), read_rope(local, near_theta, settings)
     pattern = settings.values.get("sliding_window_pattern") or settings["_sliding_window_pattern"]
     return PaLMConfig(**_gemma(settings, qk_norm=True, rope=rope, local_rope=near, **_gemma2(settings, pattern)))
 

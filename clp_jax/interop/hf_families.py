@@ -48,26 +48,27 @@ def family_for(config: ModelConfig, model_type: str | None = None) -> Family:
     """
     known = _ENCODER_DECODERS if isinstance(config, T5Config) else _DECODERS
     families = known if model_type is None else (family_named(model_type),)
-    lacking = {family.model_type: differences(family, config) for family in families}
+    lacking: dict[str, list[str]] = {}
     for family in families:
+        lacking[family.model_type] = differences(family, config)
         if not lacking[family.model_type]:
             return family
     # What stands in the way everywhere says most; otherwise the nearest family's does.
     everywhere = set.intersection(*(set(names) for names in lacking.values()))
     nearest = min(lacking, key=lambda name: len(lacking[name]))
     names = sorted(everywhere) or lacking[nearest]
-    which = "no Hugging Face family" if everywhere and model_type is None else f"model_type {nearest!r}"
-    asked = ", ".join(f"{name}={getattr(config, name, None)!r}" for name in names)
-    raise ValueError(f"{which} can express {type(config).__name__} with {asked}: keep the policy's own checkpoint.")
+    which = "no Hugging Face family can" if everywhere and model_type is None else f"model_type {nearest!r} can't"
+    asked = ", ".join(f"{name}={value!r}" for name, value in vars(config).items() if name in names) or names[0]
+    raise ValueError(f"{which} express {type(config).__name__} with {asked}: keep the policy's own checkpoint.")
 
 
 def differences(family: Family, config: ModelConfig) -> list[str]:
     """Settings that would be others, were a policy written as a family and read again."""
+    mine, written = canonical(config), family.write(config)
     try:
-        again = canonical(family.config(family.write(config)))
-    except (ValueError, TypeError, ArithmeticError, StopIteration, KeyError) as error:
+        again = canonical(family.config(written))
+    except ValueError as error:  # Values that the family refuses.
         return [str(error)]
-    mine = canonical(config)
     if type(again) is not type(mine):
         return [type(mine).__name__]
     return [f.name for f in dataclasses.fields(mine) if getattr(mine, f.name) != getattr(again, f.name)]

@@ -16,7 +16,7 @@ from clp_jax.interop.hf_decoders import (
 from clp_jax.interop.hf_family import Family
 from clp_jax.interop.hf_settings import Settings, activation_name
 from clp_jax.interop.hf_t5 import COPIES, T5_DEFAULTS, read_sizes, t5_names, write_sizes
-from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
+from clp_jax.models.config import ModelConfig, MoEConfig, PaLMConfig, T5Config
 from clp_jax.nn.routing import Dropless, TokenChoice
 
 _LAYER = "model.layers.{layer}"
@@ -37,17 +37,16 @@ def _shared_names() -> dict[str, str]:
     return found
 
 
-def _dropless(config: PaLMConfig) -> tuple[MoEConfig, Dropless]:
-    """The experts of a policy without capacities.
+def _experts(config: ModelConfig) -> MoEConfig:
+    """The experts of a policy; where there are none, some that tell the policies apart."""
+    return config.moe or MoEConfig(num_experts=1)
 
-    Raises:
-        ValueError: for other policies.
-    """
-    moe = config.moe
-    router = None if moe is None else moe.decoder_router or moe.router
-    if moe is None or not isinstance(router, Dropless):
-        raise ValueError("moe")
-    return moe, router
+
+def _dropless(config: PaLMConfig) -> Dropless:
+    """The router of a policy; where it is of another kind, one that tells the policies apart."""
+    moe = _experts(config)
+    router = moe.decoder_router or moe.router
+    return router if isinstance(router, Dropless) else Dropless(k=1)
 
 
 def _read_mixtral(settings: Settings) -> PaLMConfig:
@@ -61,7 +60,7 @@ def _read_mixtral(settings: Settings) -> PaLMConfig:
 
 
 def _write_mixtral(config: PaLMConfig) -> dict[str, Any]:
-    moe, router = _dropless(config)
+    moe, router = _experts(config), _dropless(config)
     return write_common(config) | {
         "intermediate_size": moe.mlp_dim or config.mlp_dim,
         "sliding_window": config.window,
@@ -86,7 +85,7 @@ def _read_qwen_moe(settings: Settings, num_experts: int, shared_dim: int) -> MoE
 
 
 def _write_qwen_moe(config: PaLMConfig) -> dict[str, Any]:
-    moe, router = _dropless(config)
+    moe, router = _experts(config), _dropless(config)
     return write_common(config) | {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": router.k,
@@ -109,8 +108,7 @@ def _read_qwen2_moe(settings: Settings) -> PaLMConfig:
 
 def _write_qwen2_moe(config: PaLMConfig) -> dict[str, Any]:
     written = _write_qwen_moe(config) | write_qwen_windows(config)
-    shared = 0 if config.moe is None else config.moe.shared_dim
-    return written | {"shared_expert_intermediate_size": shared, "qkv_bias": config.qkv_bias}
+    return written | {"shared_expert_intermediate_size": _experts(config).shared_dim, "qkv_bias": config.qkv_bias}
 
 
 def _read_qwen3_moe(settings: Settings) -> PaLMConfig:
@@ -174,15 +172,14 @@ def _read_switch(settings: Settings) -> T5Config:
 
 
 def _write_switch(config: T5Config) -> dict[str, Any]:
-    moe = config.moe
-    if moe is None or not isinstance(moe.router, TokenChoice) or moe.router.fixed_capacity is None:
-        raise ValueError("moe")
+    moe = _experts(config)
+    router = moe.router if isinstance(moe.router, TokenChoice) else TokenChoice()
     found = write_sizes(config) | {
         "dense_act_fn": activation_name(config.activation),
         "tie_word_embeddings": config.tied_head,
         "num_experts": moe.num_experts,
-        "expert_capacity": moe.router.fixed_capacity,
-        "router_jitter_noise": moe.router.jitter,
+        "expert_capacity": router.fixed_capacity or 1,
+        "router_jitter_noise": router.jitter,
         "router_aux_loss_coef": moe.balance_weight,
         "router_z_loss_coef": moe.z_weight,
         "router_bias": False,

@@ -54,7 +54,8 @@ def link(slots: Iterable[Slot], names: Mapping[str, str], transposed: Sequence[s
     Raises:
         ValueError: for parameters that the family has no name for.
     """
-    links, nameless = [], []
+    links: list[Link] = []
+    nameless: list[str] = []
     for slot in slots:
         if slot.name not in names:
             nameless.append(slot.name)
@@ -66,7 +67,9 @@ def link(slots: Iterable[Slot], names: Mapping[str, str], transposed: Sequence[s
         name = names[slot.name].format(layer=slot.layer, expert=slot.expert)
         links.append(Link(name, slot.path, slot.index, order, shape))
     if nameless:
-        raise ValueError(f"{source} has no tensors for the parameters {some(nameless)}: choose another format.")
+        raise ValueError(
+            f"{source} has no tensors for the parameters {some(dict.fromkeys(nameless))}: choose another format."
+        )
     return links
 
 

@@ -1,0 +1,191 @@
+"""T5X's names of a policy's parameters, for layers by themselves and for scanned ones, and what a policy is by them."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from clp_jax.interop.links import Link, link
+from clp_jax.interop.slots import Slot, slots
+from clp_jax.models.config import MoEConfig, T5Config
+from clp_jax.nn.routing import TokenChoice
+
+_HEAD = "decoder/logits_dense/kernel"
+_TOP = {
+    "token_embedder/embedding": "token_embedder/embedding",
+    "logits_head/kernel": _HEAD,
+    "encoder/norm/scale": "encoder/encoder_norm/scale",
+    "decoder/norm/scale": "decoder/decoder_norm/scale",
+}
+_SHARED_BIAS = "relpos_bias/rel_embedding"
+_NORMS = {
+    "encoder": {"self_attention": "pre_attention_layer_norm"},
+    "decoder": {
+        "self_attention": "pre_self_attention_layer_norm",
+        "cross_attention": "pre_cross_attention_layer_norm",
+    },
+}
+_BLOCKS = {
+    "encoder": {"self_attention": "attention"},
+    "decoder": {"self_attention": "self_attention", "cross_attention": "encoder_decoder_attention"},
+}
+
+
+def names(*, scanned: bool) -> dict[str, str]:
+    """T5X's name of each slot's name (`clp_jax.interop.slots.Slot.name`)."""
+    found = dict(_TOP)
+    for stack, blocks in _BLOCKS.items():
+        layer = f"{stack}/{stack}" if scanned else f"{stack}/layers_{{layer}}"
+        found[f"{stack}/relpos_bias/embedding"] = f"{layer if scanned else stack}/{_SHARED_BIAS}"
+        for ours, theirs in blocks.items():
+            found[f"{stack}/{ours}_norm/scale"] = f"{layer}/{_NORMS[stack][ours]}/scale"
+            for part in ("query", "key", "value", "out"):
+                found[f"{stack}/{ours}/{part}/kernel"] = f"{layer}/{theirs}/{part}/kernel"
+        found[f"{stack}/mlp_norm/scale"] = f"{layer}/pre_mlp_layer_norm/scale"
+        found[f"{stack}/extra_mlp_norm/scale"] = f"{layer}/pre_extra_mlp_layer_norm/scale"
+        found[f"{stack}/mlp/router/kernel"] = f"{layer}/mlp/router/router_weights/w/kernel"
+        for part in ("wi", "wi_0", "wi_1", "wo"):
+            found[f"{stack}/mlp/{part}/kernel"] = f"{layer}/mlp/{part}/kernel"
+            found[f"{stack}/extra_mlp/{part}/kernel"] = f"{layer}/extra_mlp/{part}/kernel"
+            found[f"{stack}/mlp/experts/{part}/kernel"] = f"{layer}/mlp/expert/{part}/kernel"
+    return found
+
+
+def links(config: T5Config, scan_axis: int | None) -> list[Link]:
+    """The tensors of a policy's parameters.
+
+    Args:
+        config: of the policy.
+        scan_axis: of the layers in scanned tensors; None for tensors of single layers.
+
+    Raises:
+        ValueError: when T5X's layout has no place for the policy.
+    """
+    pieces = slots(config, split_experts=False)
+    if config.bias_per_layer != (scan_axis is not None) and config.num_buckets:
+        raise ValueError(
+            f"T5Config.bias_per_layer is {config.bias_per_layer}: T5X's scanned layers have a table of positions each, and "
+            "others share one; choose the layout that goes with it."
+        )
+    if scan_axis is None:
+        return link(pieces, names(scanned=False), (), "T5X")
+    if any(slot.path[1] == "rest" or slot.path[2].startswith("layer_") for slot in pieces if slot.layer is not None):
+        raise ValueError("T5X's scanned layout has layers of one kind only: write single layers, with scan_axis=None.")
+    return [_scanned(slot, pieces, scan_axis) for slot in pieces if not any(slot.index)]
+
+
+def _scanned(slot: Slot, pieces: Sequence[Slot], axis: int) -> Link:
+    """Of the first layer's slot, the link of the whole leaf."""
+    table = names(scanned=True)
+    if slot.name not in table:
+        raise ValueError(f"T5X has no tensors for the parameters {slot.name}: choose another format.")
+    if slot.layer is None:
+        return Link(table[slot.name], slot.path, (), None, slot.shape)
+    depth = sum(other.path == slot.path for other in pieces)
+    axis = min(axis, len(slot.shape))
+    order = (*range(1, axis + 1), 0, *range(axis + 1, len(slot.shape) + 1))
+    shape = (*slot.shape[:axis], depth, *slot.shape[axis:])
+    return Link(table[slot.name], slot.path, (), order, shape)
+
+
+def is_scanned(found: Iterable[str]) -> bool:
+    """Whether the names are those of scanned layers."""
+    return any(name.startswith("encoder/encoder/") for name in found)
+
+
+def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], scan_axis: int) -> T5Config:
+    """What the policy of a checkpoint is; what shapes don't tell is as in T5 1.1 (1.0 without a gate), or overridden.
+
+    Args:
+        shapes: of the tensors, by T5X's names.
+        overrides: fields of the configuration.
+        scan_axis: of the layers, in scanned tensors.
+
+    Raises:
+        ValueError: when the tensors are not those of an encoder-decoder T5, or don't tell the number of heads.
+    """
+    scanned = is_scanned(shapes)
+    layered = {name: _layers_first(name, shape, scan_axis) for name, shape in shapes.items()} if scanned else shapes
+    query = "attention/query/kernel"
+    first = "encoder/encoder" if scanned else "encoder/layers_0"
+    query_shape = _get(layered, f"{first}/{query}")[-2:]
+    gated = any(re.search(r"mlp/(expert/)?wi_0/kernel$", name) for name in shapes)
+    vocab_size, embed_dim = _get(shapes, "token_embedder/embedding")
+    found: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "embed_dim": embed_dim,
+        "mlp_dim": _width(layered),
+        "num_encoder_layers": _depth(layered, "encoder", scanned),
+        "num_decoder_layers": _depth(layered, "decoder", scanned),
+        "gated": gated,
+        "activation": "gelu" if gated else "relu",
+        "tied_head": _HEAD not in shapes,
+        "bias_per_layer": scanned,
+    }
+    table = layered.get(f"{first if scanned else 'encoder'}/{_SHARED_BIAS}")
+    if table is not None:
+        found |= {"num_heads": table[-2], "num_buckets": table[-1]}
+    found |= dict(overrides)
+    if "num_heads" not in found:
+        raise ValueError(f"the checkpoint has no {_SHARED_BIAS!r}, which tells the heads: override num_heads.")
+    if query_shape[-1] % found["num_heads"]:
+        raise ValueError(
+            f"{query!r} has {query_shape[-1]} columns: expected a multiple of num_heads={found['num_heads']}."
+        )
+    found.setdefault("head_dim", query_shape[-1] // found["num_heads"])
+    if "moe" not in found:
+        found["moe"] = _experts(layered, found)
+    return T5Config(**found)
+
+
+def _get(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise ValueError(f"the checkpoint has no {name!r}: expected the parameters of an encoder-decoder T5.")
+    return shapes[name]
+
+
+def _layers_first(name: str, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    if not name.startswith(("encoder/encoder/", "decoder/decoder/")):
+        return shape
+    axis = min(axis, len(shape) - 1)
+    return (shape[axis], *shape[:axis], *shape[axis + 1 :])
+
+
+def _depth(shapes: Mapping[str, tuple[int, ...]], stack: str, scanned: bool) -> int:
+    if scanned:
+        return _get(shapes, f"{stack}/{stack}/pre_mlp_layer_norm/scale")[0]
+    numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{stack}/layers_(\d+)/", name))}
+    if numbers != set(range(len(numbers))) or not numbers:
+        raise ValueError(f"the checkpoint has the layers {sorted(numbers)} of the {stack}: expected all from 0 on.")
+    return len(numbers)
+
+
+def _width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Of the dense blocks where there are some, or of the experts."""
+    for pattern in (r"/(extra_)?mlp/wo/kernel$", r"/mlp/expert/wo/kernel$"):
+        for name, shape in shapes.items():
+            if re.search(pattern, name):
+                return shape[-2]
+    raise ValueError("the checkpoint has no 'mlp/wo/kernel': expected the parameters of an encoder-decoder T5.")
+
+
+def _experts(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> MoEConfig | None:
+    kernels = {name: shape for name, shape in shapes.items() if name.endswith("/mlp/expert/wo/kernel")}
+    if not kernels:
+        return None
+    shape = next(iter(kernels.values()))
+    sparse = {
+        stack: sorted(int(match[1]) for name in kernels if (match := re.match(rf"{stack}/layers_(\d+)/", name)))
+        for stack in ("encoder", "decoder")
+    }
+    every = min((layers[0] for layers in sparse.values() if layers), default=0) + 1
+    for stack, layers in sparse.items():
+        if not found["bias_per_layer"] and layers != list(range(every - 1, found[f"num_{stack}_layers"], every)):
+            raise ValueError(f"layers {layers} of the {stack} have experts: expected every n-th one, the n-th first.")
+    return MoEConfig(
+        num_experts=shape[-3],
+        router=TokenChoice(k=1, min_capacity=4),
+        every=every,
+        mlp_dim=None if shape[-2] == found["mlp_dim"] else shape[-2],
+        extra_mlp=any("/extra_mlp/" in name for name in shapes),
+        z_weight=1e-3,
+    )

@@ -1,0 +1,187 @@
+"""T5X checkpoints as policies: the forms that T5X wrote, scanned layers, experts, optimizer state, and the way back."""
+
+import tarfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_policies import varied_params
+
+from clp_jax.interop import t5x, t5x_files
+from clp_jax.interop.slots import flatten
+from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
+from clp_jax.models.policy import Policy
+from clp_jax.nn.routing import TokenChoice
+from clp_jax.training.optimizers import Adafactor
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+RECORD = dict(np.load(FIXTURES / "t5x_policy.npz"))
+SIZES = dict(
+    vocab_size=11,
+    embed_dim=8,
+    mlp_dim=12,
+    num_heads=2,
+    head_dim=4,
+    num_buckets=8,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+)
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("nano")
+    with tarfile.open(FIXTURES / "t5x_nano.tar.xz") as archive:
+        archive.extractall(directory, filter="data")
+    return directory
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """Everything that a checkpoint holds."""
+    checkpoint = t5x_files.read(path)
+    found = {f"target/{name}": array.read() for name, array in checkpoint.parameters.items()}
+    return found | {f"slots/{name}": array.read() for name, array in checkpoint.slots.items()}
+
+
+def assert_equal(a, b):
+    assert sorted(a) == sorted(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("form", ["legacy", "legacy_bf16", "legacy_chunked", "orbax", "mtf"])
+def test_what_t5x_wrote_is_the_policy_that_it_trained(nano, form):
+    imported = t5x.read(nano / form, optimizer=form != "mtf")
+    assert imported.config == T5Config(
+        vocab_size=64, embed_dim=16, mlp_dim=32, num_heads=2, head_dim=8, num_encoder_layers=2, num_decoder_layers=2
+    )
+    assert imported.step == 2
+    query = imported.params["decoder"]["layers"]["cross_attention"]["query"]["kernel"]
+    expected = RECORD["target/decoder/layers_1/encoder_decoder_attention/query/kernel"]
+    rounded = expected.astype("bfloat16").astype(np.float32) if form == "legacy_bf16" else expected
+    np.testing.assert_array_equal(query[1], rounded)
+    Policy(imported.config).bind(imported.params)
+
+
+@pytest.mark.parametrize("form", ["legacy", "legacy_bf16", "legacy_chunked", "orbax"])
+def test_written_back_it_is_what_it_was(nano, tmp_path, form):
+    dtype = "bfloat16" if form == "legacy_bf16" else "float32"
+    imported = t5x.read(nano / form, dtype=dtype, optimizer=True)
+    written = t5x.write(
+        tmp_path,
+        imported.config,
+        imported.params,
+        step=imported.step,
+        slots=imported.slots,
+        form="orbax" if form == "orbax" else "legacy",
+    )
+    assert written == tmp_path / "checkpoint_2"
+    assert_equal(arrays(nano / form), arrays(tmp_path))
+
+
+def test_the_optimizer_goes_on_where_t5x_stopped(nano):
+    imported = t5x.read(nano / "legacy", optimizer=True)
+    policy = Policy(imported.config)
+    state = jax.eval_shape(Adafactor().build(policy.logical_axes()).init, imported.params)[1]
+    for kind in ("v_row", "v_col", "v"):
+        ours, theirs = getattr(state, kind), getattr(imported.slots, kind)
+        jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), ours, theirs)
+    assert imported.slots.count == 2
+    np.testing.assert_array_equal(
+        imported.slots.v["encoder"]["layers"]["mlp"]["wi_0"]["kernel"][1],
+        t5x_files.read(nano / "legacy").slots["encoder/layers_1/mlp/wi_0/kernel/v"].read(),
+    )
+
+
+def test_factored_slots_keep_their_places(tmp_path):
+    config = T5Config(**SIZES | dict(embed_dim=128, mlp_dim=130, num_encoder_layers=1, num_decoder_layers=2))
+    policy = Policy(config)
+    state = jax.eval_shape(Adafactor().build(policy.logical_axes()).init, policy.abstract())[1]
+    rng = np.random.default_rng(0)
+    used = lambda x: np.zeros(1, np.float32) if x.shape == (1,) else rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
+    slots = t5x.AdafactorSlots(7, *(jax.tree.map(used, getattr(state, kind)) for kind in ("v_row", "v_col", "v")))
+    params = jax.tree.map(np.asarray, varied_params(policy))
+    t5x.write(tmp_path, config, params, step=7, slots=slots)
+    stored = t5x_files.read(tmp_path).slots
+    name = "decoder/layers_1/mlp/wo/kernel"  # [130, 128]: rows are as long as the smaller dimension.
+    assert [stored[f"{name}/{kind}"].shape for kind in ("v_row", "v_col", "v", "m")] == [(128,), (130,), (1,), (1,)]
+    again = t5x.read(tmp_path, optimizer=True)
+    assert again.slots.count == 7
+    for kind in ("v_row", "v_col", "v"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(again.slots, kind), getattr(slots, kind))
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scan_axis"),
+    [
+        ({}, None),
+        (dict(tied_head=True, gated=False, activation="relu"), None),
+        (dict(bias_per_layer=True), 1),
+        (dict(bias_per_layer=True, tied_head=True), 0),
+        (dict(moe=MoEConfig(num_experts=3, router=TokenChoice(k=1, min_capacity=4), every=2, z_weight=1e-3)), None),
+        (
+            dict(
+                moe=MoEConfig(
+                    num_experts=2, router=TokenChoice(min_capacity=4), mlp_dim=10, extra_mlp=True, z_weight=1e-3
+                )
+            ),
+            None,
+        ),
+    ],
+    ids=["1.1", "1.0", "scanned", "scanned_first", "experts", "st_moe"],
+)
+def test_every_layout_comes_back(tmp_path, changes, scan_axis):
+    config = T5Config(**SIZES | changes)
+    params = jax.tree.map(np.asarray, varied_params(Policy(config)))
+    t5x.write(tmp_path, config, params, step=3, scan_axis=scan_axis, card="# Card\n")
+    again = t5x.read(tmp_path, scan_axis=1 if scan_axis is None else scan_axis)
+    assert again.config == config
+    assert again.origin == {"format": "t5x", "form": "legacy", "step": 3, "scan_axis": scan_axis}
+    assert_equal(dict(flatten_names(again.params)), dict(flatten_names(params)))
+    assert (tmp_path / "README.md").read_text() == "# Card\n"
+    # Names and shapes as T5X has them.
+    stored = {name: array.shape for name, array in t5x_files.read(tmp_path).parameters.items()}
+    if scan_axis == 1:
+        assert stored["decoder/decoder/mlp/wi_0/kernel"] == (8, 3, 12)
+        assert stored["encoder/encoder/pre_attention_layer_norm/scale"] == (8, 2)
+        assert stored["encoder/encoder/relpos_bias/rel_embedding"] == (2, 2, 8)
+        scanned = t5x_files.read(tmp_path).parameters["decoder/decoder/mlp/wi_0/kernel"].read()
+        np.testing.assert_array_equal(scanned[:, 2], params["decoder"]["layers"]["mlp"]["wi_0"]["kernel"][2])
+    if config.moe is not None:
+        sparse = "encoder/layers_1/mlp"
+        assert stored[f"{sparse}/expert/wi_0/kernel"] == (config.moe.num_experts, 8, config.moe.mlp_dim or 12)
+        assert stored[f"{sparse}/router/router_weights/w/kernel"] == (8, config.moe.num_experts)
+
+
+def flatten_names(tree):
+    return {"/".join(path): leaf for path, leaf in flatten(tree)}.items()
+
+
+def test_what_can_not_be(nano, tmp_path):
+    config = T5Config(**SIZES)
+    params = varied_params(Policy(config))
+    with pytest.raises(ValueError, match="bias_per_layer is False: T5X's scanned layers"):
+        t5x.write(tmp_path, config, params, step=0, scan_axis=1)
+    with pytest.raises(ValueError, match="hold encoder-decoders, not PaLMConfig"):
+        t5x.write(
+            tmp_path,
+            PaLMConfig(vocab_size=4, embed_dim=4, mlp_dim=4, num_heads=1, head_dim=4, num_layers=1),
+            {},
+            step=0,
+        )
+    with pytest.raises(
+        ValueError,
+        match="T5X has no tensors for the parameters decoder/cross_attention/key/bias, decoder/cross_attention/query",
+    ):
+        biased = T5Config(**SIZES, qkv_bias=True)
+        t5x.write(tmp_path, biased, varied_params(Policy(biased)), step=0)
+    with pytest.raises(ValueError, match="expected a multiple of num_heads=3"):
+        t5x.read(nano / "legacy", overrides={"num_heads": 3})
+    with pytest.raises(ValueError, match="parameter .* is missing"):
+        t5x.write(tmp_path, config, {"encoder": params["encoder"]}, step=0)
+    with pytest.raises(ValueError, match="T5Config.activation is 'glu'"):
+        t5x.read(nano / "legacy", overrides={"activation": "glu"})
+    assert not list(tmp_path.iterdir())
