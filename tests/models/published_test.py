@@ -20,6 +20,7 @@ import pytest
 from clp_jax import train
 from clp_jax.gin_utils.configuration import configure
 from clp_jax.gin_utils.files import Macro, SearchPath, all_files, bindings, read_file, shipped_files
+from clp_jax.interop.hf_families import differences, family_named, same
 from clp_jax.models.config import ModelConfig, T5Config
 from clp_jax.models.policy import Policy
 
@@ -136,6 +137,32 @@ def test_the_dense_twin_costs_as_much(name):
     assert twin.routing == 0
     assert twin.every == twin.active == counts.active - counts.routing
     assert counts.routing > 0
+
+
+@pytest.mark.parametrize("name", [name for name, row in PUBLISHED.items() if row["model_type"]])
+def test_hugging_face_can_express_what_it_has(name):
+    model_type = PUBLISHED[name]["model_type"]
+    given = ("EXPERT_CAPACITY=64",) if model_type == "switch_transformers" else ()
+    assert differences(family_named(model_type), config_of(name, *given)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "changes"),
+    [
+        ("gemma_7b", "GemmaConfig", {}),
+        ("gemma2_2b", "Gemma2Config", {}),
+        # The class says 1e-6, the model's own file 1e-5.
+        ("mistral_7b_v0_1", "MistralConfig", {"rms_norm_eps": 1e-5}),
+        ("mixtral_8x7b", "MixtralConfig", {}),
+        ("t5_1_0_small", "T5Config", {}),
+    ],
+)
+def test_sizes_are_those_that_transformers_has_as_defaults(name, cls, changes):
+    transformers = pytest.importorskip("transformers", reason="the reference needs the extra `hf` (transformers)")
+    theirs = getattr(transformers, cls)(**changes).to_dict()
+    family = family_named(theirs["model_type"])
+    assert family.model_type == PUBLISHED[name]["model_type"]
+    assert same(family.config(theirs), config_of(name))
 
 
 def short(count: Fraction) -> str:
