@@ -122,9 +122,10 @@ def state_specs(
         Arrays by path in the state, without the step; and which of them no one gives, because they are unused: zeros.
 
     Raises:
-        ValueError: a slot is of no parameter.
+        ValueError: two parameters are in each other's place, or a slot is of no parameter.
     """
     specs = {f"{TARGET}/{name}": ArraySpec(spec.shape, save_dtype or spec.dtype) for name, spec in parameters.items()}
+    _check_names(specs)
     if not slots:
         return specs, []
     homeless = [name for name in slots if name.rpartition("/")[0] not in parameters]
@@ -134,6 +135,16 @@ def state_specs(
     wanted = [f"{SLOTS}/{parameter}/{slot}" for parameter in parameters for slot in _SLOT_NAMES]
     unused = [name for name in wanted if name not in specs]
     return specs | dict.fromkeys(unused, _UNUSED), unused
+
+
+def _check_names(specs: Mapping[str, ArraySpec]) -> None:
+    nested(specs)
+    # Files are named with dots for slashes.
+    named: dict[str, str] = {}
+    for name in specs:
+        other = named.setdefault(name.replace("/", "."), name)
+        if other != name:
+            raise ValueError(f"arrays {other!r} and {name!r} would have one file name: rename one.")
 
 
 def _below(prefix: str, arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:

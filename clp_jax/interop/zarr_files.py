@@ -72,7 +72,7 @@ def read(directory: Path) -> LazyArray:
             if shared is None:
                 continue
             target = out[within(shared, region)] if shape else out
-            if files[key].is_file():
+            if filler is None or files[key].is_file():
                 # Chunks at the edge are stored whole, so a chunk's place may be smaller than what is stored.
                 stored = tuple(slice(i * n, (i + 1) * n) for i, n in zip(key, chunks, strict=True))
                 _read_chunk(files[key], compressor, chunks, target, within(shared, stored))
@@ -156,6 +156,8 @@ def _parse(path: Path) -> dict[str, Any]:
             raise ValueError("expected zarr_format 2, a dtype, and as many chunk sizes as sizes")
         if metadata.get("dimension_separator", ".") not in (".", "/"):
             raise ValueError("expected a dimension_separator of '.' or '/'")
+        if not isinstance(metadata.get("compressor"), dict | None):
+            raise ValueError("expected a compressor with an id, or null")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointFileError(f"{path} does not describe an array: {error}. Copy it again.") from None
     return metadata

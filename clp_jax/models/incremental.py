@@ -179,7 +179,7 @@ def insert(cache: Cache, slots: Int[Array, "b"], fresh: Cache) -> Cache:
     """
     length = cache.prompts.segments.shape[1]
     samples = cache.start.shape[0] // cache.prompts.segments.shape[0]
-    rows = (slots[:, None] * samples + jnp.arange(samples)).reshape(-1)
+    rows = (slots[:, None] * samples + jnp.arange(samples)[None]).reshape(-1)
 
     def put(old: Array, new: Array) -> Array:
         missing = [(0, 0)] * new.ndim

@@ -19,6 +19,7 @@ from clp_jax.nn.attention_reference import (
     group_heads,
     pair_logits,
     scale_query,
+    sum_examples,
     ungroup_heads,
     weigh_values,
 )
@@ -274,7 +275,7 @@ def _table_gradient(
     assert buckets is not None  # There is a table.
     bias, vjp = jax.vjp(lambda table: position_bias(buckets, table, queries, keys), table.astype(jnp.float32))
     if bias.shape[0] < to_logits.shape[0]:
-        to_logits = to_logits.sum(axis=0, keepdims=True)
+        to_logits = sum_examples(to_logits)
     return vjp(to_logits.reshape(bias.shape))[0]
 
 

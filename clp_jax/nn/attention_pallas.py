@@ -307,7 +307,8 @@ class _Pass:
 
         def body(*refs):
             ids = [pl.program_id(axis) for axis in range(4)]
-            step = _Step(*self.place(ids), first=ids[3] == 0, last=ids[3] == self.grid[3] - 1)
+            example, head, row, column = self.place(ids)
+            step = _Step(example, head, row, column, first=ids[3] == 0, last=ids[3] == self.grid[3] - 1)
             given = iter(refs[2:])
             read = [None if x is None else next(given) for x, _ in inputs]
             met = self.meet(step.example, step.row, step.column, refs[:2])

@@ -111,18 +111,20 @@ def cap_logits(logits: Float[Array, "*shape"], cap: float | None) -> Float[Array
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+def sum_examples(x: Float[Array, "B G n T S"]) -> Float[Array, "1 G n T S"]:
+    """The sum over examples, as a product: XLA's sum over a leading axis takes a CPU as long as all of attention."""
+    ones = jnp.ones((1, x.shape[0]), x.dtype)
+    total = jnp.matmul(ones, x.reshape(x.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
+    return total.reshape(1, *x.shape[1:])
+
+
 @jax.custom_vjp
 def _add_bias(logits: Float[Array, "B G n T S"], bias: Float[Array, "b G n T S"]) -> Float[Array, "B G n T S"]:
     return logits + bias
 
 
 def _add_bias_backward(rows: int, gradient: Float[Array, "B G n T S"]) -> tuple[Array, Array]:
-    if rows == gradient.shape[0]:
-        return gradient, gradient
-    # The sum over examples, as a product: XLA's sum over a leading axis takes a CPU as long as all of attention.
-    ones = jnp.ones((1, gradient.shape[0]), gradient.dtype)
-    total = jnp.matmul(ones, gradient.reshape(gradient.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
-    return gradient, total.reshape(1, *gradient.shape[1:])
+    return gradient, sum_examples(gradient) if rows < gradient.shape[0] else gradient
 
 
 _add_bias.defvjp(lambda logits, bias: (_add_bias(logits, bias), bias.shape[0]), _add_bias_backward)

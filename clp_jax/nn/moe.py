@@ -9,6 +9,7 @@ axis exchange their tokens, each computes its own experts' share of them, and th
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +163,12 @@ class MoE(nnx.Module):
         self.num_experts = num_experts
         self.dispatch = dispatch
         self.router = RouterKernel(rngs, embed_dim, num_experts, stddev=router_stddev, dtype=dtype)
-        settings = {"activation": activation, "gated": gated, "dropout_rate": dropout_rate, "dtype": dtype}
+        settings: dict[str, Any] = {
+            "activation": activation,
+            "gated": gated,
+            "dropout_rate": dropout_rate,
+            "dtype": dtype,
+        }
         self.experts = Experts(rngs, embed_dim, mlp_dim, num_experts, **settings)
         self.has_shared, self.has_shared_gate = shared_dim > 0, shared_gate
         if shared_dim:

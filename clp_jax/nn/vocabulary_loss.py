@@ -100,5 +100,6 @@ def _chunks(x: Array, size: int) -> Array:
 
     Zeros might be nothing a head is made for; a norm's gradient there can be NaN.
     """
-    padded = jnp.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)], mode="edge")
+    last = jnp.broadcast_to(x[:, -1:], (x.shape[0], -x.shape[1] % size, *x.shape[2:]))
+    padded = jnp.concatenate([x, last], axis=1)
     return jnp.moveaxis(padded.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

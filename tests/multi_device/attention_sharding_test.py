@@ -1,0 +1,88 @@
+"""Attention and the chunked loss on eight virtual devices: the numbers of one, and nothing gathered."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import ONE_SIDED, Case, assert_close, differentiated, inputs
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clp_jax.nn import vocabulary_loss
+from clp_jax.nn.attention_blockwise import blockwise_attention
+from clp_jax.nn.attention_pallas import pallas_attention
+from clp_jax.nn.attention_reference import reference_attention
+from clp_jax.nn.visibility import Pattern, Places
+from clp_jax.nn.vocabulary_loss import chunked_token_statistics
+from clp_jax.partitioning import Rules, make_mesh, use_mesh
+
+RULES = Rules((("batch", ("data",)), ("act_heads", "tensor")))
+CASE = Case(Pattern(causal=True, scale=0.5, buckets=ONE_SIDED), heads=4, kv_heads=2, packed=True, aligned=True)
+ATTEND = {
+    "blockwise": functools.partial(blockwise_attention, query_block=32, key_block=32, aligned=True),
+    "pallas": functools.partial(pallas_attention, interpret=True),
+}
+
+
+@pytest.mark.parametrize("name", ATTEND)
+def test_attention_is_that_of_one_device(name):
+    arrays, at = inputs(CASE)
+    # Four examples by two pairs of heads: every device has one of each.
+    arrays = (*(jnp.concatenate([x, x / 2]) for x in arrays[:3]), arrays[3])
+    at = tuple(jax.tree.map(lambda x: jnp.concatenate([x, x]), places) for places in at)
+    expected = differentiated(reference_attention, CASE)(arrays, *at)
+    mesh = make_mesh(data=4, tensor=2)
+    attend = differentiated(ATTEND[name], CASE)
+    # Of arrays alone: JAX lowers trees of things that are no arrays, which `Places` refuses where fields are checked.
+    run = jax.jit(lambda arrays, *x: attend(arrays, Places(*x[:2]), Places(*x[2:])))
+    specs = (("data", None, "tensor"), ("data", "tensor"), ("data", "tensor"), ("tensor",))
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))) for x, spec in zip(arrays, specs, strict=True)
+    ]
+    rows = jax.device_put(jax.tree.leaves(at), NamedSharding(mesh, PartitionSpec("data")))
+    with use_mesh(mesh, RULES):
+        program = run.lower(tuple(placed), *rows).compile()
+    found = program(tuple(placed), *rows)
+    assert_close(found, expected, 3e-6)
+    assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
+    assert found[0].sharding.shard_shape(found[0].shape) == (1, 70, 2, 8)
+
+
+def test_a_chunk_of_the_loss_is_as_large_as_a_device_allows(monkeypatch):
+    kernel = jnp.ones((4, 16))
+    seen = []
+
+    def head(hidden):
+        seen.append(hidden.shape[1])
+        return hidden @ kernel
+
+    def chunk():
+        seen.clear()
+        jax.make_jaxpr(lambda h: chunked_token_statistics(h, head, jnp.zeros((8, 12), jnp.int32)))(jnp.ones((8, 12, 4)))
+        return seen[-1]
+
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_BYTES", 8 * 16 * 4)
+    assert chunk() == 1
+    with use_mesh(make_mesh(data=4, tensor=2), Rules((("batch", "data"), ("act_vocab", "tensor")))):
+        assert chunk() == 6
+
+
+def test_the_loss_by_chunks_gathers_nothing():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(8, 13, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 16, size=(8, 13)), jnp.int32)
+
+    def loss(hidden, kernel, targets, chunk):
+        found = chunked_token_statistics(hidden, lambda h: h @ kernel, targets, chunk=chunk)
+        return jnp.sum(jnp.square(found.log_z) - found.log_probs)
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=3)
+    mesh = make_mesh()
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    placed = (*jax.device_put((hidden,), rows), jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())))
+    program = run.lower(*placed, jax.device_put(targets, rows), 4).compile()
+    assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
+    assert_close(program(*placed, jax.device_put(targets, rows)), run(hidden, kernel, targets, 13), 1e-6)
