@@ -7,7 +7,6 @@ holds more than that and the tensor at hand.
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -182,7 +181,7 @@ def _piece(tensor: np.ndarray, each: Link) -> np.ndarray:
     return tensor.transpose(np.argsort(each.order))
 
 
-def _repeats(tensor: np.ndarray, piece: Any) -> bool:
+def _repeats(tensor: np.ndarray, piece: np.ndarray) -> bool:
     """Whether a tensor, in the type of the piece, is equal to it; compared in blocks, so that no copy is made."""
-    blocks = range(0, piece.shape[0], _ROWS)
-    return all(np.array_equal(tensor[i : i + _ROWS].astype(piece.dtype), piece[i : i + _ROWS]) for i in blocks)
+    starts = range(0, len(piece), _ROWS)
+    return all(np.array_equal(tensor[i : i + _ROWS].astype(piece.dtype), piece[i : i + _ROWS]) for i in starts)

@@ -101,8 +101,9 @@ def write(
     *,
     step: int,
     slots: AdafactorSlots | None = None,
-    scan_axis: int | None = None,
-    form: str = "legacy",
+    scanned: bool = False,
+    scan_axis: int = SCAN_AXIS,
+    layout: str = "legacy",
     dtype: str | None = None,
     chunk_bytes: int | None = None,
     card: str | None = None,
@@ -115,10 +116,11 @@ def write(
         params: numpy or JAX arrays.
         step: of training.
         slots: of Adafactor, with ``slots.count`` equal to the step; None writes no optimizer state.
-        scan_axis: where layers are stacked (T5X's scalable T5); None writes single layers.
-        form: ``"legacy"`` or ``"orbax"``.
+        scanned: whether layers are stacked (T5X's scalable T5) or single.
+        scan_axis: where they are stacked.
+        layout: ``"legacy"`` (msgpack and zarr) or ``"orbax"``.
         dtype: of the parameters in the file; None keeps theirs.
-        chunk_bytes: largest chunk of an array; None is the form's own.
+        chunk_bytes: largest chunk of an array; None is the layout's own.
         card: text of ``README.md``, put beside the checkpoint; None writes none.
 
     Returns:
@@ -131,11 +133,12 @@ def write(
     if not isinstance(config, T5Config):
         raise ValueError(f"T5X checkpoints hold encoder-decoders, not {type(config).__name__}: write another format.")
     check_tree(Policy(config).abstract(), params)
-    found = links(config, scan_axis)
+    axis = scan_axis if scanned else None
+    found = links(config, axis)
     stored = dtype or config.param_dtype
-    written = dict(_written_slots(found, slots, scan_axis)) if slots is not None else {}
+    written = dict(_written_slots(found, slots, axis)) if slots is not None else {}
     slot_specs = {name: ArraySpec(array.shape, array.dtype) for name, array in written.items()}
-    options: dict[str, Any] = {"form": form, "chunk_bytes": chunk_bytes}
+    options: dict[str, Any] = {"form": layout, "chunk_bytes": chunk_bytes}
     with t5x_files.open_writer(directory, step, specs(found, stored), slot_specs or None, **options) as writer:
         for name, tensor in tensors(found, params, stored):
             writer.write(name, tensor)

@@ -27,6 +27,8 @@ def saved(request, tmp_path_factory):
     model, batch = torch_models.make(request.param), torch_models.rows()
     torch_models.save(model, directory / "model")
     results = torch_models.compute(model, batch)
+    if hasattr(model.config, "router_aux_loss_coef"):
+        results["auxiliary"] = torch_models.auxiliary(model, batch)
     torch_models.save_gradient(model, directory / "gradient")
     return directory, batch, results
 
@@ -35,6 +37,22 @@ def test_logits_loss_gradients_and_greedy_completions(saved):
     directory, batch, expected = saved
     imported = huggingface.read(directory / "model")
     policy = Policy(imported.config)
+
+    def auxiliary(params):
+        """Losses of the routers, with means over layers taken first, as they are there."""
+        bound, first = policy.bind(params), jnp.asarray(batch.inputs[:1])
+        encoded = bound.encode(first if hasattr(bound, "encoder") else first[:, :0])
+        decoded = bound.decode(jnp.asarray(batch.decoder_inputs[:1]), encoded)
+        routing = {"encoder": encoded.routing, "decoder": decoded.routing}
+        if hasattr(bound, "encoder"):
+            routing["decoder"] = decoded.routing[len(encoded.routing) :]
+        found = {}
+        for stack, statistics in routing.items():
+            shares = jnp.concatenate([each.choice_share for each in statistics]).mean(0)
+            probabilities = jnp.concatenate([each.mean_probability for each in statistics]).mean(0)
+            found[f"{stack}_aux_loss"] = len(shares) * (shares * probabilities).sum()
+            found[f"{stack}_z_loss"] = jnp.concatenate([each.z_loss for each in statistics]).mean()
+        return found
 
     def loss(params):
         logits = policy.bind(params)(jnp.asarray(batch.inputs), jnp.asarray(batch.decoder_inputs))
@@ -48,13 +66,17 @@ def test_logits_loss_gradients_and_greedy_completions(saved):
         config = SamplingConfig(max_length=COMPLETION, strategy=Greedy())
         keys = row_keys(jax.random.key(0), len(batch.inputs))
         greedy = generate(CachedDecoder(policy.bind(params)), jnp.asarray(batch.inputs), keys=keys, config=config)
-        return total, logits, gradient, greedy.tokens
+        losses = auxiliary(params) if imported.config.moe is not None else {}
+        return total, logits, gradient, greedy.tokens, losses
 
-    total, logits, gradient, greedy = run(jax.tree.map(jnp.asarray, imported.params))
+    total, logits, gradient, greedy, losses = run(jax.tree.map(jnp.asarray, imported.params))
     np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(total, expected["loss"], rtol=1e-5)
     if directory.name != "switch_dropping":  # Token by token every expert has room, in the whole it has not.
         np.testing.assert_array_equal(greedy, expected["greedy"])
+
+    for name, value in expected.get("auxiliary", {}).items():
+        np.testing.assert_allclose(losses[name], value, rtol=1e-5, err_msg=name)
 
     def check(path, ours, theirs):
         scale = np.abs(theirs).max()

@@ -1,7 +1,12 @@
-"""Cards tell what is known, and nothing else."""
+"""Cards tell what made a policy, and nothing else."""
 
-from clp_jax.interop.model_card import Card, render
+import json
+
+import pytest
+
+from clp_jax.interop.model_card import model_card
 from clp_jax.models.config import T5Config
+from clp_jax.models.serialization import from_json
 
 CONFIG = T5Config(
     vocab_size=11,
@@ -17,43 +22,18 @@ CONFIG = T5Config(
 PARAMETERS = 2 * 11 * 4 + 2 * 4 + 7 * 4 + 3 * 4 * 4 * 4 + 2 * 3 * 4 * 6
 
 
-def test_a_steered_policy():
-    text = render(
-        Card(
-            name="Short summaries",
-            source="runs/clp",
-            form="Hugging Face, model_type t5",
-            dtype="bfloat16",
-            step=1200,
-            weights={"brevity": 0.25, "faithful": 0.75},
-            alpha=0.5,
-            origin="google/t5-v1_1-small",
-            left_out=[f"vision.{i}" for i in range(7)],
-            command="clp convert --from=runs/clp",
-        ),
-        CONFIG,
-    )
-    for line in (
-        "library_name: transformers",
-        "# Short summaries",
-        "| source | `runs/clp` |",
-        "| training step | 1200 |",
-        "| started from | `google/t5-v1_1-small` |",
-        "| format | Hugging Face, model_type t5 |",
-        "| type of the tensors | bfloat16 |",
-        f"| parameters | {PARAMETERS} |",
-        "| reward weights | brevity 0.25, faithful 0.75 |",
-        "| KL weight α | 0.5 |",
-        "Left out: `vision.0`, `vision.1`, `vision.2`, `vision.3`, `vision.4` and 2 more.",
-        "clp convert --from=runs/clp",
-        '  "num_buckets": 4,',
-    ):
-        assert line in text.splitlines(), line
-    assert '"dropout_rate"' not in text
+def test_a_card():
+    provenance = ("From the run `clp` at step 1200.", "Mixed at the reward weights brevity 0.25, faithful 0.75.")
+    text = model_card(CONFIG, provenance)
+    lines = text.splitlines()
+    assert lines[:2] == ["---", "library_name: transformers"]
+    assert f"A policy exported by clp_jax: T5Config of {PARAMETERS} parameters." in lines
+    assert lines.index("1. From the run `clp` at step 1200.") + 1 == lines.index(f"2. {provenance[1]}")
+    settings = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    assert from_json(settings) == CONFIG
+    assert "dropout_rate" not in settings  # As in any T5.
 
 
-def test_what_is_not_known_is_not_said():
-    text = render(Card(name="Plain", source="here", form="T5X", dtype="float32"), CONFIG)
-    assert "library_name: clp_jax" in text
-    for word in ("step", "weights", "KL", "Left out", "Written by", "None"):
-        assert word not in text
+def test_a_card_without_a_source_is_none():
+    with pytest.raises(ValueError, match="provenance is empty: expected a sentence"):
+        model_card(CONFIG, ())

@@ -75,7 +75,7 @@ def test_written_back_it_is_what_it_was(nano, tmp_path, form):
         imported.params,
         step=imported.step,
         slots=imported.slots,
-        form="orbax" if form == "orbax" else "legacy",
+        layout="orbax" if form == "orbax" else "legacy",
     )
     assert written == tmp_path / "checkpoint_2"
     assert_equal(arrays(nano / form), arrays(tmp_path))
@@ -136,7 +136,9 @@ def test_factored_slots_keep_their_places(tmp_path):
 def test_every_layout_comes_back(tmp_path, changes, scan_axis):
     config = T5Config(**SIZES | changes)
     params = jax.tree.map(np.asarray, varied_params(Policy(config)))
-    t5x.write(tmp_path, config, params, step=3, scan_axis=scan_axis, card="# Card\n")
+    t5x.write(
+        tmp_path, config, params, step=3, scanned=scan_axis is not None, scan_axis=scan_axis or 0, card="# Card\n"
+    )
     again = t5x.read(tmp_path, scan_axis=1 if scan_axis is None else scan_axis)
     assert again.config == config
     assert again.origin == {"format": "t5x", "form": "legacy", "step": 3, "scan_axis": scan_axis}
@@ -164,7 +166,7 @@ def test_what_can_not_be(nano, tmp_path):
     config = T5Config(**SIZES)
     params = varied_params(Policy(config))
     with pytest.raises(ValueError, match="bias_per_layer is False: T5X's scanned layers"):
-        t5x.write(tmp_path, config, params, step=0, scan_axis=1)
+        t5x.write(tmp_path, config, params, step=0, scanned=True)
     with pytest.raises(ValueError, match="hold encoder-decoders, not PaLMConfig"):
         t5x.write(
             tmp_path,
