@@ -13,7 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clp_jax.interop.arrays import ArraySpec, CheckpointFileError, LazyArray, Region, read_stored
+from clp_jax.interop.arrays import ArraySpec, LazyArray, stored_at
+from clp_jax.interop.regions import CheckpointFileError
 
 INDEX_SUFFIX = ".index"
 STEP_NAME = "global_step"
@@ -143,12 +144,7 @@ def _tensor(index_path: Path, name: str, fields: dict[int, list], shards: int) -
             "the file is truncated; copy it again."
         )
 
-    def fill(out: np.ndarray, region: Region) -> None:
-        with path.open("rb") as file:
-            file.seek(offset)
-            read_stored(file, spec.shape, out, region)
-
-    return LazyArray(spec.shape, spec.dtype, fill)
+    return stored_at(path, offset, spec)
 
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:

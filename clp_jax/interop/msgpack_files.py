@@ -5,6 +5,7 @@ bytes are dictionaries of flat pieces.
 """
 
 import dataclasses
+import functools
 import io
 import mmap
 import struct
@@ -15,7 +16,8 @@ from typing import Any, BinaryIO, cast
 import msgpack
 import numpy as np
 
-from clp_jax.interop.arrays import ArraySpec, CheckpointFileError, LazyArray, Region, dtype_named, read_stored, size_of
+from clp_jax.interop.arrays import ArraySpec, LazyArray, dtype_named, stored_at
+from clp_jax.interop.regions import CheckpointFileError, Region, read_stored, size_of
 
 _ARRAY, _SCALAR = 1, 3
 _CHUNKED = "__msgpack_chunked_array__"
@@ -216,11 +218,14 @@ def _opened(tree: Any, path: Path) -> Any:
 
 
 def _lazy(path: Path, stored: _Stored) -> LazyArray:
-    def fill(out: np.ndarray, region: Region) -> None:
-        with path.open("rb") as file:
-            read_stored(_JoinedFile(file, stored.pieces), stored.spec.shape, out, region)
+    if len(stored.pieces) == 1:
+        return stored_at(path, stored.pieces[0].start, stored.spec)
+    return LazyArray(stored.spec.shape, stored.spec.dtype, functools.partial(_fill, path, stored))
 
-    return LazyArray(stored.spec.shape, stored.spec.dtype, fill)
+
+def _fill(path: Path, stored: _Stored, out: np.ndarray, region: Region) -> None:
+    with path.open("rb") as file:
+        read_stored(_JoinedFile(file, stored.pieces), stored.spec.shape, out, region)
 
 
 class _JoinedFile:

@@ -16,16 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from clp_jax.array_types import ArrayLike
-from clp_jax.interop.arrays import (
-    ArraySpec,
-    CheckpointFileError,
-    Expected,
-    LazyArray,
-    Region,
-    new_directory,
-    read_stored,
-    write_stored,
-)
+from clp_jax.interop.arrays import ArraySpec, Expected, LazyArray, new_directory, stored_at
+from clp_jax.interop.regions import CheckpointFileError, write_stored
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -110,7 +102,7 @@ def read_file(path: Path) -> dict[str, LazyArray]:
         raise CheckpointFileError(
             f"{path} holds {stored} bytes of tensors: its header says {expected}. It is truncated or damaged; get it again."
         )
-    return {name: _tensor(path, start + begin, spec) for name, (spec, begin, _) in tensors.items()}
+    return {name: stored_at(path, start + begin, spec) for name, (spec, begin, _) in tensors.items()}
 
 
 def _file_of(directory: Path) -> Path:
@@ -209,15 +201,6 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[ArraySpec, int, int]:
 
 def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-
-
-def _tensor(path: Path, start: int, spec: ArraySpec) -> LazyArray:
-    def fill(out: np.ndarray, region: Region) -> None:
-        with path.open("rb") as file:
-            file.seek(start)
-            read_stored(file, spec.shape, out, region)
-
-    return LazyArray(spec.shape, spec.dtype, fill)
 
 
 class SafetensorsWriter:

@@ -20,7 +20,8 @@ import numpy as np
 
 from clp_jax.array_types import ArrayLike
 from clp_jax.interop import mesh_tensorflow, t5x_legacy, t5x_orbax
-from clp_jax.interop.arrays import ArraySpec, CheckpointFileError, is_float, new_directory, specs_of
+from clp_jax.interop.arrays import ArraySpec, is_float, new_directory, specs_of
+from clp_jax.interop.regions import CheckpointFileError
 from clp_jax.interop.t5x_state import SLOTS, STEP, TARGET, T5XCheckpoint, checkpoint_of, state_specs
 
 FORMS = ("legacy", "orbax")
@@ -49,12 +50,11 @@ def read(path: Path, step: int | None = None) -> T5XCheckpoint:
     found = _locate(path, step)
     if found.name.endswith(mesh_tensorflow.INDEX_SUFFIX):
         checkpoint = _read_bundle(found)
-    elif t5x_orbax.item_of(found) is not None:
-        checkpoint = t5x_orbax.read(found)
     else:
-        inner = found / t5x_orbax.STATE_ITEM
         t5x_orbax.check_committed(found)
-        checkpoint = t5x_legacy.read(found if (found / t5x_legacy.FILE_NAME).is_file() else inner)
+        # Orbax's first forms had both a file of msgpack and one that names the arrays; the former says where each is.
+        places = [place for place in (found, found / t5x_orbax.STATE_ITEM) if (place / t5x_legacy.FILE_NAME).is_file()]
+        checkpoint = t5x_legacy.read(places[0]) if places else t5x_orbax.read(found)
     if step is not None and checkpoint.step != step:
         raise CheckpointFileError(f"{found} is of step {checkpoint.step}: step {step} was asked for; leave it out.")
     return checkpoint
@@ -191,7 +191,7 @@ def open_writer(
         if form == "legacy":
             writer = t5x_legacy.writer(partial, step, specs, chunk_bytes or t5x_legacy.CHUNK_BYTES)
         else:
-            writer = t5x_orbax.writer(partial, final, step, specs, chunk_bytes or t5x_orbax.CHUNK_BYTES)
+            writer = t5x_orbax.writer(partial, final, step, specs, chunk_bytes)
         yield T5XWriter(partial, writer)
         for name in unused:
             writer.write(name, np.zeros(specs[name].shape, specs[name].dtype))

@@ -1,6 +1,7 @@
 """T5X's own checkpoints, which the published T5, mT5, UL2 and Flan-T5 models come in: msgpack, and zarr folders beside it."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,8 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from clp_jax.array_types import ArrayLike
-from clp_jax.interop import msgpack_files, zarr_files
-from clp_jax.interop.arrays import ArraySpec, CheckpointFileError, Expected, LazyArray, Region
+from clp_jax.interop import msgpack_files, tensorstore_files, zarr_files
+from clp_jax.interop.arrays import ArraySpec, Expected, LazyArray
+from clp_jax.interop.regions import CheckpointFileError, Region
 from clp_jax.interop.t5x_state import STATE, STEP, T5XCheckpoint, checkpoint_of, flattened, nested
 
 FILE_NAME = "checkpoint"
@@ -61,7 +63,11 @@ def _open(directory: Path, name: str, leaf: Any, version: int) -> Any:
     if isinstance(leaf, Mapping):
         return _open_spec(directory, name, leaf, version)
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
-        return zarr_files.read(_beside(directory, leaf.removeprefix(_PLACEHOLDER), name))
+        folder = _beside(directory, leaf.removeprefix(_PLACEHOLDER), name)
+        if not tensorstore_files.is_store(directory):
+            return zarr_files.read(folder)
+        place = tensorstore_files.place_in_store(directory, folder.name)
+        return tensorstore_files.open_array(place, f"{directory}: array {name!r}", complete=False)
     return leaf
 
 
@@ -92,10 +98,11 @@ def _beside(directory: Path, path: str, name: str) -> Path:
 
 
 def _as_bfloat16(words: LazyArray) -> LazyArray:
-    def fill(out: np.ndarray, region: Region) -> None:
-        words.fill(out.view(np.uint16), region)
+    return LazyArray(words.shape, np.dtype(ml_dtypes.bfloat16), functools.partial(_fill_words, words))
 
-    return LazyArray(words.shape, np.dtype(ml_dtypes.bfloat16), fill)
+
+def _fill_words(words: LazyArray, out: np.ndarray, region: Region) -> None:
+    words.fill(out.view(np.uint16), region)
 
 
 @dataclasses.dataclass(frozen=True)

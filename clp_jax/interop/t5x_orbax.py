@@ -15,13 +15,15 @@ import numpy as np
 
 from clp_jax.array_types import ArrayLike
 from clp_jax.interop import tensorstore_files, zarr_files
-from clp_jax.interop.arrays import ArraySpec, CheckpointFileError, Expected
+from clp_jax.interop.arrays import ArraySpec, Expected
+from clp_jax.interop.regions import CheckpointFileError
 from clp_jax.interop.t5x_state import STEP, T5XCheckpoint, checkpoint_of
 
 STATE_ITEM, DATASET_ITEM = "state", "dataset"
-METADATA_FILE, MANIFEST_FILE, COMMIT_FILE = "_METADATA", "manifest.ocdbt", "commit_success.txt"
-# TensorStore holds a chunk a few times over while it reads or writes it, beside the array.
-CHUNK_BYTES = 4 * 2**20
+METADATA_FILE, COMMIT_FILE = "_METADATA", "commit_success.txt"
+# TensorStore holds a chunk some times over beside the array, so that a chunk is a small part of the largest array.
+_CHUNKS_OF_LARGEST = 128
+_LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 2 * 2**20, 64 * 2**20
 _FORM = "orbax"
 _HANDLERS = {
     DATASET_ITEM: "t5x.checkpoints.DatasetCheckpointHandler",
@@ -40,7 +42,7 @@ def item_of(directory: Path) -> Path | None:
         The directory of the item, or None where the checkpoint has another form.
     """
     for item in (directory / STATE_ITEM, directory):
-        if (item / METADATA_FILE).is_file() or (item / MANIFEST_FILE).is_file():
+        if (item / METADATA_FILE).is_file() or tensorstore_files.is_store(item):
             return item
     return None
 
@@ -84,9 +86,11 @@ def read(directory: Path) -> T5XCheckpoint:
         raise FileNotFoundError(f"{path} is missing: it names the arrays; copy the checkpoint again.")
     metadata = _metadata(path)
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    in_store = (item / MANIFEST_FILE).is_file()
+    in_store = tensorstore_files.is_store(item)
     if metadata.get("use_ocdbt", in_store) and not in_store:
-        raise FileNotFoundError(f"{item / MANIFEST_FILE} is missing: {path} says the arrays are there; copy it again.")
+        raise FileNotFoundError(
+            f"{item / tensorstore_files.MANIFEST_FILE} is missing: {path} says that it is there; copy it again."
+        )
     # Orbax once left out chunks of zeros.
     complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
     leaves = {}
@@ -202,7 +206,9 @@ class OrbaxWriter:
         }
 
 
-def writer(directory: Path, final: Path, step: int, specs: Mapping[str, ArraySpec], chunk_bytes: int) -> OrbaxWriter:
+def writer(
+    directory: Path, final: Path, step: int, specs: Mapping[str, ArraySpec], chunk_bytes: int | None
+) -> OrbaxWriter:
     """Begins a checkpoint.
 
     Args:
@@ -210,14 +216,16 @@ def writer(directory: Path, final: Path, step: int, specs: Mapping[str, ArraySpe
         final: what it will be renamed to.
         step: of training.
         specs: of all arrays by path in the state, without the step.
-        chunk_bytes: of a chunk, at most.
+        chunk_bytes: of a chunk, at most; None goes by the largest array.
 
     Returns:
         What takes the arrays.
     """
     item = directory / STATE_ITEM
     item.mkdir()
-    store = tensorstore_files.ArrayStore(item, max(chunk_bytes, CHUNK_BYTES))
+    largest = max((spec.nbytes for spec in specs.values()), default=0)
+    chunk_bytes = chunk_bytes or min(max(largest // _CHUNKS_OF_LARGEST, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+    store = tensorstore_files.ArrayStore(item, max(chunk_bytes, _LEAST_CHUNK_BYTES))
     return OrbaxWriter(directory, final, step, specs, chunk_bytes, time.time_ns(), store, Expected(specs))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from clp_jax.interop.arrays import ArraySpec, CheckpointFileError, LazyArray, Source, some
+from clp_jax.interop.arrays import ArraySpec, LazyArray, Source, some
+from clp_jax.interop.regions import CheckpointFileError
 
 TARGET, STATE, STEP, SLOTS = "target", "state", "state/step", "state/param_states"
 _MUTABLES = "flax_mutables"

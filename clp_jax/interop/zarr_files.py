@@ -3,11 +3,12 @@
 Chunks that are plain, gzip or zlib are read and written here, in blocks; others are TensorStore's.
 """
 
+import dataclasses
 import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from clp_jax.interop import tensorstore_files
-from clp_jax.interop.arrays import (
+from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.regions import (
     CheckpointFileError,
-    LazyArray,
     Region,
     Writable,
     blocks,
@@ -31,6 +32,8 @@ from clp_jax.interop.arrays import (
 
 METADATA_FILE = ".zarray"
 _GZIP_LEVEL = 1
+# A chunk that is this many times smaller than it may be is not worth a file.
+_TOO_SMALL = 16
 _NATURAL = ("chunks", "shape")
 
 
@@ -55,31 +58,50 @@ def read(directory: Path) -> LazyArray:
     if metadata.get("filters") or metadata.get("order") != "C" or compressor not in (None, "gzip", "zlib"):
         place = {"driver": "file", "path": f"{directory}/"}
         return tensorstore_files.open_array(place, str(directory), complete=metadata.get("fill_value") is None)
-    shape, chunks = tuple(metadata["shape"]), tuple(metadata["chunks"])
-    separator = metadata.get("dimension_separator", ".")
+    array = _Folder(
+        directory,
+        tuple(metadata["shape"]),
+        tuple(metadata["chunks"]),
+        compressor,
+        metadata.get("dimension_separator", "."),
+        metadata.get("fill_value"),
+    )
     dtype = _dtype(metadata["dtype"], path)
-    filler = metadata.get("fill_value")
-    files = {key: directory / separator.join(map(str, key or (0,))) for key, _ in _grid(shape, chunks)}
-    for file in files.values():
-        if filler is None and not file.is_file():
+    for key, _ in _grid(array.shape, array.chunks):
+        if array.filler is None and not array.file(key).is_file():
             raise FileNotFoundError(
-                f"{file} is missing: {shape} in chunks of {chunks} needs it; copy the folder again."
+                f"{array.file(key)} is missing: {array.shape} in chunks of {array.chunks} needs it; copy the folder again."
             )
+    return LazyArray(array.shape, dtype, array.fill)
 
-    def fill(out: np.ndarray, region: Region) -> None:
-        for key, place in _grid(shape, chunks):
-            shared = overlap(place, region) if shape else place
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    """An array's chunks: one that is missing holds `filler` alone."""
+
+    directory: Path
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    compressor: str | None
+    separator: str
+    filler: Any
+
+    def file(self, key: tuple[int, ...]) -> Path:
+        return self.directory / self.separator.join(map(str, key or (0,)))
+
+    def fill(self, out: np.ndarray, region: Region) -> None:
+        for key, place in _grid(self.shape, self.chunks):
+            shared = overlap(place, region)
             if shared is None:
                 continue
-            target = out[within(shared, region)] if shape else out
-            if filler is None or files[key].is_file():
+            # Of an array without axes, numpy would give a number.
+            target = out[within(shared, region)] if out.ndim else out
+            if self.filler is None or self.file(key).is_file():
                 # Chunks at the edge are stored whole, so a chunk's place may be smaller than what is stored.
-                stored = tuple(slice(i * n, (i + 1) * n) for i, n in zip(key, chunks, strict=True))
-                _read_chunk(files[key], compressor, chunks, target, within(shared, stored))
+                stored = tuple(slice(i * n, (i + 1) * n) for i, n in zip(key, self.chunks, strict=True))
+                _read_chunk(self.file(key), self.compressor, self.chunks, target, within(shared, stored))
             else:
-                target[...] = filler
-
-    return LazyArray(shape, dtype, fill)
+                target[...] = self.filler
 
 
 def write(directory: Path, array: np.ndarray, dtype: np.dtype, chunks: tuple[int, ...]) -> None:
@@ -125,7 +147,10 @@ def metadata_text(shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ..
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, ...]:
-    """Sizes of chunks that divide an array evenly: the largest size goes to its next divisor until a chunk is small enough.
+    """Sizes of chunks, as T5X chooses them: the largest size goes to its next divisor until a chunk is small enough.
+
+    Where sizes have few divisors, as a vocabulary that is a prime, chunks would be far too small: then the largest size is
+    halved.
 
     Args:
         shape: of the array.
@@ -135,15 +160,18 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int,
     Returns:
         Sizes of a chunk, each 1 or more.
     """
+    even = _smaller(shape, itemsize, limit, lambda below, of: next(n for n in range(below - 1, 0, -1) if of % n == 0))
+    if size_of(even) * itemsize * _TOO_SMALL >= min(limit, size_of(shape) * itemsize):
+        return even
+    return _smaller(shape, itemsize, limit, lambda below, _: -(-below // 2))
+
+
+def _smaller(shape: tuple[int, ...], itemsize: int, limit: int, shrink: Callable[[int, int], int]) -> tuple[int, ...]:
     chunk = [max(n, 1) for n in shape]
     while any(n > 1 for n in chunk) and size_of(tuple(chunk)) * itemsize > limit:
         axis = chunk.index(max(chunk))
-        chunk[axis] = _next_divisor(chunk[axis], max(shape[axis], 1))
+        chunk[axis] = shrink(chunk[axis], shape[axis])
     return tuple(chunk)
-
-
-def _next_divisor(below: int, of: int) -> int:
-    return next(n for n in range(below - 1, 0, -1) if of % n == 0)
 
 
 def _parse(path: Path) -> dict[str, Any]:

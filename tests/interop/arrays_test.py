@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from clp_jax.interop import arrays
-from clp_jax.interop.arrays import ArraySpec, CheckpointFileError
+from clp_jax.interop import arrays, regions
+from clp_jax.interop.arrays import ArraySpec
+from clp_jax.interop.regions import CheckpointFileError
 
 FLOAT = np.dtype(np.float32)
 BFLOAT = np.dtype(ml_dtypes.bfloat16)
@@ -17,8 +18,8 @@ BFLOAT = np.dtype(ml_dtypes.bfloat16)
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4), (3, 0), (2, 3, 4), (1, 1, 6), (2, 1, 3, 2)])
 @pytest.mark.parametrize("limit", [1, 2, 7, 12, 1000])
 def test_blocks_cover_an_array_once_in_order(shape, limit):
-    numbers = np.arange(arrays.size_of(shape)).reshape(shape)
-    pieces = [numbers[block].reshape(-1) for block in arrays.blocks(shape, 1, limit)]
+    numbers = np.arange(regions.size_of(shape)).reshape(shape)
+    pieces = [numbers[block].reshape(-1) for block in regions.blocks(shape, 1, limit)]
     assert np.concatenate([np.zeros(0, int), *pieces]).tolist() == list(range(numbers.size))
     assert all(0 < piece.size <= limit for piece in pieces)
 
@@ -29,11 +30,11 @@ def test_every_part_of_an_array_is_read(monkeypatch):
     file.name = "file"
     slices = [[slice(a, b) for a in range(n) for b in range(a, n + 1)] for n in stored.shape]
     for limit in (1, 6, 1000):
-        monkeypatch.setattr(arrays, "BLOCK_BYTES", limit)
+        monkeypatch.setattr(regions, "BLOCK_BYTES", limit)
         for region in itertools.product(*slices):
-            out = np.full(arrays.shape_of(region), -1, np.int16)
+            out = np.full(regions.shape_of(region), -1, np.int16)
             file.seek(2)
-            arrays.read_stored(file, stored.shape, out, region)
+            regions.read_stored(file, stored.shape, out, region)
             np.testing.assert_array_equal(out, stored[region])
 
 
@@ -42,18 +43,18 @@ def test_a_part_goes_into_any_view():
     out = np.zeros((4, 3), np.float32)
     file = io.BytesIO(stored.tobytes())
     file.name = "file"
-    arrays.read_stored(file, stored.shape, out.T, arrays.whole(stored.shape))
+    regions.read_stored(file, stored.shape, out.T, regions.whole(stored.shape))
     np.testing.assert_array_equal(out, stored.T)
 
 
 @pytest.mark.parametrize("limit", [1, 6, 1000])
 def test_any_view_is_written_in_c_order_and_rounded_to_even(monkeypatch, limit):
-    monkeypatch.setattr(arrays, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(regions, "BLOCK_BYTES", limit)
     array = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
     for view in (array, array.T, array[::2, :, 1], np.array(1.1, np.float32)):
         for dtype in (FLOAT, BFLOAT):
             file = io.BytesIO()
-            arrays.write_stored(file, view, dtype)
+            regions.write_stored(file, view, dtype)
             assert file.getvalue() == view.astype(dtype).tobytes()
 
 
@@ -125,4 +126,4 @@ def test_nothing_is_overwritten(tmp_path):
 def test_a_short_file_is_named(tmp_path):
     (tmp_path / "short").write_bytes(b"12345")
     with (tmp_path / "short").open("rb") as file, pytest.raises(CheckpointFileError, match="short ends 3 bytes early"):
-        arrays.read_exactly(file, memoryview(bytearray(8)))
+        regions.read_exactly(file, memoryview(bytearray(8)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MEBIBYTES = 128
+MEBIBYTES = 192
 
 # Two tensors, so that holding both shows. Everything is loaded before memory is counted.
 PROGRAM = """

@@ -9,7 +9,8 @@ import safetensors
 import safetensors.numpy
 
 from clp_jax.interop import arrays, safetensors_files
-from clp_jax.interop.arrays import ArraySpec, CheckpointFileError
+from clp_jax.interop.arrays import ArraySpec
+from clp_jax.interop.regions import CheckpointFileError
 from clp_jax.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
 
 EXTENDED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")

@@ -17,7 +17,7 @@ import pytest
 import tensorstore as ts
 from flax import serialization
 
-from clp_jax.interop import arrays, mesh_tensorflow, msgpack_files, t5x_files, t5x_legacy, zarr_files
+from clp_jax.interop import arrays, mesh_tensorflow, msgpack_files, regions, t5x_files, t5x_legacy, zarr_files
 from clp_jax.interop.arrays import ArraySpec
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "t5x_nano.tar.xz"
@@ -244,7 +244,7 @@ def test_scanned_layers_are_read_in_parts(tmp_path):
 @pytest.mark.parametrize("chunks", [(3, 5), (2, 2), (1, 4), (3, 1), (7, 9)])
 @pytest.mark.parametrize("limit", [1, 12, 10_000])
 def test_zarr_is_tensorstores(tmp_path, monkeypatch, chunks, limit):
-    monkeypatch.setattr(arrays, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(regions, "BLOCK_BYTES", limit)
     array = np.arange(15, dtype=np.float32).reshape(3, 5)
     zarr_files.write(tmp_path / "ours", array.T.copy().T, array.dtype, chunks)
     metadata = {"shape": [3, 5], "chunks": chunks, "compressor": {"id": "gzip", "level": 1}}
@@ -295,7 +295,7 @@ def test_zarr_of_other_settings_is_read(tmp_path, settings, dtype):
 
 @pytest.mark.parametrize(
     ("shape", "limit", "chunks"),
-    [((), 1, ()), ((64, 16), 256, (16, 16)), ((16, 32), 256, (16, 16)), ((2, 32), 256, (2, 32)), ((9, 7), 20, (3, 1)), ((0, 4), 1, (1, 1))],
+    [((), 1, ()), ((64, 16), 256, (16, 16)), ((16, 32), 256, (16, 16)), ((2, 32), 256, (2, 32)), ((9, 7), 20, (3, 1)), ((0, 4), 1, (1, 1)), ((49999, 4), 16384, (3125, 4)), ((49999,), 1, (1,))],
 )  # fmt: skip
 def test_chunks_divide_the_largest_size_first(shape, limit, chunks):
     assert zarr_files.chunk_shape(shape, 1, limit) == chunks
@@ -338,7 +338,7 @@ def test_arrays_in_pieces_are_joined(tmp_path, monkeypatch):
     assert b"__msgpack_chunked_array__" in (tmp_path / "checkpoint").read_bytes()
     assert same(read.parameters["w"].read(), weights)
     for limit in (1, 30):
-        monkeypatch.setattr(arrays, "BLOCK_BYTES", limit)
+        monkeypatch.setattr(regions, "BLOCK_BYTES", limit)
         assert same(read.parameters["w"].read((slice(1, 4), slice(2, 5))), weights[1:4, 2:5])
 
 
@@ -421,7 +421,8 @@ def test_numbers_of_version_3_stay_what_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["", "state"])
-def test_the_form_with_placeholders(tmp_path, inside):
+@pytest.mark.parametrize("in_store", [False, True])
+def test_the_form_with_placeholders(tmp_path, inside, in_store):
     weights = np.arange(6, dtype=np.float32).reshape(2, 3)
     state = small_state("PLACEHOLDER://target.w")
     directory = tmp_path / "checkpoint_3" / inside
@@ -429,6 +430,9 @@ def test_the_form_with_placeholders(tmp_path, inside):
     write_tree(directory, state)
     metadata = {"shape": [2, 3], "chunks": [2, 3], "compressor": {"id": "zstd", "level": 1}}
     kvstore = {"driver": "file", "path": f"{directory / 'target.w'}/"}
+    if in_store:
+        kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}, "path": "target.w/"}
+        (directory / "_METADATA").write_text("{}")
     ts.open(
         {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "dtype": "float32"}, create=True
     ).result().write(weights).result()
