@@ -101,3 +101,11 @@ def test_written_back_it_is_what_it_was(saved, tmp_path):
             assert json.loads(before) == json.loads(after)
         else:
             assert before == after
+
+
+def test_transformers_loads_what_is_written_without_an_origin(saved, tmp_path):
+    directory, batch, expected = saved
+    imported = huggingface.read(directory / "model")
+    huggingface.write(tmp_path / "out", imported.config, imported.params)
+    logits = torch_models.load_and_compute(tmp_path / "out", batch)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-6, atol=1e-6)
