@@ -1,6 +1,7 @@
 """`clp convert`: policies from and to the checkpoints of Hugging Face and T5X."""
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,13 @@ from clp_jax.interop.model_card import model_card
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import to_json
-from clp_jax.training.checkpoints import save_params
+from clp_jax.training.checkpoints import load_params, save_params
 from clp_jax.training.policies import load_policy
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
 
 FORMATS = ("hf", "t5x", "clp")
+# Of T5X, beside the checkpoints of a converted policy.
+OPTIMIZER = "adafactor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Converted:
         tokenizer: a file or a directory of its tokenizer, to be carried along; None without one.
         step: updates behind it.
         provenance: what the model card says, one line each.
+        slots: Adafactor's; None where there are none or they were not asked for.
     """
 
     config: ModelConfig
@@ -42,6 +46,7 @@ class Converted:
     tokenizer: Path | None
     step: int
     provenance: tuple[str, ...]
+    slots: t5x.AdafactorSlots | None = None
 
 
 def convert(
@@ -56,6 +61,7 @@ def convert(
     overrides: Mapping[str, int | float | bool | str] | None = None,
     layout: str = "legacy",
     scanned: bool = False,
+    optimizer: bool = False,
     max_shard_gb: float = 5.0,
 ) -> None:
     """Converts a policy between formats; nothing is downloaded, and no pickle is ever opened.
@@ -76,6 +82,7 @@ def convert(
         overrides: fields of the policy's configuration that a T5X checkpoint does not tell, as NAME=VALUE,NAME=VALUE.
         layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr) or ``orbax``.
         scanned: whether a T5X checkpoint is written with its layers stacked, for scalable T5.
+        optimizer: whether Adafactor's state is carried between T5X and clp too.
         max_shard_gb: of one file of safetensors, in 10^9 bytes.
 
     Raises:
@@ -88,17 +95,17 @@ def convert(
         raise ValueError("weights mix a policy that was trained to be steered: the source must be clp:RUN_DIR.")
     readers: dict[str, Callable[[], Converted]] = {
         "hf": lambda: _read_hf(place, dtype, overrides),
-        "t5x": lambda: _read_t5x(place, dtype, step, overrides),
-        "clp": lambda: _read_clp(place, weights, alpha),
+        "t5x": lambda: _read_t5x(place, dtype, step, overrides, optimizer),
+        "clp": lambda: _read_clp(place, weights, alpha, optimizer),
     }
-    console = Console()
+    console = Console(emoji=False, markup=False, highlight=False)
     found = readers[kind]()
     count = Policy(found.config).num_params()
-    console.print(f"{source}: {type(found.config).__name__}, {count:,} parameters.", highlight=False)
+    console.print(f"{source}: {type(found.config).__name__}, {count:,} parameters.")
     if vocabulary is not None:
         found = dataclasses.replace(found, tokenizer=Path(vocabulary).expanduser())
+    card = functools.partial(model_card, found.config, (*found.provenance, f"`clp convert {source} {target}`"))
     if target_kind == "hf":
-        card = model_card(found.config, (*found.provenance, f"Converted with `clp convert {source} {target}`."))
         huggingface.write(
             target_place,
             found.config,
@@ -107,17 +114,25 @@ def convert(
             files=() if found.tokenizer is None else _text_files(found.tokenizer),
             dtype=dtype,
             max_shard_bytes=int(max_shard_gb * 1e9),
-            card=card,
+            card=card(),
         )
     elif target_kind == "t5x":
         t5x.write(
-            target_place, found.config, found.params, step=found.step, layout=layout, scanned=scanned, dtype=dtype
+            target_place,
+            found.config,
+            found.params,
+            step=found.step,
+            slots=found.slots,
+            layout=layout,
+            scanned=scanned,
+            dtype=dtype,
+            card=card(library="t5x"),
         )
     else:
         _write_clp(target_place, found)
     if target_kind != "clp" and found.tokenizer is not None:
         _carry(found.tokenizer, target_place)
-    console.print(f"{target}: written.", highlight=False)
+    console.print(f"{target}: written.")
 
 
 def _parse(name: str, text: str) -> tuple[str, Path]:
@@ -135,13 +150,16 @@ def _read_hf(place: Path, dtype: str | None, overrides: Mapping[str, Any] | None
     return Converted(found.config, found.params, found.origin, _tokenizer(place), 0, provenance)
 
 
-def _read_t5x(place: Path, dtype: str | None, step: int | None, overrides: Mapping[str, Any] | None) -> Converted:
-    found = t5x.read(place, step=step, dtype=_own_dtype(dtype), overrides=overrides)
+def _read_t5x(
+    place: Path, dtype: str | None, step: int | None, overrides: Mapping[str, Any] | None, optimizer: bool
+) -> Converted:
+    found = t5x.read(place, step=step, dtype=_own_dtype(dtype), overrides=overrides, optimizer=optimizer)
     provenance = (f"From the T5X checkpoint `{place.name}` at step {found.step}.",)
-    return Converted(found.config, found.params, {"format": "t5x"}, _tokenizer(place), found.step, provenance)
+    tokenizer = _tokenizer(place)
+    return Converted(found.config, found.params, found.origin, tokenizer, found.step, provenance, found.slots)
 
 
-def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float) -> Converted:
+def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimizer: bool) -> Converted:
     loaded = load_policy(place)
     params, mixed = loaded.params, tuple[str, ...]()
     if loaded.objectives:
@@ -171,7 +189,17 @@ def _write_clp(place: Path, found: Converted) -> None:
         "origin": found.origin,
         "provenance": list(found.provenance),
     }
+    if found.slots is not None:
+        trees = {field.name: getattr(found.slots, field.name) for field in dataclasses.fields(found.slots)}
+        save_params(place / OPTIMIZER, trees | {"count": np.asarray(found.slots.count)}, {}, found.step)
     save_params(place / CHECKPOINTS_DIRECTORY / str(found.step), found.params, description, found.step)
+
+
+def _read_slots(place: Path) -> t5x.AdafactorSlots:
+    if not (place / OPTIMIZER).is_dir():
+        raise ValueError(f"{place} has no state of T5X's optimizer: convert it with --optimizer, or leave it out here.")
+    trees, _, _ = load_params(place / OPTIMIZER)
+    return t5x.AdafactorSlots(**trees | {"count": int(trees["count"])})
 
 
 def _own_dtype(dtype: str | None) -> str:

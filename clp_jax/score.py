@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.sampling.lines import Limits, answers, batches, pad_rows, read_lines
+from clp_jax.sampling.json_lines import Limits, answers, batches, pad_rows, read_lines
 from clp_jax.sampling.score import score as score_tokens
 from clp_jax.training.policies import load_policy
 

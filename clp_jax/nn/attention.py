@@ -346,6 +346,7 @@ def _blocked_attention(
     first = keys[0].sight
     if len(keys) == 1:
         part = keys[0]
+        assert not isinstance(part.key, Quantized) and not isinstance(part.value, Quantized)
         batch = _rows_of(part)  # The samples of a prompt are further positions of its row.
         merged = query.reshape(batch, -1, *query.shape[2:])
         out = attention(

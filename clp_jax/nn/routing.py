@@ -55,7 +55,7 @@ class RoutingStatistics:
 
         def mean(a: ArrayLike, b: ArrayLike) -> Array:
             weight = share.reshape(share.shape + (1,) * (a.ndim - share.ndim))
-            return weight * a + (1 - weight) * b
+            return jnp.asarray(weight * a + (1 - weight) * b)
 
         joined = jax.tree.map(mean, self, other)
         return dataclasses.replace(joined, tokens=self.tokens + other.tokens)

@@ -18,7 +18,7 @@ import numpy as np
 from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
 from clp_jax.data.batch import PromptBatch
 from clp_jax.data.reader import DataSource
-from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.preferences import Preference
 from clp_jax.rewards.protocol import RewardInputs
 from clp_jax.rewards.stack import RewardStack
@@ -42,7 +42,7 @@ class Experience:
 
 
 def reward_inputs(
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | TokenIds,
     inputs: Int[np.ndarray, "B S"],
     references: Int[np.ndarray, "B U"],
     tokens: Int[np.ndarray, "R T"],
