@@ -91,6 +91,8 @@ def convert(
     (kind, place), (target_kind, target_place) = _parse("source", source), _parse("target", target)
     if target_place.exists() and (not target_place.is_dir() or any(target_place.iterdir())):
         raise ValueError(f"{target_place} exists: it was not overwritten. Give another directory.")
+    if optimizer and "hf" in (kind, target_kind):
+        raise ValueError("optimizer: Hugging Face's checkpoints hold no optimizer's state: leave it out.")
     if weights is not None and kind != "clp":
         raise ValueError("weights mix a policy that was trained to be steered: the source must be clp:RUN_DIR.")
     readers: dict[str, Callable[[], Converted]] = {
@@ -170,9 +172,9 @@ def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimi
     elif weights is not None:
         raise ValueError(f"{place} has no rewards to weigh: leave weights out.")
     provenance = (*loaded.provenance, f"From the run `{loaded.run_dir.name}` at step {loaded.step}.", *mixed)
-    return Converted(
-        loaded.policy.config, params, dict(loaded.origin), _tokenizer(loaded.run_dir), loaded.step, provenance
-    )
+    slots = _read_slots(loaded.run_dir) if optimizer else None
+    tokenizer = _tokenizer(loaded.run_dir)
+    return Converted(loaded.policy.config, params, dict(loaded.origin), tokenizer, loaded.step, provenance, slots)
 
 
 def _write_clp(place: Path, found: Converted) -> None:
