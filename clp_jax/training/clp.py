@@ -136,8 +136,9 @@ class ConditionalPolicy:
             "max_length": self.max_length,
             "vocabulary": vocabulary.fingerprint,
             "data": manifest.fingerprint,
-            "origin": description.get("origin", {}),
         }
+        if description.get("origin"):
+            own["origin"] = description["origin"]
         axes = policy.logical_axes()
         return StageSetup(
             params=params,

@@ -26,7 +26,10 @@ from clp_jax.training.checkpoints import load_params
 from clp_jax.training.stage import DataBatches, StageSetup
 
 # A policy may be trained on with other values of these: they change how it is computed, not what.
-_FREE_FIELDS = frozenset({"dropout_rate", "dtype", "param_dtype", "remat", "scan_unroll"})
+_FREE_FIELDS = frozenset(
+    {"dropout_rate", "dtype", "param_dtype", "remat", "scan_unroll", "pad_id", "eos_ids"}
+    | {"balance_weight", "z_weight", "jitter", "train_capacity", "eval_capacity", "fixed_capacity", "group"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,11 @@ class Supervised:
             "data": data.manifest.fingerprint,
             "prompt_length": lengths["inputs"],
         }
+        params, origin = self._initial(policy, seed)
+        if origin:
+            own["origin"] = origin
         return StageSetup(
-            params=self._initial(policy, seed),
+            params=params,
             loss_fn=loss_fn,
             source=DataBatches(data),
             describe=lambda: own,
@@ -86,14 +92,15 @@ class Supervised:
             vocabulary=vocabulary,
         )
 
-    def _initial(self, policy: Policy, seed: int) -> Params | Callable[[], Params]:
+    def _initial(self, policy: Policy, seed: int) -> tuple[Params | Callable[[], Params], dict[str, Any]]:
+        """The first parameters, and the checkpoint of another framework that they came from, if any."""
         if self.initial_checkpoint is None:
-            return lambda: policy.init(jax.random.key(seed))
+            return lambda: policy.init(jax.random.key(seed)), {}
         params, description, _ = load_params(self.initial_checkpoint)
         dense = from_json(description["model"])
-        stored, wanted = to_json(dense), to_json(self.model)
+        stored, wanted = _fixed(to_json(dense)), _fixed(to_json(self.model))
         for name, value in wanted.items():
-            if name in _FREE_FIELDS or stored.get(name) == value or (self.upcycle and name == "moe"):
+            if stored.get(name) == value or (self.upcycle and name == "moe"):
                 continue
             hint = " To make its blocks the experts, set upcycle=True." if name == "moe" and not self.upcycle else ""
             raise ValueError(
@@ -102,7 +109,8 @@ class Supervised:
         if self.upcycle:
             params = upcycled(params, dense, self.model, jax.random.key(seed))
         check_parameters(policy.abstract(), params)
-        return jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
+        typed = jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
+        return typed, {} if self.upcycle else description.get("origin", {})
 
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=sequence_batch)
@@ -116,6 +124,13 @@ class Supervised:
             return means | {"perplexity": math.exp(min(means["cross_entropy"], 700.0))}
 
         return evaluate
+
+
+def _fixed(model: Any) -> Any:
+    """A model's description without the free fields."""
+    if not isinstance(model, dict):
+        return model
+    return {name: _fixed(value) for name, value in model.items() if name not in _FREE_FIELDS}
 
 
 @dataclasses.dataclass(frozen=True)

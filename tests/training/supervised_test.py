@@ -15,7 +15,7 @@ from clp_jax.data import records
 from clp_jax.data.manifest import Manifest, Shard, Split, file_digest
 from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
-from clp_jax.models.config import T5Config
+from clp_jax.models.config import MoEConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json
 from clp_jax.train import train
@@ -180,10 +180,17 @@ def test_starting_from_a_checkpoint(tmp_path, data_dir):
     first, _, _ = load_params(tmp_path / "first")
     given = start(model=dataclasses.replace(MODEL, dropout_rate=0.0, remat="full")).setup(tmp_path, 0).params
     jax.tree.map(np.testing.assert_array_equal, given, first)
-    with pytest.raises(CheckpointError, match="another model: parameter .* has shape"):
+    with pytest.raises(ValueError, match="another model: its mlp_dim is 16, model has 32"):
         start(model=dataclasses.replace(MODEL, mlp_dim=32)).setup(tmp_path, 0)
     with pytest.raises(ValueError, match="another model: its activation is gelu, model has relu"):
         start(model=dataclasses.replace(MODEL, activation="relu")).setup(tmp_path, 0)
+    sparse = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2))
+    with pytest.raises(ValueError, match="another model: its moe is None.* set upcycle=True"):
+        start(model=sparse).setup(tmp_path, 0)
+    grown = start(model=sparse, upcycle=True).setup(tmp_path, 0).params
+    experts = grown["encoder"]["layers"]["mlp"]["experts"]["wo"]["kernel"]
+    dense = first["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    np.testing.assert_array_equal(experts, np.stack([dense, dense], axis=1))
 
 
 def test_bad_settings(tmp_path, data_dir):
