@@ -27,8 +27,6 @@ class Family:
         copies: tensors that repeat the embedding where a file has them.
         head: the tensor of the head; repeats the embedding too where they are tied.
         ignored: a pattern of tensors without parameters.
-        prefixes: what names start with in files of a larger model, and what they start with here; None for parts that
-            are left out.
     """
 
     model_type: str

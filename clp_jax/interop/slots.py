@@ -5,8 +5,7 @@ frameworks name one tensor for each layer, and often for each expert. A slot is 
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clp_jax.array_types import Params
@@ -104,8 +103,3 @@ def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> Params:
             node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return tree
-
-
-def size(shape: Sequence[int]) -> int:
-    """The number of entries."""
-    return math.prod(shape)
