@@ -39,7 +39,7 @@ from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBa
 from clp_jax.training.experience import ExperienceSource, PreferenceSampler, reward_inputs
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
-from clp_jax.training.stage import StageSetup
+from clp_jax.training.stage import StageSetup, inherited
 
 _STATISTICS_KEY = 2**31  # Tells the statistics' samples from those of the steps.
 
@@ -137,8 +137,7 @@ class ConditionalPolicy:
             "vocabulary": vocabulary.fingerprint,
             "data": manifest.fingerprint,
         }
-        if description.get("origin"):
-            own["origin"] = description["origin"]
+        own |= inherited(description)
         axes = policy.logical_axes()
         return StageSetup(
             params=params,

@@ -5,7 +5,7 @@ metrics and the loop are the same for every stage.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -116,3 +116,8 @@ class DataBatches:
     def restore(self, position: dict[str, int]) -> None:
         """Goes to a position that `position` gave."""
         self.data.seek(position["examples"])
+
+
+def inherited(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run says of the checkpoint of another framework that it began with, if it did (`clp convert`)."""
+    return {name: description[name] for name in ("origin", "provenance") if description.get(name)}

@@ -23,7 +23,7 @@ from clp_jax.models.transformer import fold
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.checkpoints import load_params
-from clp_jax.training.stage import DataBatches, StageSetup
+from clp_jax.training.stage import DataBatches, StageSetup, inherited
 
 # A policy may be trained on with other values of these: they change how it is computed, not what.
 _FREE_FIELDS = frozenset(
@@ -78,9 +78,8 @@ class Supervised:
             "data": data.manifest.fingerprint,
             "prompt_length": lengths["inputs"],
         }
-        params, origin = self._initial(policy, seed)
-        if origin:
-            own["origin"] = origin
+        params, description = self._initial(policy, seed)
+        own |= inherited(description)
         return StageSetup(
             params=params,
             loss_fn=loss_fn,
@@ -93,7 +92,7 @@ class Supervised:
         )
 
     def _initial(self, policy: Policy, seed: int) -> tuple[Params | Callable[[], Params], dict[str, Any]]:
-        """The first parameters, and the checkpoint of another framework that they came from, if any."""
+        """The first parameters, and the description of the run they came from, if any."""
         if self.initial_checkpoint is None:
             return lambda: policy.init(jax.random.key(seed)), {}
         params, description, _ = load_params(self.initial_checkpoint)
@@ -110,7 +109,7 @@ class Supervised:
             params = upcycled(params, dense, self.model, jax.random.key(seed))
         check_parameters(policy.abstract(), params)
         typed = jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
-        return typed, {} if self.upcycle else description.get("origin", {})
+        return typed, {} if self.upcycle else description
 
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=sequence_batch)

@@ -19,7 +19,7 @@ from clp_jax.models.config import MoEConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json
 from clp_jax.train import train
-from clp_jax.training.checkpoints import CheckpointError, load_params
+from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.optimizers import Adafactor
 from clp_jax.training.run_directory import RunDirectoryError
