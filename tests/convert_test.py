@@ -1,0 +1,167 @@
+"""`clp convert`, `score` and `sample` over the formats: what goes in comes out, and the same policy is in all of them."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_policies import varied_params
+
+from clp_jax.interop import huggingface
+from clp_jax.main import main
+from clp_jax.models.config import PaLMConfig, T5Config
+from clp_jax.models.policy import Policy
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RECORD = np.load(FIXTURES / "t5x_policy.npz")
+SIZES = dict(vocab_size=31, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4)
+POLICIES = {
+    "t5": T5Config.t5_1_1(**SIZES, num_encoder_layers=1, num_decoder_layers=1),
+    "llama": PaLMConfig.llama(**SIZES, num_layers=2, num_kv_heads=1, eos_ids=(2,), start_id=1, pad_id=-1),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with the policies as Hugging Face has them, and T5X's checkpoint."""
+    home = tmp_path_factory.mktemp("convert")
+    for name, config in POLICIES.items():
+        huggingface.write(home / name, config, varied_params(Policy(config)))
+    with tarfile.open(FIXTURES / "t5x_nano.tar.xz") as archive:
+        archive.extractall(home / "t5x", filter="data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for name in POLICIES:
+            assert main(["convert", f"hf:{name}", f"clp:run_{name}"]) == 0
+        yield home
+
+
+def clp(*words: str) -> None:
+    assert main(list(words)) == 0
+
+
+def refuses(capfd, *words: str) -> str:
+    assert main(list(words)) == 2
+    return capfd.readouterr().err
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_there_and_back_is_the_same_to_the_bit(home, name):
+    clp("convert", f"clp:run_{name}", f"hf:back_{name}")
+    first, second = (load_file(home / directory / "model.safetensors") for directory in (name, f"back_{name}"))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert json.loads((home / f"back_{name}/config.json").read_text()) == json.loads(
+        (home / f"{name}/config.json").read_text()
+    )
+    card = (home / f"back_{name}" / "README.md").read_text()
+    assert f"Hugging Face checkpoint `{name}`" in card and f"clp convert clp:run_{name} hf:back_{name}" in card
+
+
+def legacy(home: Path) -> Path:
+    (found,) = (home / "t5x").rglob("legacy/checkpoint_2")
+    return found
+
+
+def test_t5x_there_and_back_with_its_optimizer(home):
+    source = legacy(home)
+    clp("convert", f"t5x:{source}", "clp:run_t5x", "--optimizer")
+    clp("convert", "clp:run_t5x", "t5x:back_t5x", "--optimizer")
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    back = home / "back_t5x" / "checkpoint_2"
+    assert files == {path.relative_to(back) for path in back.rglob("*") if path.is_file()}
+    assert (back / "checkpoint").read_bytes() == (source / "checkpoint").read_bytes()
+
+
+def test_scores_are_t5xs(home):
+    clp("convert", f"t5x:{legacy(home)}", "clp:run_scores")
+    tokens, targets = RECORD["batch/encoder_input_tokens"], RECORD["batch/decoder_target_tokens"]
+    weights = RECORD["batch/decoder_loss_weights"]
+    rows = [
+        {"inputs": [int(t) for t in row if t], "targets": [int(t) for t, w in zip(target, weight, strict=True) if w]}
+        for row, target, weight in zip(tokens, targets, weights, strict=True)
+    ]
+    (home / "golden.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    clp("score", "--checkpoint=run_scores", "--input=golden.jsonl", "--output=scored.jsonl")
+    found = lines_of(home / "scored.jsonl")
+    np.testing.assert_allclose([line["total"] for line in found], RECORD["score_batch"], rtol=1e-6)
+    assert [len(line["logprobs"]) for line in found] == [len(row["targets"]) for row in rows]
+    clp(
+        *["sample", "--checkpoint=run_scores", "--input=golden.jsonl", "--output=greedy.jsonl", "--strategy=greedy"],
+        "--max_tokens=16",
+    )
+    assert [line["tokens"] for line in lines_of(home / "greedy.jsonl")] == RECORD["greedy/tokens"].tolist()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_is_sampled_scores_as_it_was_sampled(home, name):
+    """Lines in any order, of several lengths, with bad ones between them."""
+    prompts = [[3, 4, 5], [9] * 40, [7], [8, 9]]
+    rows = [json.dumps({"inputs": prompt}) for prompt in prompts]
+    (home / "prompts.jsonl").write_text("\n".join([*rows[:2], "{}", *rows[2:]]))
+    out = home / f"samples_{name}.jsonl"
+    clp("sample", f"--checkpoint=run_{name}", "--input=prompts.jsonl", f"--output={out}", "--max_tokens=6", "--seed=3")
+    samples = lines_of(out)
+    assert [line["line"] for line in samples] == [1, 2, 4, 5] and [line["inputs"] for line in samples] == prompts
+    (home / "again.jsonl").write_text(
+        "\n".join(json.dumps({"inputs": s["inputs"], "targets": s["tokens"]}) for s in samples)
+    )
+    scored = home / f"scored_{name}.jsonl"
+    clp("score", f"--checkpoint=run_{name}", "--input=again.jsonl", f"--output={scored}", "--batch_size=2")
+    for line, sample in zip(lines_of(scored), samples, strict=True):
+        np.testing.assert_allclose(line["logprobs"], sample["logprobs"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(line["total"], sum(line["logprobs"]), rtol=1e-6)
+    # A line's samples do not depend on the lines around it.
+    (home / "alone.jsonl").write_text("\n\n\n" + rows[2])
+    alone = home / f"alone_{name}.jsonl"
+    clp("sample", f"--checkpoint=run_{name}", "--input=alone.jsonl", f"--output={alone}", "--max_tokens=6", "--seed=3")
+    assert lines_of(alone)[0]["tokens"] == samples[2]["tokens"]
+
+
+@pytest.mark.parametrize("strategy", ["beam", "best_of_n"])
+def test_strategies(home, strategy):
+    (home / "one.jsonl").write_text('{"inputs": [3, 4, 5]}')
+    out = home / f"{strategy}.jsonl"
+    words = ["sample", "--checkpoint=run_llama", "--input=one.jsonl", f"--output={out}", "--max_tokens=5"]
+    clp(*words, f"--strategy={strategy}", "--num_samples=2")
+    (line,) = lines_of(out)
+    assert np.ndim(line["text"]) == (1 if strategy == "beam" else 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hf:t5", "clp:run_t5"], "run_t5 exists: it was not overwritten"),
+        (["t5", "clp:new"], "source is 't5': expected hf:DIR, t5x:DIR, clp:DIR"),
+        (["hf:t5", "torch:new"], "target is 'torch:new': expected hf:DIR"),
+        (["hf:nowhere", "clp:new"], "nowhere/config.json does not exist"),
+        (["hf:t5", "clp:new", "--weights=1,0"], "the source must be clp:RUN_DIR"),
+        (["clp:run_t5", "hf:new", "--weights=1,0"], "has no rewards to weigh"),
+        (["clp:run_llama", "t5x:new"], "T5X checkpoints hold encoder-decoders, not PaLMConfig"),
+        (["hf:t5", "clp:new", "--optimizer"], "Hugging Face's checkpoints hold no optimizer's state"),
+        (["hf:pickled", "clp:new"], "pytorch_model.bin"),
+        (["hf:t5"], "target"),
+        (["hf:t5", "clp:new", "more"], "what is 'more'?"),
+    ],
+)
+def test_what_can_not_be_converted(home, words, message, capfd):
+    if "hf:pickled" in words and not (home / "pickled").exists():
+        (home / "pickled").mkdir()
+        shutil.copyfile(home / "t5" / "config.json", home / "pickled" / "config.json")
+        (home / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04never opened")
+    assert message in refuses(capfd, "convert", *words)
+    assert not (home / "new").exists()
+
+
+def test_text_needs_a_tokenizer(home, capfd):
+    (home / "text.jsonl").write_text('{"inputs": "text", "targets": [3]}\n{"inputs": [3], "targets": [4]}')
+    clp("score", "--checkpoint=run_t5", "--input=text.jsonl")
+    out = capfd.readouterr()
+    assert "line 1 was skipped: this policy has no tokenizer" in out.err and json.loads(out.out)["line"] == 2
