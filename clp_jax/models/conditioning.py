@@ -189,12 +189,16 @@ class PromptConditioning:
 
     Attributes:
         tables: one table for each objective, and a last one for the KL weight where it is written too; a table has one
-            row of token ids for each value, all of one length, padded with 0.
+            row of token ids for each value, all of one length, padded with `pad_id`.
         num_objectives: ``K``.
+        pad_id: of the policy.
+        keep_first: tokens of a prompt that stay in front of the written preference: a start of text.
     """
 
     tables: tuple[tuple[tuple[int, ...], ...], ...]
     num_objectives: int
+    pad_id: int = 0
+    keep_first: int = 0
 
     def __post_init__(self):
         tables = tuple(tuple(tuple(row) for row in table) for table in self.tables)  # A JSON list becomes a tuple.
@@ -204,7 +208,13 @@ class PromptConditioning:
 
     @classmethod
     def of(
-        cls, names: Sequence[str], encode: Callable[[str], list[int]], with_alpha: bool = False, bins: int = 21
+        cls,
+        names: Sequence[str],
+        encode: Callable[[str], list[int]],
+        with_alpha: bool = False,
+        bins: int = 21,
+        pad_id: int = 0,
+        keep_first: int = 0,
     ) -> "PromptConditioning":
         """Tokenises ``"<name> <value>"`` for every objective and value.
 
@@ -213,14 +223,16 @@ class PromptConditioning:
             encode: text to token ids, without an end-of-sequence token.
             with_alpha: write the KL weight as well.
             bins: evenly spaced values in [0, 1]; weights are rounded to the nearest.
+            pad_id: of the policy.
+            keep_first: tokens of a prompt that stay in front.
         """
         written = [*names, "kl"] if with_alpha else list(names)
         tables = []
         for name in written:
             rows = [encode(f"{name} {value:.2f}") for value in np.linspace(0, 1, bins)]
             width = max(len(row) for row in rows)
-            tables.append(tuple((*row, *[0] * (width - len(row))) for row in rows))
-        return cls(tables=tuple(tables), num_objectives=len(names))
+            tables.append(tuple((*row, *[pad_id] * (width - len(row))) for row in rows))
+        return cls(tuple(tables), len(names), pad_id, keep_first)
 
     def expand(self, params: Params) -> Params:
         """The parameters as they are."""
@@ -231,7 +243,7 @@ class PromptConditioning:
         return params
 
     def condition_inputs(self, tokens: Int[Array, "B S"], preference: Preference) -> Int[Array, "B S2"]:
-        """The prompts behind the written preference; padding inside is masked as all padding is."""
+        """The prompts behind the written preference, all padding at the end."""
         values = [preference.weights[:, k] for k in range(self.num_objectives)]
         if len(self.tables) > self.num_objectives:
             values.append(preference.alpha)
@@ -239,7 +251,9 @@ class PromptConditioning:
         for table, value in zip(self.tables, values, strict=True):
             rows = jnp.asarray(table, tokens.dtype)
             parts.append(rows[jnp.round(value * (rows.shape[0] - 1)).astype(jnp.int32)])
-        return jnp.concatenate([*parts, tokens], axis=1)
+        joined = jnp.concatenate([tokens[:, : self.keep_first], *parts, tokens[:, self.keep_first :]], axis=1)
+        order = jnp.argsort(joined == self.pad_id, axis=1, stable=True)
+        return jnp.take_along_axis(joined, order, axis=1)
 
     def logical_axes(self, axes: Params) -> Params:
         """The axes as they are."""

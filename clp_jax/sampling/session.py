@@ -107,7 +107,11 @@ class Server:
         if engine is None or engine.config.buckets[-1] < longest:
             last = bucket(max(longest, min(self.config.max_prompt, 512)))
             buckets = tuple(2**i for i in range(5, last.bit_length()))
-            config = EngineConfig(sampling, buckets, slots=self.config.slots, num_samples=self.config.num_samples)
+            # One prompt is somebody's who looks on: every token is shown as it comes.
+            chunk = 1 if self.config.slots == 1 else 8
+            config = EngineConfig(
+                sampling, buckets, slots=self.config.slots, num_samples=self.config.num_samples, chunk=chunk
+            )
             engine = Engine(lambda p: CachedDecoder(self._policy.bind(p), self.config.int8), params, config)
             self._engine = engine
         engine.params = params

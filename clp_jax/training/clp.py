@@ -5,7 +5,7 @@ sampler; nothing else differs between them.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class ConditionalPolicy:
         _check_vocabulary(self, vocabulary, description)
         conditioning = self.conditioning
         if isinstance(conditioning, WrittenPreference):
-            conditioning = conditioning.tokenise(names, vocabulary.encode)
+            conditioning = conditioning.tokenise(names, vocabulary, policy.config.pad_id)
         statistics = self._statistics(run_dir, policy, reference, vocabulary, seed)
         save_params(run_dir / REFERENCE_DIRECTORY, reference, description)
         params = {
@@ -229,9 +229,13 @@ class WrittenPreference:
     with_alpha: bool = False
     bins: int = 21
 
-    def tokenise(self, names: Sequence[str], encode: Callable[[str], list[int]]) -> PromptConditioning:
-        """The conditioning with its texts as tokens."""
-        return PromptConditioning.of(names, encode, with_alpha=self.with_alpha, bins=self.bins)
+    def tokenise(self, names: Sequence[str], vocabulary: Vocabulary, pad_id: int) -> PromptConditioning:
+        """The conditioning with its texts as tokens, behind what a prompt starts with."""
+        plain, prompt = vocabulary.encode(names[0]), vocabulary.encode_prompt(names[0])
+        start = prompt.index(plain[0]) if plain else 0
+        return PromptConditioning.of(
+            names, vocabulary.encode, with_alpha=self.with_alpha, bins=self.bins, pad_id=pad_id, keep_first=start
+        )
 
 
 def _check_objectives(stage: ConditionalPolicy, names: tuple[str, ...]) -> None:

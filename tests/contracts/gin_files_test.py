@@ -71,6 +71,7 @@ USES = {
         (*TINY, "runs/reward_model.gin"),
         (*RUN, "REWARD_NAME='r'", "REWARD_LOSS='entailment'", "CORRUPTIONS=['swap']"),
     ),
+    "algorithms/freeze.gin": ("train", (*SFT, "models/moe_tiny.gin", "algorithms/freeze.gin"), RUN),
     "runs/supervised.gin": ("train", SFT, RUN),
     "runs/train.gin": ("train", SFT, RUN),
 }

@@ -174,6 +174,14 @@ def test_prompt_conditioning_writes_the_preference():
     np.testing.assert_array_equal(tokens[:, -3:], 7)
 
 
+def test_the_written_preference_leaves_padding_at_the_end_and_the_start_of_text_in_front():
+    tables = (((3, -1), (4, 5)), ((6, 7), (8, -1)))
+    how = PromptConditioning(tables=tables, num_objectives=2, pad_id=-1, keep_first=1)
+    prompts = jnp.asarray([[1, 9, 10], [1, 9, -1]], jnp.int32)
+    tokens = how.condition_inputs(prompts, Preference(jnp.asarray([[0.0, 1.0], [1.0, 0.0]]), jnp.zeros(2)))
+    np.testing.assert_array_equal(tokens, [[1, 3, 8, 9, 10, -1, -1], [1, 4, 5, 6, 7, 9, -1]])
+
+
 def test_unconditioned_changes_nothing():
     how, params = Unconditioned(), _params()
     assert how.expand(params) is params and how.mix(params, params, Preference.of([1.0], 0.1)) is params
