@@ -248,7 +248,7 @@ class ModelConfig:
     @property
     def is_stochastic(self) -> bool:
         """Whether training differs from evaluation: by dropout, or by what routers do."""
-        return self.dropout_rate > 0 or self.moe is not None
+        return self.dropout_rate > 0 or (self.moe is not None and not self.moe.dense)
 
     def pattern(self, kind: LayerKind, *, causal: bool) -> Pattern:
         """How self-attention of one layer sees."""
@@ -347,7 +347,7 @@ class PaLMConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.moe is not None and not self.moe.dense:
-            self.moe.router.check(True, self.moe.num_experts)
+            (self.moe.decoder_router or self.moe.router).check(True, self.moe.num_experts)
 
     @classmethod
     def palm(cls, **sizes) -> "PaLMConfig":

@@ -6,7 +6,10 @@ import pytest
 from flax import nnx
 from tiny_policies import tiny_config
 
+from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
 from clp_jax.models.t5 import T5
+from clp_jax.nn.rope import Rope
+from clp_jax.nn.routing import ExpertChoice, TokenChoice
 
 
 @pytest.mark.parametrize(
@@ -60,3 +63,35 @@ def test_a_config_is_frozen_hashable_and_builds_its_model():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.head_dim = 3
     assert isinstance(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), T5)
+
+
+def test_experts_that_choose_are_refused_in_causal_stacks():
+    """An expert that picks among all tokens of a sequence would look ahead."""
+    sizes = dict(vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4)
+    choosing = MoEConfig(num_experts=2, router=ExpertChoice())
+    with pytest.raises(ValueError, match="ExpertChoice in a causal stack.* leaks the future"):
+        PaLMConfig.llama(**sizes, num_layers=1, moe=choosing)
+    with pytest.raises(ValueError, match="leaks the future"):
+        T5Config.t5_1_1(**sizes, num_encoder_layers=1, num_decoder_layers=1, moe=choosing)
+    decoder = dataclasses.replace(choosing, decoder_router=TokenChoice(k=2))
+    assert T5Config.t5_1_1(**sizes, num_encoder_layers=1, num_decoder_layers=1, moe=decoder).is_stochastic
+    with pytest.raises(ValueError, match="k is 3"):
+        PaLMConfig.llama(**sizes, num_layers=1, moe=MoEConfig(num_experts=2, router=TokenChoice(k=3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(num_kv_heads=3), "num_kv_heads is 3: expected a divisor of num_heads=2"),
+        (dict(rope=Rope(fraction=0.25)), "expected an even number"),
+        (dict(attention_cap=-1.0), "attention_cap is -1.0: expected a positive number"),
+        (dict(pre_norm=False), "expected norms before or after each block"),
+        (dict(window=0), "window is 0: expected at least 1"),
+        (dict(eos_ids=(11,)), "eos_ids is .11,.: expected one or more token ids of the vocabulary"),
+        (dict(num_layers=0), "num_layers is 0: expected at least 1"),
+    ],
+)
+def test_settings_that_can_not_be(changes, says):
+    sizes = dict(vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4, num_layers=1)
+    with pytest.raises(ValueError, match=says):
+        PaLMConfig.llama(**(sizes | changes))
