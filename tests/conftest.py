@@ -4,6 +4,7 @@ Tests under `multi_device/` need a process of their own, with eight virtual devi
 and any other command line leaves them out.
 """
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -51,3 +52,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return True if collection_path in OWN_PROCESS and collection_path != _own_process(config) else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_end_with_their_module():
+    """A process may map some 65,000 pieces of memory, and thousands of compiled programs are several each."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from other_tests import load
 
 torch = pytest.importorskip("torch", reason="the parity reference needs the extra `hf` (torch)")
 transformers = pytest.importorskip("transformers", reason="the parity reference needs the extra `hf` (transformers)")
+
+from torch_t5 import converted, torch_model
 
 from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
@@ -29,13 +30,13 @@ BAD_WORDS = ((5,), (7, 7), (3, 4))
 @pytest.fixture(scope="module")
 def models():
     """The torch model, and ours with its parameters: peaked distributions, ends likely enough to come early."""
-    theirs, config = load("models/t5_huggingface_test.py"), T5Config.t5_1_1(**SIZES, num_buckets=8, max_distance=12)
-    model = theirs.torch_model(config)
+    config = T5Config.t5_1_1(**SIZES, num_buckets=8, max_distance=12)
+    model = torch_model(config)
     with torch.no_grad():
         model.shared.weight *= 0.3
         model.lm_head.weight *= 4
         model.lm_head.weight[1] *= 2
-    return model, Policy(config), theirs.converted(model, config)
+    return model, Policy(config), converted(model, config)
 
 
 @pytest.fixture(scope="module")
