@@ -91,9 +91,9 @@ def llama(tmp_path_factory) -> Llama:
 
 
 def banned(llama: Llama) -> tuple[tuple[int, ...], ...]:
-    """Words that begin in the first two prompts, and a token of the second completion."""
-    words = [(int(row[row != 0][-1]), int(written[0])) for row, written in zip(llama.inputs, llama.plain, strict=True)]
-    return (*words[:2], (int(llama.plain[1, 1]),))
+    """Words whose first two tokens end the first two prompts, and a token of the second completion."""
+    words = [(*row[row != 0][-2:], written[0]) for row, written in zip(llama.inputs[:2], llama.plain[:2], strict=True)]
+    return tuple(tuple(int(token) for token in word) for word in (*words, llama.plain[1, 1:2]))
 
 
 def options(llama: Llama, names: str) -> tuple[dict, tuple, int]:
