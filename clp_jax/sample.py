@@ -10,12 +10,13 @@ import numpy as np
 from rich.console import Console
 
 from clp_jax.models.conditioning import check_alpha
+from clp_jax.models.config import ModelConfig, PaLMConfig
 from clp_jax.preferences import Preference, validate_weights
 from clp_jax.sampling.beam_policies import PowerPenalty
 from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.json_lines import Limits, answers, read_lines
-from clp_jax.sampling.processors import RepetitionPenalty
+from clp_jax.sampling.processors import LogitProcessor, RepetitionPenalty
 from clp_jax.sampling.session import Server, ServingConfig
 from clp_jax.sampling.stop_strings import shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
@@ -207,7 +208,8 @@ def sample(
         top_k: keeps the k most probable tokens; 0 keeps all.
         top_p: keeps the most probable tokens that reach this probability; 1 keeps all.
         min_p: keeps tokens at least this fraction as probable as the most probable one; 0 keeps all.
-        repetition_penalty: divides the odds of tokens that were written already (CTRL); 1 changes nothing.
+        repetition_penalty: divides the odds of tokens that were written already (CTRL), those of the prompt included where
+            a policy has no encoder; 1 changes nothing.
         num_beams: of a beam search, at least `num_samples`.
         length_penalty: a beam's log-probability is divided by its length to this power.
         stop: texts that end a completion, and are left out of it.
@@ -236,7 +238,7 @@ def sample(
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
     loaded = load_policy(checkpoint)
-    processors = () if repetition_penalty == 1 else (RepetitionPenalty(repetition_penalty),)
+    processors = _processors(repetition_penalty, loaded.policy.config)
     length = max_tokens or loaded.max_length or 64
     generation: SamplingConfig | BeamConfig
     if chosen is None:
@@ -286,6 +288,13 @@ def _strategy(name: str, temperature: float, sampling: Sampling) -> Sampling | G
     if name == "beam":
         return None
     return Greedy() if name == "greedy" or temperature == 0 else sampling
+
+
+def _processors(repetition_penalty: float, model: ModelConfig) -> tuple[LogitProcessor, ...]:
+    """What changes logits; as in transformers, what the decoder reads has occurred: the prompt, or the start token."""
+    if repetition_penalty == 1:
+        return ()
+    return (RepetitionPenalty(repetition_penalty, "prompt" if isinstance(model, PaLMConfig) else "start"),)
 
 
 def talk(session: Session, lines: Any, console: Console) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the parity reference needs the extra `hf` (torch)")
+torch = pytest.importorskip("torch", reason="the parity reference needs the extra `hf` (torch)")
 pytest.importorskip("transformers", reason="the parity reference needs the extra `hf` (transformers)")
 
 import torch_models
@@ -109,3 +109,27 @@ def test_transformers_loads_what_is_written_without_an_origin(saved, tmp_path):
     huggingface.write(tmp_path / "out", imported.config, imported.params)
     logits = torch_models.load_and_compute(tmp_path / "out", batch)
     np.testing.assert_allclose(logits, expected["logits"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["t5", "gemma2_rest"])
+def test_bfloat16_errs_no_more_than_torch(case, tmp_path):
+    batch, model = torch_models.rows(), torch_models.make(case)
+    with torch.no_grad():
+        for parameter in model.parameters():  # What bfloat16 holds, so that the weights are the same everywhere.
+            parameter.copy_(parameter.bfloat16().float())
+    exact = torch_models.compute(model, batch)["logits"]
+    torch_models.save(model.bfloat16(), tmp_path)
+    theirs = torch_models.load_and_compute(tmp_path, batch, "bfloat16")
+
+    imported = huggingface.read(tmp_path, dtype="bfloat16", overrides={"dtype": "bfloat16"})
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(imported.params)} == {"bfloat16"}
+    policy = Policy(imported.config)
+    run = jax.jit(lambda params, *rows: policy.bind(params)(*rows))
+    ours = run(jax.tree.map(jnp.asarray, imported.params), batch.inputs, batch.decoder_inputs)
+
+    def error(logits):
+        return np.sqrt(np.mean((np.asarray(logits) - exact) ** 2)) / exact.std()
+
+    # Both round each operation to eight bits, in different orders: half a unit of 2^-7 is far more than float32 errs.
+    # Twice theirs leaves room for the orders, and none for an operation in a type that is too short.
+    assert 2**-12 < error(ours) <= 2 * error(theirs) < 2**-4
