@@ -1,23 +1,41 @@
-"""Speed and memory of generation with a cache, beside Hugging Face's torch T5.
+"""Speed and memory of generation with a cache, beside Hugging Face's torch T5 and Llama.
 
     python benchmarks/decode.py --size small
 
 Both generate the same number of tokens for the same prompts; an end of sequence stops neither.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import SHAPES, mebibytes, medians, num_bytes, parse_arguments, peak_bytes, random_tokens, report, torch_t5
+from measure import (
+    SHAPES,
+    Shape,
+    decoder_only,
+    mebibytes,
+    medians,
+    num_bytes,
+    parse_arguments,
+    peak_bytes,
+    random_tokens,
+    report,
+    torch_llama,
+    torch_t5,
+)
 
 from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.models.policy import Policy
+from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.strategies import Greedy, Sampling
 
 BATCH_SIZE = 32
+NUM_SAMPLES = 4
+SHARED, BEAMS = "sampling, 4 of a prompt", "4 beams"
+PROMPTS = {"sampling": BATCH_SIZE, "greedy": BATCH_SIZE, SHARED: BATCH_SIZE // 4, BEAMS: BATCH_SIZE // 4}
 
 
 class Endless(CachedDecoder):
@@ -33,77 +51,106 @@ def main() -> None:
     """Measures, and prints."""
     arguments = parse_arguments(__doc__ or "")
     shape = SHAPES[arguments.size]
-    policy = Policy(shape.model)
+    policy, other = Policy(shape.model), Policy(decoder_only(shape.model))
+    kinds = {
+        "": (policy, functools.partial(torch_t5, shape.model, arguments.threads)),
+        ", decoder-only": (other, functools.partial(torch_llama, other.config, arguments.threads)),
+    }
+    figures: dict[str, Any] = {}
+    for kind, (measured, torch_model) in kinds.items():
+        rows, found = measure(measured, shape, torch_model(), arguments.repeats)
+        figures = {**figures, "decoder_only": found} if figures else found
+        sizes = f"{BATCH_SIZE} rows, {shape.inputs} tokens in, {shape.targets} out"
+        report(f"{arguments.size}{kind}: {sizes}, {jax.default_backend()}", rows, figures, arguments.json)
+
+
+def measure(policy: Policy, shape: Shape, torch_model: Any, repeats: int) -> tuple[list[tuple[str, str]], dict]:
+    """Rows to print and figures to write, of one policy."""
     params = policy.init(jax.random.key(0))
     prompts = random_tokens(BATCH_SIZE, shape.inputs, shape.model.vocab_size, seed=0)
-
-    def program(strategy: Any, num_samples: int) -> Any:
-        config = SamplingConfig(shape.targets, strategy)
-
-        @jax.jit
-        def run(params: Any, inputs: Any, key: Any) -> Any:
-            # The same rows in all: fewer prompts with more samples each share their encoding and its keys.
-            keys = row_keys(key, BATCH_SIZE)
-            decoder = Endless(policy.bind(params))
-            return generate(decoder, inputs, keys=keys, config=config, num_samples=num_samples).tokens
-
-        return run
-
     runs = {
-        "sampling": program(Sampling(), 1),
-        "greedy": program(Greedy(), 1),
-        "sampling, 4 of a prompt": program(Sampling(), 4),
+        "sampling": sampled(policy, Sampling(), shape.targets, 1),
+        "greedy": sampled(policy, Greedy(), shape.targets, 1),
+        # The same rows in all: fewer prompts with more samples each share their encoding and its keys.
+        SHARED: sampled(policy, Sampling(), shape.targets, NUM_SAMPLES),
+        BEAMS: searched(policy, shape.targets, NUM_SAMPLES),
     }
-    given = {name: jnp.asarray(prompts[: BATCH_SIZE // (4 if "4" in name else 1)]) for name in runs}
+    given = {name: jnp.asarray(prompts[:count]) for name, count in PROMPTS.items()}
+    key = jax.random.key(1)
     programs: dict[str, Any] = {
-        name: lambda run=run, x=given[name]: jax.block_until_ready(run(params, x, jax.random.key(1)))
-        for name, run in runs.items()
+        name: lambda run=run, x=given[name]: jax.block_until_ready(run(params, x, key)) for name, run in runs.items()
     }
-    programs |= torch_programs(shape, prompts, arguments.threads)
+    if torch_model is not None:
+        programs |= torch_programs(torch_model, shape, prompts)
 
-    times = medians(programs, arguments.repeats)
+    times = medians(programs, repeats)
     tokens = BATCH_SIZE * shape.targets
     rows = [(name, f"{seconds * 1e3:8.1f} ms   {tokens / seconds:10,.0f} tokens/s") for name, seconds in times.items()]
     ratios = {
         f"{name} / torch generate": times[f"torch {name}"] / times[name] for name in runs if f"torch {name}" in times
     }
     rows += [(name, f"{value:8.2f}") for name, value in ratios.items()]
-    cache = jax.eval_shape(
-        lambda p, x: CachedDecoder(policy.bind(p)).start(x, shape.targets, 1)[1], params, given["greedy"]
-    )
-    key = jax.random.key(1)
     memory = {
         "parameters": num_bytes(params),
-        "cache": num_bytes(cache),
+        "cache": cache_bytes(policy, params, given["greedy"], shape.targets),
+        "cache, int8": cache_bytes(policy, params, given["greedy"], shape.targets, int8=True),
         "program, temporary": peak_bytes(runs["sampling"].lower(params, given["sampling"], key).compile()),
     }
     rows += [(name, mebibytes(count)) for name, count in memory.items()]
     compiled = {name: run._cache_size() for name, run in runs.items()}
     rows.append(("programs compiled for each", ", ".join(map(str, compiled.values()))))
-    title = (
-        f"{arguments.size}: {BATCH_SIZE} rows, {shape.inputs} tokens in, {shape.targets} out, {jax.default_backend()}"
-    )
-    figures = {"seconds": times, "ratios": ratios, "bytes": memory, "compile_count": compiled}
-    report(title, rows, figures, arguments.json)
+    return rows, {"seconds": times, "ratios": ratios, "bytes": memory, "compile_count": compiled}
 
 
-def torch_programs(shape: Any, prompts: Any, threads: int) -> dict[str, Any]:
+def sampled(policy: Policy, strategy: Any, length: int, num_samples: int) -> Any:
+    """Generation as a jitted program of parameters, prompts and a key."""
+    config = SamplingConfig(length, strategy)
+
+    @jax.jit
+    def run(params: Any, inputs: Any, key: Any) -> Any:
+        keys = row_keys(key, BATCH_SIZE)
+        return generate(Endless(policy.bind(params)), inputs, keys=keys, config=config, num_samples=num_samples).tokens
+
+    return run
+
+
+def searched(policy: Policy, length: int, num_beams: int) -> Any:
+    """Beam search as a jitted program of the same arguments."""
+    config = BeamConfig(length, num_beams)
+
+    @jax.jit
+    def run(params: Any, inputs: Any, key: Any) -> Any:
+        del key
+        return beam_search(Endless(policy.bind(params)), inputs, config).completions.tokens
+
+    return run
+
+
+def cache_bytes(policy: Policy, params: Any, inputs: Any, length: int, *, int8: bool = False) -> int:
+    """Bytes that generation remembers, from shapes alone."""
+
+    def start(params: Any, inputs: Any) -> Any:
+        return CachedDecoder(policy.bind(params), int8=int8).start(inputs, length, 1)[1]
+
+    return num_bytes(jax.eval_shape(start, params, inputs))
+
+
+def torch_programs(model: Any, shape: Shape, prompts: Any) -> dict[str, Any]:
     """The same by `generate`, with its cache."""
-    model = torch_t5(shape.model, threads)
-    if model is None:
-        return {}
     import torch
 
     model.eval()
-    x = torch.from_numpy(prompts).long()
-    length = {"max_new_tokens": shape.targets, "min_new_tokens": shape.targets, "attention_mask": torch.ones_like(x)}
-    shared = length | {"attention_mask": torch.ones_like(x[: BATCH_SIZE // 4])}
+
+    def program(name: str, **settings: Any) -> Any:
+        x = torch.from_numpy(prompts[: PROMPTS[name]]).long()
+        length = {"max_new_tokens": shape.targets, "min_new_tokens": shape.targets}
+        return lambda: model.generate(x, attention_mask=torch.ones_like(x), **length, **settings)
+
     return {
-        "torch sampling": lambda: model.generate(x, do_sample=True, top_k=0, **length),
-        "torch greedy": lambda: model.generate(x, do_sample=False, **length),
-        "torch sampling, 4 of a prompt": lambda: model.generate(
-            x[: BATCH_SIZE // 4], do_sample=True, top_k=0, num_return_sequences=4, **shared
-        ),
+        "torch sampling": program("sampling", do_sample=True, top_k=0),
+        "torch greedy": program("greedy", do_sample=False),
+        f"torch {SHARED}": program(SHARED, do_sample=True, top_k=0, num_return_sequences=NUM_SAMPLES),
+        f"torch {BEAMS}": program(BEAMS, do_sample=False, num_beams=NUM_SAMPLES),
     }
 
 

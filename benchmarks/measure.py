@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, alternating timings, and Hugging Face's torch T5 of the same shape."""
+"""What the benchmarks share: shapes, alternating timings, and Hugging Face's torch models of the same shapes."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clp_jax.models.config import T5Config
+from clp_jax.models.config import PaLMConfig, T5Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,27 @@ SHAPES = {
 }
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
+def decoder_only(config: T5Config) -> PaLMConfig:
+    """A Llama-like policy of the same widths, four layers deep."""
+    return PaLMConfig.llama(
+        vocab_size=config.vocab_size,
+        embed_dim=config.embed_dim,
+        mlp_dim=config.mlp_dim,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        num_layers=4,
+    )
+
+
+def parse_arguments(description: str, repeats: int = 9) -> argparse.Namespace:
     """The command line of a benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--size", choices=SHAPES, default="small", help="model and batch (default: small)")
     parser.add_argument(
-        "--repeats", type=int, default=9, help="timings of each program; the median counts (default: 9)"
+        "--repeats",
+        type=int,
+        default=repeats,
+        help=f"timings of each program; the median counts (default: {repeats})",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; JAX takes all cores of a CPU")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
@@ -87,13 +102,9 @@ def random_tokens(rows: int, length: int, vocab_size: int, seed: int) -> np.ndar
 
 def torch_t5(config: T5Config, threads: int) -> Any:
     """Hugging Face's T5 of the same shape, random and in training mode; None without torch or transformers."""
-    try:
-        import torch
-        import transformers
-    except ImportError:
+    transformers = _transformers(threads)
+    if transformers is None:
         return None
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
     same = transformers.T5Config(
         vocab_size=config.vocab_size,
         d_model=config.embed_dim,
@@ -110,6 +121,39 @@ def torch_t5(config: T5Config, threads: int) -> Any:
         eos_token_id=1,
     )
     return transformers.T5ForConditionalGeneration(same)
+
+
+def torch_llama(config: PaLMConfig, threads: int) -> Any:
+    """Hugging Face's Llama of the same shape, random and in training mode; None without torch or transformers."""
+    transformers = _transformers(threads)
+    if transformers is None:
+        return None
+    same = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.embed_dim,
+        intermediate_size=config.mlp_dim,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        num_hidden_layers=config.num_layers,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return transformers.LlamaForCausalLM(same)
+
+
+def _transformers(threads: int) -> Any:
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    return transformers
 
 
 def report(title: str, rows: Sequence[tuple[str, str]], figures: Mapping[str, Any], path: str | None) -> None:
