@@ -233,7 +233,7 @@ def test_requests_that_cannot_be_served_are_refused():
         engine.submit(Request((3,) * 5))
     with pytest.raises(ValueError, match=r"the prompt has 0 tokens: expected 1 to 4"):
         engine.submit(Request(()))
-    with pytest.raises(ValueError, match=r"the prompt has the padding token 0 at 1: expected no padding"):
+    with pytest.raises(ValueError, match=r"the prompt ends with the padding token 0: expected no padding"):
         engine.submit(Request((3, 0)))
     with pytest.raises(ValueError, match=r"Request\.max_tokens is 11: expected 1 to the engine's maximum, 10"):
         engine.submit(Request((3,), max_tokens=11))
