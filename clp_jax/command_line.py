@@ -287,6 +287,14 @@ def _is_boolean(argument: Argument) -> bool:
 
 
 def _convert(text: str, annotation: ast.expr) -> Any:
+    members = _members(annotation)
+    if len(members) > 1:
+        for member in members:
+            try:
+                return _convert(text, member)
+            except ValueError:
+                continue
+        raise ValueError
     name, inner = _name(annotation), _inner(annotation)
     if name in _SEQUENCES:
         items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -14,6 +16,7 @@ from clp_jax.array_types import Params
 from clp_jax.data.vocabulary import DIRECTORY_NAME, FILE_NAME, Vocabulary
 from clp_jax.interop import huggingface, t5x
 from clp_jax.interop.model_card import model_card
+from clp_jax.models.conditioning import PromptConditioning
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import to_json
@@ -22,6 +25,15 @@ from clp_jax.training.policies import load_policy
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
 
 FORMATS = ("hf", "t5x", "clp")
+_DTYPES = {"hf": ("float32", "bfloat16", "float16"), "t5x": ("float32", "bfloat16"), "clp": ("float32", "bfloat16")}
+# Options that are of use with some formats alone.
+_USED_BY = {
+    "step": ("t5x:",),
+    "overrides": ("hf:", "t5x:"),
+    "layout": (":t5x",),
+    "scanned": (":t5x",),
+    "max_shard_gb": (":hf",),
+}
 # Of T5X, beside the checkpoints of a converted policy.
 OPTIMIZER = "adafactor"
 
@@ -59,10 +71,10 @@ def convert(
     vocabulary: str | None = None,
     step: int | None = None,
     overrides: Mapping[str, int | float | bool | str] | None = None,
-    layout: str = "legacy",
+    layout: str | None = None,
     scanned: bool = False,
     optimizer: bool = False,
-    max_shard_gb: float = 5.0,
+    max_shard_gb: float | None = None,
 ) -> None:
     """Converts a policy between formats; nothing is downloaded, and no pickle is ever opened.
 
@@ -79,11 +91,12 @@ def convert(
             float32 for clp.
         vocabulary: the tokenizer, a file or a directory, where the source has none, as T5X's have not.
         step: of a T5X directory with several checkpoints; the newest by default.
-        overrides: fields of the policy's configuration that a T5X checkpoint does not tell, as NAME=VALUE,NAME=VALUE.
-        layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr) or ``orbax``.
+        overrides: fields of the policy's configuration, for what a checkpoint of others does not tell, as
+            NAME=VALUE,NAME=VALUE.
+        layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr; the default) or ``orbax``.
         scanned: whether a T5X checkpoint is written with its layers stacked, for scalable T5.
         optimizer: whether Adafactor's state is carried between T5X and clp too.
-        max_shard_gb: of one file of safetensors, in 10^9 bytes.
+        max_shard_gb: of one file of safetensors, in 10^9 bytes; 5 by default.
 
     Raises:
         ValueError: for an unknown format, a policy that the target can't express, or a directory that exists.
@@ -95,6 +108,18 @@ def convert(
         raise ValueError("optimizer: Hugging Face's checkpoints hold no optimizer's state: leave it out.")
     if weights is not None and kind != "clp":
         raise ValueError("weights mix a policy that was trained to be steered: the source must be clp:RUN_DIR.")
+    given = {
+        "step": step,
+        "overrides": overrides,
+        "layout": layout,
+        "scanned": scanned or None,
+        "max_shard_gb": max_shard_gb,
+    }
+    for name, value in given.items():
+        if value is not None and not {kind + ":", ":" + target_kind} & set(_USED_BY[name]):
+            raise ValueError(f"{name} says nothing about {kind} to {target_kind}: leave it out.")
+    if dtype is not None and dtype not in _DTYPES[target_kind]:
+        raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(_DTYPES[target_kind])} for {target_kind}.")
     readers: dict[str, Callable[[], Converted]] = {
         "hf": lambda: _read_hf(place, dtype, overrides),
         "t5x": lambda: _read_t5x(place, dtype, step, overrides, optimizer),
@@ -115,7 +140,7 @@ def convert(
             origin=found.origin,
             files=() if found.tokenizer is None else _text_files(found.tokenizer),
             dtype=dtype,
-            max_shard_bytes=int(max_shard_gb * 1e9),
+            max_shard_bytes=int((max_shard_gb or 5.0) * 1e9),
             card=card(),
         )
     elif target_kind == "t5x":
@@ -125,13 +150,13 @@ def convert(
             found.params,
             step=found.step,
             slots=found.slots,
-            layout=layout,
+            layout=layout or "legacy",
             scanned=scanned,
             dtype=dtype,
             card=card(library="t5x"),
         )
     else:
-        _write_clp(target_place, found)
+        _write_clp(target_place, found if dtype is None else _cast(found, dtype))
     if target_kind != "clp" and found.tokenizer is not None:
         _carry(found.tokenizer, target_place)
     console.print(f"{target}: written.")
@@ -164,6 +189,11 @@ def _read_t5x(
 def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimizer: bool) -> Converted:
     loaded = load_policy(place)
     params, mixed = loaded.params, tuple[str, ...]()
+    if isinstance(loaded.conditioning, PromptConditioning):
+        raise ValueError(
+            f"{place} reads its preference in the prompt: no ordinary checkpoint has one. Use it with clp sample, or "
+            "convert a policy with conditioned parameters."
+        )
     if loaded.objectives:
         preference = loaded.preference(weights, alpha)
         params, point = loaded.steerable().at(preference), np.asarray(preference.weights)
@@ -202,6 +232,12 @@ def _read_slots(place: Path) -> t5x.AdafactorSlots:
         raise ValueError(f"{place} has no state of T5X's optimizer: convert it with --optimizer, or leave it out here.")
     trees, _, _ = load_params(place / OPTIMIZER)
     return t5x.AdafactorSlots(**trees | {"count": int(trees["count"])})
+
+
+def _cast(found: Converted, dtype: str) -> Converted:
+    config = dataclasses.replace(found.config, param_dtype=dtype)
+    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found.params)
+    return dataclasses.replace(found, config=config, params=params)
 
 
 def _own_dtype(dtype: str | None) -> str:

@@ -14,6 +14,7 @@ from clp_jax.interop import huggingface
 from clp_jax.main import main
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
+from clp_jax.training.policies import load_policy
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORD = np.load(FIXTURES / "t5x_policy.npz")
@@ -147,6 +148,9 @@ def test_strategies(home, strategy):
         (["clp:run_llama", "t5x:new"], "T5X checkpoints hold encoder-decoders, not PaLMConfig"),
         (["hf:t5", "clp:new", "--optimizer"], "Hugging Face's checkpoints hold no optimizer's state"),
         (["hf:pickled", "clp:new"], "pytorch_model.bin"),
+        (["hf:t5", "clp:new", "--dtype=float16"], "dtype is 'float16': expected one of float32, bfloat16 for clp"),
+        (["hf:t5", "t5x:new", "--step=3"], "step says nothing about hf to t5x"),
+        (["clp:run_t5", "hf:new", "--scanned"], "scanned says nothing about clp to hf"),
         (["hf:t5"], "target"),
         (["hf:t5", "clp:new", "more"], "what is 'more'?"),
     ],
@@ -158,6 +162,18 @@ def test_what_can_not_be_converted(home, words, message, capfd):
         (home / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04never opened")
     assert message in refuses(capfd, "convert", *words)
     assert not (home / "new").exists()
+
+
+def test_fields_may_be_overridden_and_types_chosen(home):
+    clp(
+        "convert",
+        f"t5x:{legacy(home)}",
+        "clp:run_override",
+        "--overrides=dropout_rate=0.25,remat=full",
+        "--dtype=bfloat16",
+    )
+    config = load_policy("run_override").policy.config
+    assert (config.dropout_rate, config.remat, config.param_dtype) == (0.25, "full", "bfloat16")
 
 
 def test_text_needs_a_tokenizer(home, capfd):

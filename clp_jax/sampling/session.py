@@ -92,14 +92,24 @@ class Server:
     ) -> Iterator[tuple[int, list[Completion]]]:
         engine = self._prepared(params, sampling, max((len(tokens) for tokens, _ in prompts), default=1))
         numbers: dict[int, int] = {}
-        engine.on_tokens = lambda number, sample, tokens: self._on_tokens(numbers[number], sample, tokens)
+        written: dict[int, list[int]] = {}
+
+        def on_tokens(number: int, sample: int, tokens: tuple[int, ...]) -> None:
+            self._on_tokens(numbers[number], sample, tokens)
+            if self.config.stop and self.config.num_samples == 1:
+                written.setdefault(number, []).extend(tokens)
+                text = self._text(tuple(written[number]))
+                if any(stop in text for stop in self.config.stop):
+                    engine.cancel(number)
+
+        engine.on_tokens = on_tokens
         for index, (tokens, seed) in enumerate(prompts):
             numbers[engine.submit(Request(tokens, seed=seed, num_samples=self.config.num_samples))] = index
         for result in engine.run():
-            samples = result.samples
+            completions = [self._completion(sample) for sample in result.samples]
             if self.config.best:
-                samples = (max(samples, key=lambda sample: float(np.sum(sample.log_probs, dtype=np.float64))),)
-            yield numbers[result.number], [self._completion(sample) for sample in samples]
+                completions = [max(completions, key=lambda c: float(np.sum(c.log_probs, dtype=np.float64)))]
+            yield numbers[result.number], completions
 
     def _prepared(self, params: Params, sampling: SamplingConfig, longest: int) -> Engine:
         """The engine, made anew where a prompt is longer than all before it."""
@@ -154,5 +164,16 @@ class Server:
         return tuple(np.asarray(found)[0].tolist())
 
     def _completion(self, sample: Sample) -> Completion:
-        text = self._vocabulary.decode(np.asarray(sample.tokens, np.int32)) if sample.tokens else ""
-        return Completion(truncate_at(text, self.config.stop), sample.tokens, sample.log_probs)
+        """The text before the first stop, and the tokens up to the one that completes the stop."""
+        tokens = sample.tokens
+        whole = self._text(tokens)
+        text = truncate_at(whole, self.config.stop)
+        if len(text) < len(whole):
+            ends = (
+                n for n in range(1, len(tokens) + 1) if any(stop in self._text(tokens[:n]) for stop in self.config.stop)
+            )
+            tokens = tokens[: next(ends, len(tokens))]
+        return Completion(text, tokens, sample.log_probs[: len(tokens)])
+
+    def _text(self, tokens: tuple[int, ...]) -> str:
+        return self._vocabulary.decode(np.asarray(tokens, np.int32)) if tokens else ""

@@ -25,6 +25,7 @@ from clp_jax.models.conditioning import (
 )
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
+from clp_jax.nn.routing import TokenChoice
 from clp_jax.preferences import AlphaRange
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
@@ -112,6 +113,7 @@ class ConditionalPolicy:
         if alpha is not None:
             check_alpha(self.conditioning, alpha.low if isinstance(alpha, AlphaRange) else alpha)
         policy = Policy(from_json(description["model"]))
+        _check_experts(policy, self.max_length)
         vocabulary = Vocabulary.load(self.data_dir)
         _check_vocabulary(self, vocabulary, description)
         conditioning = self.conditioning
@@ -251,6 +253,21 @@ def _check_objectives(stage: ConditionalPolicy, names: tuple[str, ...]) -> None:
     if isinstance(how, ParameterConditioning | PromptConditioning) and how.num_objectives != len(names):
         raise ValueError(
             f"the conditioning mixes {how.num_objectives} objectives, but the rewards are {len(names)}: {listed}."
+        )
+
+
+def _check_experts(policy: Policy, max_length: int) -> None:
+    """Decoding routes one token of a row at a time, scoring all of them: both are one policy if no token is dropped."""
+    moe = policy.config.moe
+    router = None if moe is None or moe.dense else moe.decoder_router or moe.router
+    if moe is None or not isinstance(router, TokenChoice):
+        return
+    room = router.capacity(max_length, moe.num_experts, training=False)
+    if room < max_length:
+        raise ValueError(
+            f"the decoder's experts have room for {room} of {max_length} tokens: sampling would drop none of those that "
+            "scoring drops, and the policy gradient would be of another policy. Use a Dropless router, or an eval_capacity of "
+            f"at least the number of experts, {moe.num_experts}."
         )
 
 

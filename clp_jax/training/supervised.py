@@ -67,6 +67,12 @@ class Supervised:
                 f"the model has {self.model.vocab_size} tokens, the vocabulary of {self.data_dir} {vocabulary.size}: "
                 f"set vocab_size to at least {vocabulary.size}."
             )
+        ends, pad_id = vocabulary.eos_ids, vocabulary.pad_id
+        if ends[0] not in self.model.eos_ids or self.model.pad_id not in (pad_id, -1):
+            raise ValueError(
+                f"the model ends with tokens {self.model.eos_ids} and is padded with {self.model.pad_id}, the vocabulary of "
+                f"{self.data_dir} ends with {ends} and is padded with {pad_id}: set eos_ids and pad_id (EOS_IDS, PAD_ID)."
+            )
         policy = Policy(self.model)
         loss_fn = SupervisedLoss(policy, self.z_loss)
         data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=sequence_batch, seed=seed)

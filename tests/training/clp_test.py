@@ -7,16 +7,20 @@ import jax
 import numpy as np
 import pytest
 from compilations import before_each_batch, counted
+from tiny_policies import tiny_config
 from tiny_runs import LENGTHS, MODEL, make_data, make_supervised
 
 from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning, Unconditioned
+from clp_jax.models.config import MoEConfig
+from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
+from clp_jax.nn.routing import Dropless, TokenChoice
 from clp_jax.preferences import AlphaRange, Dirichlet, corner_sampler, fixed
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
 from clp_jax.train import train
 from clp_jax.training.checkpoints import Checkpoints, load_params, save_params
-from clp_jax.training.clp import ConditionalPolicy, WrittenPreference
+from clp_jax.training.clp import ConditionalPolicy, WrittenPreference, _check_experts
 from clp_jax.training.estimators import LeaveOneOut, ValueBaseline
 from clp_jax.training.experience import ExperienceSource
 from clp_jax.training.learner import Learner
@@ -238,3 +242,19 @@ def test_an_unconditioned_policy_has_one_copy(tmp_path, home):
     setup = stage(home, conditioning=Unconditioned(), preferences=fixed((1.0, 0.0))).setup(tmp_path, seed=0)
     jax.tree.map(np.testing.assert_array_equal, setup.params["policy"], setup.frozen["reference"])
     assert LENGTHS["targets"] == setup.source._data.manifest.lengths["targets"]
+
+
+def test_experts_that_drop_tokens_are_refused():
+    """A decoding step has room for every token; a whole forward has not: they would be two policies."""
+
+    def check(router):
+        moe = MoEConfig(num_experts=4, router=TokenChoice(), decoder_router=router)
+        _check_experts(Policy(tiny_config(moe=moe)), 16)
+
+    check(Dropless(2))
+    check(TokenChoice(eval_capacity=4.0))
+    with pytest.raises(
+        ValueError, match="room for 8 of 16 tokens.* eval_capacity of at least the number of experts, 4"
+    ):
+        check(TokenChoice(eval_capacity=2.0))
+    _check_experts(Policy(tiny_config()), 16)
