@@ -228,9 +228,8 @@ def _with_capacity(
     assign = functools.partial(routing.assign, training=key is not None)
     slots = jax.vmap(assign)(jax.nn.softmax(scores, -1), valid)
 
-    move = (
-        _moved_by_index if moe.dispatch == "sort" and not _is_spread(*mask.shape, moe.num_experts) else _moved_by_group
-    )
+    by_index = moe.dispatch == "sort" and not _is_spread(x.shape[0], x.shape[1], moe.num_experts)
+    move = _moved_by_index if by_index else _moved_by_group
     # The sum over choices is in float32, like the weights.
     y = move(moe, groups, slots, key).astype(x.dtype)
     y = constrain(y.reshape(x.shape), "batch", "length", "act_embed")
