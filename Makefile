@@ -44,11 +44,14 @@ lint: $(INSTALLED) ## Style.
 types: $(INSTALLED) ## Static types.
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## Speed of a training step and of decoding.
+bench: $(INSTALLED) ## Speed and memory of training, experts, long inputs and decoding.
 	$(BIN)/python benchmarks/train_step.py --size tiny
 	$(BIN)/python benchmarks/train_step.py --size small
-	$(BIN)/python benchmarks/decode.py --size tiny
-	$(BIN)/python benchmarks/decode.py --size small
+	$(BIN)/python benchmarks/experts.py --size tiny --repeats 7
+	$(BIN)/python benchmarks/experts.py --size small --repeats 5
+	$(BIN)/python benchmarks/long_inputs.py --size small
+	$(BIN)/python benchmarks/decode.py --size tiny --repeats 5
+	$(BIN)/python benchmarks/decode.py --size small --repeats 5
 
 experiment: policy ## The table of docs/experiments/clp.md: hours.
 	$(CLP) experiment --gin_file=examples/pydoc_experiment.gin

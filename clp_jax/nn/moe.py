@@ -30,7 +30,7 @@ from clp_jax.nn.routing import (
     routing_statistics,
     top_k,
 )
-from clp_jax.nn.slots import Slots, collect, count_choices, distribute
+from clp_jax.nn.slots import Slots, collect, count_choices, distribute, join_groups
 from clp_jax.partitioning import active_axes, active_mesh, constrain
 
 DISPATCHES = ("sort", "einsum")
@@ -228,17 +228,41 @@ def _with_capacity(
     assign = functools.partial(routing.assign, training=key is not None)
     slots = jax.vmap(assign)(jax.nn.softmax(scores, -1), valid)
 
-    there, back = (_sorted if moe.dispatch == "sort" else _one_hot)(slots, size)
+    by_index = moe.dispatch == "sort" and not _is_spread(x.shape[0], x.shape[1], moe.num_experts)
+    move = _moved_by_index if by_index else _moved_by_group
+    # The sum over choices is in float32, like the weights.
+    y = move(moe, groups, slots, key).astype(x.dtype)
+    y = constrain(y.reshape(x.shape), "batch", "length", "act_embed")
+    dropped = slots.dropped.sum() / jnp.maximum(slots.offered.sum(), 1).astype(jnp.float32)
+    return y, routing_statistics(scores, valid, slots.chosen, slots.kept.sum(0), dropped)
+
+
+def _is_spread(rows: int, length: int, num_experts: int) -> bool:
+    """Whether several devices hold the tokens, or the experts."""
+    sizes = {"batch": rows, "length": length, "act_expert": num_experts}
+    return any(active_axes(axis, size) for axis, size in sizes.items())
+
+
+def _moved_by_index(moe: MoE, groups: Float[Array, "groups tokens D"], slots: Slots, key: PRNGKeyArray | None) -> Array:
+    """The experts' weighted outputs where all groups are at hand: their rows are gathered in the order of the experts."""
+    joined = join_groups(slots, groups.shape[1], moe.num_experts)
+    tokens = groups.reshape(-1, groups.shape[-1])
+    rows = distribute(tokens, joined.source, joined.slot_of)
+    flat = rows.reshape(moe.num_experts, -1, rows.shape[-1])
+    flat = _feed_forward(moe.experts, flat, moe.experts.kernels(), _batched_product, key, _place_hidden)
+    rows = flat.reshape(rows.shape) * joined.gates[:, None]
+    return collect(rows, joined.source, joined.slot_of, jnp.zeros(len(tokens), bool))
+
+
+def _moved_by_group(moe: MoE, groups: Float[Array, "groups tokens D"], slots: Slots, key: PRNGKeyArray | None) -> Array:
+    """The same where devices exchange the groups' rows: each group's in one piece."""
+    there, back = (_sorted if moe.dispatch == "sort" else _one_hot)(slots, groups.shape[1])
     rows = constrain(there(groups), "batch", None, "act_embed")
     rows = _to_experts(rows, moe.num_experts)
     flat = rows.reshape(moe.num_experts, -1, rows.shape[-1])
     flat = _feed_forward(moe.experts, flat, moe.experts.kernels(), _batched_product, key, _place_hidden)
     rows = _from_experts(flat.reshape(rows.shape))
-    # The sum over choices is in float32, like the weights.
-    y = back(rows * slots.gates[..., None]).astype(x.dtype)
-    y = constrain(y.reshape(x.shape), "batch", "length", "act_embed")
-    dropped = slots.dropped.sum() / jnp.maximum(slots.offered.sum(), 1).astype(jnp.float32)
-    return y, routing_statistics(scores, valid, slots.chosen, slots.kept.sum(0), dropped)
+    return back(rows * slots.gates[..., None])
 
 
 def _to_experts(rows: Float[Array, "groups rows D"], num_experts: int) -> Float[Array, "E groups C D"]:

@@ -118,6 +118,42 @@ def count_choices(experts: Int[Array, "k tokens"], num_experts: int) -> Float[Ar
     return jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(0)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """The rows of several groups as those of one, which lead with experts and go on with groups; as in `Slots`."""
+
+    source: Int[Array, "rows"]
+    gates: Float[Array, "rows"]
+    slot_of: Int[Array, "choices tokens"] | None
+
+
+def join_groups(slots: Slots, group_size: int, num_experts: int) -> Joined:
+    """Numbers the tokens and the rows of all groups through.
+
+    Gathered by these numbers, rows are where their experts want them: nothing has to be transposed.
+
+    Args:
+        slots: of several groups, whose experts have equally many rows.
+        group_size: tokens of each group.
+        num_experts: ``E``.
+    """
+    num_groups, num_rows = slots.source.shape
+    capacity, group = num_rows // num_experts, jnp.arange(num_groups)[:, None]
+    source = jnp.where(slots.source < group_size, slots.source + group * group_size, num_groups * group_size)
+
+    def by_expert(x: Array) -> Array:
+        return x.reshape(num_groups, num_experts, capacity).swapaxes(0, 1).reshape(-1)
+
+    slot_of = slots.slot_of
+    if slot_of is not None:
+        expert, index = slot_of // capacity, slot_of % capacity
+        row = (expert * num_groups + group[:, :, None]) * capacity + index
+        row = jnp.where(slot_of < num_rows, row, num_groups * num_rows)
+        slot_of = row.swapaxes(0, 1).reshape(slot_of.shape[1], -1)
+    return Joined(by_expert(source), by_expert(slots.gates), slot_of)
+
+
 @jax.custom_vjp
 def distribute(
     x: Float[Array, "tokens D"], source: Int[Array, "rows"], slot_of: Int[Array, "choices tokens"] | None
