@@ -198,7 +198,9 @@ def test_bad_settings(tmp_path, data_dir):
         ValueError, match=r"the model has 20 tokens, the vocabulary of .* 30: set vocab_size to at least 30"
     ):
         stage(data_dir, model=dataclasses.replace(MODEL, vocab_size=20)).setup(tmp_path, 0)
-    with pytest.raises(ValueError, match=r"ends with tokens \(5,\) and is padded with 0, the vocabulary of .*EOS_IDS, PAD_ID"):
+    with pytest.raises(
+        ValueError, match=r"ends with tokens \(5,\) and is padded with 0, the vocabulary of .*EOS_IDS, PAD_ID"
+    ):
         stage(data_dir, model=dataclasses.replace(MODEL, eos_ids=(5,))).setup(tmp_path, 0)
     with pytest.raises(ValueError, match="Supervised.batch_size is 0: expected at least 1"):
         stage(data_dir, batch_size=0)
