@@ -37,7 +37,7 @@ class Supervised:
     """Trains a policy to predict targets from inputs, token by token.
 
     Attributes:
-        model: the policy's sizes; its vocabulary must hold the data's.
+        model: the policy's sizes; its vocabulary must hold the data's. None takes the initial checkpoint's.
         data_dir: prepared examples, packed or not.
         batch_size: rows in a batch.
         z_loss: coefficient of ``(log Z)²``.
@@ -46,7 +46,7 @@ class Supervised:
         evaluation_batches: of the validation split.
     """
 
-    model: T5Config | PaLMConfig
+    model: T5Config | PaLMConfig | None
     data_dir: str
     batch_size: int = 64
     z_loss: float = 0.0
@@ -58,36 +58,44 @@ class Supervised:
         for name, least in (("batch_size", 1), ("evaluation_batches", 1), ("z_loss", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"Supervised.{name} is {getattr(self, name)}: expected at least {least}.")
+        if self.model is None and (self.initial_checkpoint is None or self.upcycle):
+            raise ValueError(
+                "Supervised.model is None: expected a model, or an initial_checkpoint whose model is trained on."
+            )
 
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`."""
+        params, description = (
+            (None, {}) if self.initial_checkpoint is None else load_params(self.initial_checkpoint)[:2]
+        )
+        model = from_json(description["model"]) if self.model is None else self.model
         vocabulary = Vocabulary.load(self.data_dir)
-        if self.model.vocab_size < vocabulary.size:
+        if model.vocab_size < vocabulary.size:
             raise ValueError(
-                f"the model has {self.model.vocab_size} tokens, the vocabulary of {self.data_dir} {vocabulary.size}: "
+                f"the model has {model.vocab_size} tokens, the vocabulary of {self.data_dir} {vocabulary.size}: "
                 f"set vocab_size to at least {vocabulary.size}."
             )
         ends, pad_id = vocabulary.eos_ids, vocabulary.pad_id
-        if ends[0] not in self.model.eos_ids or self.model.pad_id not in (pad_id, -1):
+        if ends[0] not in model.eos_ids or model.pad_id not in (pad_id, -1):
             raise ValueError(
-                f"the model ends with tokens {self.model.eos_ids} and is padded with {self.model.pad_id}, the vocabulary of "
+                f"the model ends with tokens {model.eos_ids} and is padded with {model.pad_id}, the vocabulary of "
                 f"{self.data_dir} ends with {ends} and is padded with {pad_id}: set eos_ids and pad_id (EOS_IDS, PAD_ID)."
             )
-        policy = Policy(self.model)
+        policy = Policy(model)
         loss_fn = SupervisedLoss(policy, self.z_loss)
         data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=sequence_batch, seed=seed)
         lengths = data.manifest.lengths
         own = {
             "stage": "supervised",
-            "model": to_json(self.model),
+            "model": to_json(model),
             "vocabulary": vocabulary.fingerprint,
             "data": data.manifest.fingerprint,
             "prompt_length": lengths["inputs"],
         }
-        params, description = self._initial(policy, seed)
-        own |= inherited(description)
+        if not self.upcycle:
+            own |= inherited(description)
         return StageSetup(
-            params=params,
+            params=self._initial(policy, seed, params, description),
             loss_fn=loss_fn,
             source=DataBatches(data),
             describe=lambda: own,
@@ -97,13 +105,14 @@ class Supervised:
             vocabulary=vocabulary,
         )
 
-    def _initial(self, policy: Policy, seed: int) -> tuple[Params | Callable[[], Params], dict[str, Any]]:
-        """The first parameters, and the description of the run they came from, if any."""
-        if self.initial_checkpoint is None:
-            return lambda: policy.init(jax.random.key(seed)), {}
-        params, description, _ = load_params(self.initial_checkpoint)
+    def _initial(
+        self, policy: Policy, seed: int, params: Params | None, description: dict[str, Any]
+    ) -> Params | Callable[[], Params]:
+        """The first parameters: fresh ones, or the initial checkpoint's."""
+        if params is None:
+            return lambda: policy.init(jax.random.key(seed))
         dense = from_json(description["model"])
-        stored, wanted = _fixed(to_json(dense)), _fixed(to_json(self.model))
+        stored, wanted = _fixed(to_json(dense)), _fixed(to_json(policy.config))
         for name, value in wanted.items():
             if stored.get(name) == value or (self.upcycle and name == "moe"):
                 continue
@@ -112,10 +121,9 @@ class Supervised:
                 f"{self.initial_checkpoint} is of another model: its {name} is {stored.get(name)}, model has {value}.{hint}"
             )
         if self.upcycle:
-            params = upcycled(params, dense, self.model, jax.random.key(seed))
+            params = upcycled(params, dense, policy.config, jax.random.key(seed))
         check_parameters(policy.abstract(), params)
-        typed = jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
-        return typed, {} if self.upcycle else description
+        return jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
 
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=sequence_batch)

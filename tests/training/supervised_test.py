@@ -184,6 +184,10 @@ def test_starting_from_a_checkpoint(tmp_path, data_dir):
         start(model=dataclasses.replace(MODEL, mlp_dim=32)).setup(tmp_path, 0)
     with pytest.raises(ValueError, match="another model: its activation is gelu, model has relu"):
         start(model=dataclasses.replace(MODEL, activation="relu")).setup(tmp_path, 0)
+    own = start(model=None).setup(tmp_path, 0)
+    jax.tree.map(np.testing.assert_array_equal, own.params, first)
+    with pytest.raises(ValueError, match="Supervised.model is None: expected a model, or an initial_checkpoint"):
+        stage(data_dir, model=None)
     sparse = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2))
     with pytest.raises(ValueError, match="another model: its moe is None.* set upcycle=True"):
         start(model=sparse).setup(tmp_path, 0)
