@@ -234,7 +234,7 @@ def test_another_vocabulary_is_refused(tmp_path, home):
 
 
 def test_only_a_supervised_policy_may_be_the_reference(tmp_path, home, whole):
-    with pytest.raises(ValueError, match="is a run of stage 'clp': expected a supervised policy"):
+    with pytest.raises(ValueError, match="is a run of stage 'clp': expected a supervised or a converted policy"):
         stage(home, initial_checkpoint=str(whole)).setup(tmp_path, seed=0)
 
 
