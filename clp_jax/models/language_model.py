@@ -1,15 +1,16 @@
 """What every policy has: embedded tokens in, logits out; and what passes between reading prompts and writing completions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clp_jax.array_types import Array, Float, Int, Metrics
+from clp_jax.array_types import Array, Float, Int, Metrics, PRNGKeyArray
 from clp_jax.models.config import ModelConfig, MoEConfig
+from clp_jax.models.transformer import fold
 from clp_jax.nn.embeddings import Embedding
 from clp_jax.nn.linear import Linear
 from clp_jax.nn.routing import RoutingStatistics
@@ -53,11 +54,28 @@ class LanguageModel(nnx.Module):
     """The embedding and the head."""
 
     logits_head: Linear  # Of an untied policy; made last.
+    encode: Callable[..., Encoded]
+    decode: Callable[..., Decoded]
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.token_embedder = Embedding(
             rngs, config.vocab_size, config.embed_dim, stddev=1.0, dtype=jnp.dtype(config.param_dtype)
+        )
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B S"],
+        decoder_inputs: Int[Array, "R T"],
+        *,
+        encoder_segments: Int[Array, "B S"] | None = None,
+        decoder_segments: Int[Array, "R T"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "R T V"]:
+        """Logits of every next token of the completions, float32; see `encode` and `decode` of each family."""
+        encoded = self.encode(inputs, encoder_segments, dropout_key=fold(dropout_key, 0))
+        return self.logits(
+            self.decode(decoder_inputs, encoded, decoder_segments, dropout_key=fold(dropout_key, 1)).hidden
         )
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

@@ -15,7 +15,7 @@ from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
 from clp_jax.models.config import PaLMConfig
 from clp_jax.models.incremental import decode_step, init_cache, loop_weights
 from clp_jax.models.language_model import Decoded, Encoded, LanguageModel, in_order, make_head
-from clp_jax.models.transformer import Prefix, Stack, fold
+from clp_jax.models.transformer import Prefix, Stack
 from clp_jax.nn.kv_cache import Cache
 from clp_jax.nn.routing import RoutingStatistics
 from clp_jax.nn.visibility import Places
@@ -31,21 +31,6 @@ class PaLM(LanguageModel):
         self.decoder = Stack(config, config.num_layers, rngs, causal=True)
         if not config.tied_head:
             self.logits_head = make_head(config, rngs)
-
-    def __call__(
-        self,
-        inputs: Int[Array, "B S"],
-        decoder_inputs: Int[Array, "R T"],
-        *,
-        encoder_segments: Int[Array, "B S"] | None = None,
-        decoder_segments: Int[Array, "R T"] | None = None,
-        dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "R T V"]:
-        """Logits of every next token of the completions, float32; see `encode` and `decode`."""
-        encoded = self.encode(inputs, encoder_segments, dropout_key=fold(dropout_key, 0))
-        return self.logits(
-            self.decode(decoder_inputs, encoded, decoder_segments, dropout_key=fold(dropout_key, 1)).hidden
-        )
 
     def encode(
         self,
