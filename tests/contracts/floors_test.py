@@ -105,7 +105,7 @@ def may_import(importer: str, imported: str) -> str | None:
     """What is wrong with one module of the project importing another, or None."""
     here, there = unit(importer), unit(imported)
     if here == "launch":
-        return "launch imports nothing of clp_jax"
+        return None if there == "launch" else "launch imports nothing of clp_jax"
     if here == "tasks":
         return None if there in ("tasks", "data") else "tasks know clp_jax.data only"
     if there in ("tasks", "launch"):

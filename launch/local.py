@@ -1,0 +1,181 @@
+"""Jobs on this machine: n processes with the start-up of a pod, alive without their launcher."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from clp_jax.launch.exit_codes import KILLED, verdict
+from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.log_files import read_logs
+from clp_jax.launch.options import option
+from clp_jax.launch.target import Run, Status, Step, Write
+from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, PID, worker_script
+
+# Seconds that a script may take from its start to its claim.
+_STARTUP = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Processes on this machine.
+
+    Attributes:
+        processes: how many.
+        devices_per_process: virtual CPU devices of each; None leaves devices as they are.
+        grace: seconds between asking processes to end and ending them.
+    """
+
+    processes: int = option("processes that train together", 1)
+    devices_per_process: int | None = option("virtual CPU devices of each process", None)
+    grace: float = option("seconds to save in, when the job is stopped", 30.0)
+
+    name = "local"
+
+    def __post_init__(self) -> None:
+        for name, value in (("processes", self.processes), ("devices_per_process", self.devices_per_process)):
+            if value is not None and value < 1:
+                raise LaunchError(f"--{name} is {value}: expected at least 1.")
+
+    def check(self, record: JobRecord) -> None:
+        """Raises `LaunchError` where the command can't be found."""
+        command = local_command(record.job.command)
+        if shutil.which(command[0]) is None:
+            raise LaunchError(f"there is no command {command[0]!r} on this machine.")
+
+    def submit(self, record: JobRecord) -> None:
+        """Starts the processes, in a session of their own."""
+        port = record.kept("port")
+        if port is None:
+            record.keep("port", port := _free_port())
+        for step in self.dry_run(record):
+            if isinstance(step, Write):
+                step.path.parent.mkdir(parents=True, exist_ok=True)
+                step.path.write_text(step.text)
+            else:
+                with open(step.words[-1] + ".out", "ab") as output:
+                    subprocess.Popen(
+                        step.words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                    )
+
+    def start(self, record: JobRecord) -> None:
+        """Does nothing: submitting was all."""
+
+    def status(self, record: JobRecord) -> Status:
+        """Looks at exit codes and processes."""
+        workers = [self._directory(record, i) for i in range(self.processes)]
+        if not any(path.is_dir() for path in workers):
+            return Status("gone")
+        codes = [_exit_code(path) for path in workers]
+        return verdict(codes)
+
+    def logs(self, record: JobRecord, lines: int | None = None, follow: bool = False) -> Iterator[str]:
+        """The processes' output."""
+        files = {str(i): self._directory(record, i) / LOG for i in range(self.processes)}
+        return read_logs(files, lines, (lambda: self.status(record).phase != "running") if follow else None)
+
+    def stop(self, record: JobRecord) -> None:
+        """Asks the processes to end; after `grace`, ends them."""
+        workers = [self._directory(record, i) for i in range(self.processes)]
+        for path in workers:
+            _signal(path, signal.SIGTERM)
+        until = time.monotonic() + self.grace
+        while any(_is_alive(path) for path in workers) and time.monotonic() < until:
+            time.sleep(0.05)
+        for path in workers:
+            _signal(path, signal.SIGKILL)
+
+    def delete(self, record: JobRecord) -> None:
+        """Ends what still runs, and takes the claims, so that nothing begins later."""
+        self.stop(record)
+        for i in range(self.processes):
+            path = self._directory(record, i)
+            if path.is_dir():
+                (path / CLAIM).mkdir(exist_ok=True)
+
+    def dry_run(self, record: JobRecord) -> Sequence[Step]:
+        """One script and one command for each process."""
+        steps: list[Step] = []
+        for i in range(self.processes):
+            here = self._directory(record, i)
+            text = worker_script(
+                local_command(record.job.command),
+                directory=record.job.directory,
+                here=shlex.quote(str(here)),
+                environment=self._environment(record, i),
+            )
+            steps += [Write(here / "run.sh", text), Run(("bash", str(here / "run.sh")))]
+        return steps
+
+    def _environment(self, record: JobRecord, index: int) -> dict[str, str]:
+        found = {"PYTHONUNBUFFERED": "1"}
+        if self.processes > 1:
+            found |= {
+                "CLP_COORDINATOR_ADDRESS": f"127.0.0.1:{record.kept('port') or 'PORT'}",
+                "CLP_NUM_PROCESSES": str(self.processes),
+                "CLP_PROCESS_ID": str(index),
+            }
+        if self.devices_per_process is not None:
+            found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices_per_process)}
+        return found
+
+    def _directory(self, record: JobRecord, index: int) -> Path:
+        return record.attempt_directory / f"worker-{index}"
+
+
+def local_command(command: Sequence[str]) -> tuple[str, ...]:
+    """The words that run a command on this machine: ``clp`` is the package that launches."""
+    first, *rest = command
+    return (sys.executable, "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _exit_code(here: Path) -> int | None:
+    """A worker's exit code; None while it runs or is about to."""
+    if not (here / EXIT).is_file():
+        if (here / CLAIM).is_dir():
+            is_over = not _is_alive(here) and not _is_young(here / CLAIM)
+        else:
+            is_over = not _is_young(here / "run.sh")
+        # It may have ended between the two looks.
+        if not is_over:
+            return None
+    return int((here / EXIT).read_text()) if (here / EXIT).is_file() else KILLED
+
+
+def _is_young(path: Path) -> bool:
+    return path.exists() and time.time() - path.stat().st_mtime < _STARTUP
+
+
+def _script_id(here: Path) -> int | None:
+    """The process of a worker's script, where it lives: its number may have gone to another process since."""
+    text = (here / PID).read_text().strip() if (here / PID).is_file() else ""
+    if not text:
+        return None
+    words = subprocess.run(("ps", "-o", "args=", "-p", text), capture_output=True, text=True, check=False).stdout
+    return int(text) if str(here / "run.sh") in words else None
+
+
+def _is_alive(here: Path) -> bool:
+    return _script_id(here) is not None
+
+
+def _signal(here: Path, number: int) -> None:
+    """Sends a signal to a worker's script and all that it began."""
+    process = _script_id(here)
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, number)

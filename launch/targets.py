@@ -1,0 +1,21 @@
+"""The places that jobs run on, by name."""
+
+from collections.abc import Mapping
+
+from clp_jax.launch.job import LaunchError
+from clp_jax.launch.local import Local
+from clp_jax.launch.options import build, suggest
+from clp_jax.launch.target import Target
+
+TARGETS: dict[str, type] = {"local": Local}
+
+
+def find_target(name: str, options: Mapping[str, str]) -> Target:
+    """A target with its options.
+
+    Raises:
+        LaunchError: for an unknown name or option, or a wrong value.
+    """
+    if name not in TARGETS:
+        raise LaunchError(f"there is no target {name!r}{suggest(name, list(TARGETS))}.")
+    return build(TARGETS[name], options, f"clp launch {name}")
