@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from clp_jax.launch.job import LaunchError, write
 from clp_jax.launch.target import Run, Step, Unreachable, Write
@@ -68,8 +69,33 @@ def carry_out(steps: tuple[Step, ...] | list[Step]) -> None:
         if isinstance(step, Write):
             step.path.parent.mkdir(parents=True, exist_ok=True)
             write(step.path, step.text)
-        else:
+        elif isinstance(step, Run):
             call(step)
+
+
+def stream(run: Run) -> Iterator[str]:
+    """The lines that a command writes, as they come; it is ended when nobody wants more."""
+    try:
+        process = subprocess.Popen(
+            run.words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise LaunchError(
+            f"{run.words[0]} is not installed here, or not on the PATH: see docs/launching.md."
+        ) from error
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            yield line.rstrip("\n")
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
 
 
 def _call_once(run: Run) -> Called:

@@ -60,7 +60,18 @@ class Run:
     attempts: int = 1
 
 
-Step = Write | Run
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """Something that a dry run tells, and a launch does not do.
+
+    Attributes:
+        text: lines.
+    """
+
+    text: str
+
+
+Step = Write | Run | Note
 
 
 class Target(Protocol):
@@ -79,7 +90,10 @@ class Target(Protocol):
         """What `clp compile` is asked, to know whether a run fits what would be rented; None where nothing is."""
 
     def check(self, job: Job) -> None:
-        """Raises `LaunchError` for what can be known to be wrong of a job that is not there yet; creates nothing."""
+        """Raises `LaunchError` for what can be known to be wrong of a job to come; creates nothing, asks nobody."""
+
+    def check_access(self, job: Job) -> None:
+        """Raises `LaunchError` for what the other side would refuse: credentials, a name that is taken; creates nothing."""
 
     def submit(self, record: JobRecord) -> None:
         """Asks for what the attempt needs, unless it is there already; does not wait for it.
