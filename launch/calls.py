@@ -18,6 +18,9 @@ _PASSING = re.compile(
     re.IGNORECASE,
 )
 
+# Seconds that no call is waited for longer.
+LONGEST = 3600.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Called:
@@ -114,13 +117,13 @@ def _call_once(run: Run) -> Called:
             f"{run.words[0]} is not installed here, or not on the PATH: see docs/launching.md."
         ) from error
     try:
-        output, error_text = process.communicate(timeout=run.timeout)
+        output, error_text = process.communicate(timeout=min(run.timeout, LONGEST))
     except BaseException as stopped:
         # The tool may have begun others (gcloud begins ssh).
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(stopped, subprocess.TimeoutExpired):
-            raise Unreachable(f"{_short(run)} did not answer within {run.timeout:g} s.") from stopped
+            raise Unreachable(f"{_short(run)} did not answer within {min(run.timeout, LONGEST):g} s.") from stopped
         raise
     return Called(process.returncode, output, error_text)
 

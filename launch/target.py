@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from clp_jax.launch.job import Job, JobRecord, LaunchError, Under
 
@@ -74,6 +74,7 @@ class Note:
 Step = Write | Run | Note
 
 
+@runtime_checkable
 class Target(Protocol):
     """A place where jobs run.
 

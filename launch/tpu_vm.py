@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from clp_jax.launch.calls import call, carry_out, stream
-from clp_jax.launch.exit_codes import verdict
+from clp_jax.launch.exit_codes import KILLED, verdict
 from clp_jax.launch.job import Job, JobRecord, LaunchError
 from clp_jax.launch.options import option
 from clp_jax.launch.remote_code import (
@@ -244,8 +244,10 @@ class TpuVm:
         here = self._here(record)
         command = (
             f"if [ -f {here}/{EXIT} ]; then echo CLP exit $(cat {here}/{EXIT}); "
-            f"elif [ -d {here}/{CLAIM} ] && kill -0 $(cat {here}/{PID}) 2>/dev/null; then echo CLP runs; "
-            f"elif [ -d {here}/{CLAIM} ]; then echo CLP exit 137; else echo CLP waits; fi"
+            f"elif [ ! -d {here}/{CLAIM} ]; then echo CLP waits; "
+            f"elif [ ! -s {here}/{PID} ] || kill -0 $(cat {here}/{PID}) 2>/dev/null; then echo CLP runs; "
+            # It may have ended between the two looks.
+            f"elif [ -f {here}/{EXIT} ]; then echo CLP exit $(cat {here}/{EXIT}); else echo CLP exit {KILLED}; fi"
         )
         states: list[str] = []
         for node in self._nodes(record):
