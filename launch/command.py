@@ -7,12 +7,11 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from clp_jax.launch.calls import call, show
+from clp_jax.launch.calls import begin, call, show
 from clp_jax.launch.code import archive, code_version
 from clp_jax.launch.gin_files import files_of
 from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
@@ -246,12 +245,6 @@ def _existing(jobs: Path, job: Job) -> JobRecord | None:
 
 
 def _in_background(record: JobRecord, patience: Patience) -> None:
-    with open(record.path / "launcher.log", "ab") as log:
-        subprocess.Popen(
-            [sys.executable, "-m", "clp_jax.main", "jobs", "watch", record.job.name, f"--look={patience.look}"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    words = ("-m", "clp_jax.main", "jobs", "watch", record.job.name, f"--look={patience.look}")
+    begin((sys.executable, *words), record.path / "launcher.log")
     show(f"{record.job.name} is looked after in the background: clp jobs status {record.job.name}")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from clp_jax.launch.calls import begin
 from clp_jax.launch.exit_codes import KILLED, verdict
 from clp_jax.launch.job import Job, JobRecord, LaunchError, write
 from clp_jax.launch.log_files import read_logs
@@ -68,14 +69,7 @@ class Local:
                 step.path.parent.mkdir(parents=True, exist_ok=True)
                 write(step.path, step.text)
             elif isinstance(step, Run):
-                with open(step.words[-1] + ".out", "ab") as output:
-                    subprocess.Popen(
-                        step.words,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                    )
+                begin(step.words, Path(step.words[-1] + ".out"))
 
     def start(self, record: JobRecord) -> None:
         """Does nothing: submitting was all."""
@@ -99,7 +93,7 @@ class Local:
         for path in workers:
             _signal(path, signal.SIGTERM)
         until = time.monotonic() + self.grace
-        while any(_is_alive(path) for path in workers) and time.monotonic() < until:
+        while any(_processes(path)[1] for path in workers) and time.monotonic() < until:
             time.sleep(0.05)
         for path in workers:
             _signal(path, signal.SIGKILL)
@@ -171,22 +165,27 @@ def _is_young(path: Path) -> bool:
     return path.exists() and time.time() - path.stat().st_mtime < _STARTUP
 
 
-def _script_id(here: Path) -> int | None:
-    """The process of a worker's script, where it lives: its number may have gone to another process since."""
-    text = (here / PID).read_text().strip() if (here / PID).is_file() else ""
-    if not text:
-        return None
-    words = subprocess.run(("ps", "-o", "args=", "-p", text), capture_output=True, text=True, check=False).stdout
-    return int(text) if str(here / "run.sh") in words else None
+def _processes(here: Path) -> tuple[bool, bool]:
+    """Whether a worker's script lives, and whether anything does that it began: a process group that has its number."""
+    number = (here / PID).read_text().strip() if (here / PID).is_file() else ""
+    if not number:
+        return False, False
+    words = ("ps", "-A", "-ww", "-o", "pid=,pgid=,stat=,args=")
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [line.split(None, 3) for line in lines]
+    group = {row[0]: row[-1] for row in rows if row[1] == number and not row[2].startswith("Z")}
+    leader = group.get(number)
+    # The number may have gone to another process since; it can't while the group has members.
+    is_ours = leader is None or str(here / "run.sh") in leader
+    return leader is not None and is_ours, bool(group) and is_ours
 
 
 def _is_alive(here: Path) -> bool:
-    return _script_id(here) is not None
+    return _processes(here)[0]
 
 
 def _signal(here: Path, number: int) -> None:
     """Sends a signal to a worker's script and all that it began."""
-    process = _script_id(here)
-    if process is not None:
+    if _processes(here)[1]:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process, number)
+            os.killpg(int((here / PID).read_text()), number)

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 
 import pytest
-
 from clp_jax.launch.job import Held, Job, JobRecord, LaunchError, all_records, jobs_directory
 
 

@@ -1,12 +1,13 @@
 """Processes on this machine, for real: exit codes, kills, launchers that die, and words that shells would change."""
 
+import dataclasses
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-
 from clp_jax.launch.job import JobRecord, LaunchError
 from clp_jax.launch.supervisor import advance, describe
 from clp_jax.launch.targets import find_target
@@ -87,9 +88,9 @@ def test_a_job_outlives_its_launcher_and_is_found_again(world, tmp_path):
         "from clp_jax.launch.supervisor import *; "
         f"record = JobRecord.load(Path({str(record.path)!r})); supervise([record], [Local()], Patience(look=0.05))"
     )
-    import sys
-
-    launcher = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     until(lambda: world.runs)
     launcher.kill()
     launcher.wait()
@@ -139,7 +140,9 @@ def test_a_crash_loop_shows_the_last_lines(world):
     record, target = world.record("local", {}, max_failures=2)
     world.trouble("training", {"code": 7}, times=2)
     assert world.run(record, target).phase == "failed"
-    assert describe(record).endswith("worker 0 ended with exit code 7. The last lines:\n[0] training ['a']\n[0] the last line")
+    assert describe(record).endswith(
+        "worker 0 ended with exit code 7. The last lines:\n[0] training ['a']\n[0] the last line"
+    )
 
 
 def test_checkpoints_are_progress(world):
@@ -152,8 +155,6 @@ def test_checkpoints_are_progress(world):
 
 def test_a_command_that_is_not_there(world, tmp_path):
     record, target = world.record("local", {})
-    import dataclasses
-
     absent = dataclasses.replace(record.job, command=("no-such-program",))
     with pytest.raises(LaunchError, match="there is no command 'no-such-program' on this machine"):
         target.check(absent)

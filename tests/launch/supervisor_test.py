@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-
 from clp_jax.launch import supervisor
 from clp_jax.launch.exit_codes import may_restart, verdict
 from clp_jax.launch.job import Job, JobRecord, LaunchError

@@ -3,11 +3,11 @@
 import ast
 import importlib.util
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
-
 from clp_jax.launch import xmanager_experiment
 from clp_jax.launch.job import LaunchError
 from clp_jax.launch.target import Run, Write
@@ -63,7 +63,7 @@ def test_a_unit_passes_words_and_exit_codes_on(world):
     program = record.attempt_directory / "unit.sh"
     program.write_text(unit)
     world.trouble("training", {"code": 5})
-    environment = {**__import__("os").environ, "CLP_WORK_UNIT": "3"}
+    environment = {**os.environ, "CLP_WORK_UNIT": "3"}
     done = subprocess.run(["bash", str(program), *record.job.command, AWKWARD], env=environment, check=False)
     assert done.returncode == 5
     assert world.runs[0]["words"] == ["a", AWKWARD]
@@ -81,7 +81,7 @@ def test_two_trials_on_the_local_executor(world, monkeypatch):
     last = sorted(run["words"] for run in world.runs[-2:])
     assert last == sorted([["a", AWKWARD], ["a", "--rate=0.2"]])
     lines = list(target.logs(record))
-    assert any('work unit 1 of experiment' in line and '"rate": 0.1' in line for line in lines)
+    assert any("work unit 1 of experiment" in line and '"rate": 0.1' in line for line in lines)
 
 
 @pytest.mark.parametrize(
