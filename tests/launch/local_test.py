@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.namespaces import check_namespaces
 from clp_jax.launch.supervisor import advance, describe
 from clp_jax.launch.targets import find_target
 
@@ -173,3 +174,55 @@ def test_options_are_checked_before_anything(options, message):
     with pytest.raises(LaunchError) as error:
         find_target("local", options)
     assert str(error.value) == message
+
+
+TALK = """
+import os, socket, sys
+host, _, port = os.environ["CLP_COORDINATOR_ADDRESS"].partition(":")
+if os.environ["CLP_PROCESS_ID"] == "0":
+    with socket.create_server((host, int(port))) as server:
+        print("came from", server.accept()[1][0], flush=True)
+else:
+    for _ in range(200):
+        try:
+            socket.create_connection((host, int(port)), 5).close()
+            break
+        except ConnectionRefusedError:
+            __import__("time").sleep(0.05)
+"""
+
+
+def permitted():
+    try:
+        check_namespaces(1)
+    except LaunchError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not permitted(), reason="needs the rights of root for networks")
+def test_processes_in_namespaces_have_addresses_of_their_own(world):
+    job = Job("job", (sys.executable, "-c", TALK), "local", {"processes": "2", "namespaces": "true"}, directory="/")
+    record, target = JobRecord.create(world.jobs, job), find_target("local", {"processes": "2", "namespaces": "true"})
+    target.check_access(job)
+    record.append("queued", attempt=1)
+    networks = target._networks(record)
+    target.submit(record)
+    target.submit(record)
+    until(lambda: target.status(record).phase == "succeeded")
+    assert list(target.logs(record)) == [f"[0] came from {networks.address(1)}"]
+    assert networks.address(1) != networks.address(0)
+    target.delete(record)
+    target.delete(record)
+    there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    links = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
+    assert networks._digest not in there and networks._digest not in links
+
+
+def test_namespaces_that_are_not_permitted(world, tmp_path):
+    program = tmp_path / "tools" / "ip"
+    program.write_text("#!/bin/sh\necho 'RTNETLINK answers: Operation not permitted' >&2\nexit 2\n")
+    program.chmod(0o755)
+    record, target = world.record("local", {"namespaces": "true"})
+    with pytest.raises(LaunchError, match="--namespaces needs the rights of root for networks: .*not permitted"):
+        target.check_access(record.job)
