@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from clp_jax.launch.targets import find_target
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 
-STEPS = 30
+STEPS = 12
 SIZES = ("embed_dim=8", "mlp_dim=12", "num_heads=2", "head_dim=4")
 
 
@@ -28,7 +29,7 @@ def command(home, run_dir):
         "NUM_STEPS": STEPS,
         "WARMUP_STEPS": 2,
         "LOG_EVERY": 1,
-        "CHECKPOINT_EVERY": 2,
+        "CHECKPOINT_EVERY": 4,
     }
     words = [f"--gin.{name}={value}" for name, value in macros.items()]
     words += [f"--gin.T5Config.t5_1_1.{size}" for size in SIZES]
@@ -44,7 +45,7 @@ def launch(home, directory, processes):
 
 
 def kill_one(record, seconds=240):
-    """Kills the command of the last worker, with no time to save, when there are two checkpoints."""
+    """Kills the command of the last worker, with no time to save, when there is a checkpoint."""
     checkpoints = record.path.parents[1] / "run" / "checkpoints"
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -52,7 +53,7 @@ def kill_one(record, seconds=240):
         if steps and max(steps) >= 4:
             here = sorted(record.attempt_directory.glob("worker-*"))[-1]
             script = (here / "pid").read_text().strip()
-            (child,) = open(f"/proc/{script}/task/{script}/children").read().split()  # noqa: SIM115
+            (child,) = Path(f"/proc/{script}/task/{script}/children").read_text().split()
             os.kill(int(child), signal.SIGKILL)
             return
         time.sleep(0.02)
@@ -81,7 +82,10 @@ def test_a_killed_process_changes_nothing_in_the_end(home, tmp_path, processes):
     for now, then in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(np.asarray(now), np.asarray(then))
     found, expected = (
-        [{k: v for k, v in r.items() if k not in TIMING_METRICS} for r in read_metrics(tmp_path / name / "run/metrics.jsonl")]
+        [
+            {k: v for k, v in r.items() if k not in TIMING_METRICS}
+            for r in read_metrics(tmp_path / name / "run/metrics.jsonl")
+        ]
         for name in ("rough", "calm")
     )
     assert found == expected
