@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clp_jax.gin_utils.files import ConfigError, suggest
+from clp_jax.processes import FLAGS as PROCESS_FLAGS
 
 GIN_FLAGS = {
     "gin_file": "a gin file; repeatable, later files win",
@@ -27,6 +28,8 @@ SWITCHES = {
     "print_config": "print the resolved configuration, and stop",
 }
 HIDDEN = ("config_text",)
+# Commands that several processes run together.
+SPANNING = ("train",)
 
 _ELEMENTARY = {"str", "int", "float", "bool", "None", "Path", "PathLike"}
 _SEQUENCES = {"Sequence", "list", "tuple", "Iterable", "Collection"}
@@ -125,6 +128,7 @@ class Invocation:
         gin_bindings: ``NAME=VALUE``, in order.
         search_paths: for gin files.
         switches: those of `SWITCHES` that were given.
+        processes: those of `PROCESS_FLAGS` that were given.
     """
 
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -132,6 +136,7 @@ class Invocation:
     gin_bindings: list[str] = dataclasses.field(default_factory=list)
     search_paths: list[str] = dataclasses.field(default_factory=list)
     switches: set[str] = dataclasses.field(default_factory=set)
+    processes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def parse(words: Sequence[str], entry: EntryPoint) -> Invocation:
@@ -167,8 +172,9 @@ def parse(words: Sequence[str], entry: EntryPoint) -> Invocation:
         if negated is not None and _is_boolean(negated) and not equals:
             invocation.arguments[negated.name] = False
             continue
-        if name not in flags and name not in GIN_FLAGS:
-            known = [*flags, *GIN_FLAGS, *SWITCHES]
+        others = PROCESS_FLAGS if entry.function in SPANNING else {}
+        if name not in flags and name not in GIN_FLAGS and name not in others:
+            known = [*flags, *GIN_FLAGS, *SWITCHES, *others]
             raise ConfigError(f"there is no flag --{name}{suggest(name, known)}. Macros are set with --gin.NAME=VALUE.")
         if not equals:
             if name in flags and _is_boolean(flags[name]):
@@ -217,6 +223,9 @@ def usage(command: str, entry: EntryPoint) -> str:
         lines += textwrap.wrap(argument.text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "Gin:", "  --gin.NAME=VALUE  sets a macro, or an argument of anything the gin files use; repeatable"]
     lines += [f"  --{name}  {text}" for name, text in GIN_FLAGS.items()]
+    if entry.function in SPANNING:
+        lines += ["", "Several processes, where TPU VMs, GKE and SLURM do not tell:"]
+        lines += [f"  --{name}  {text}" for name, text in PROCESS_FLAGS.items()]
     lines += ["", "Also:", *(f"  --{name}  {text}" for name, text in SWITCHES.items())]
     return "\n".join(lines)
 
@@ -228,6 +237,8 @@ def _store(invocation: Invocation, name: str, value: str, flags: dict[str, Argum
         invocation.gin_bindings.append(value)
     elif name == "gin_search_paths":
         invocation.search_paths += [path for path in value.split(",") if path]
+    elif name in PROCESS_FLAGS and name not in flags:
+        invocation.processes[name] = value
     else:
         invocation.arguments[name] = convert(value, flags[name])
 

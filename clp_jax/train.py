@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from clp_jax import processes
 from clp_jax.partitioning import Rules
 from clp_jax.training.checkpoints import Checkpoints, KeepBest
 from clp_jax.training.learner import Learner
@@ -19,6 +21,7 @@ from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import RunDirectory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
+from clp_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +55,13 @@ def train(
     ema_decay: float | None = None,
     mesh: Mesh | None = None,
     rules: Rules = Rules(),
+    watchdog_seconds: float | None = 1800.0,
     config_text: str = "",
 ) -> TrainResult:
     """Trains a stage, or goes on where an earlier call in the same run directory was.
 
     A resumed run is the uninterrupted one, bit for bit. A complete run returns at once. SIGTERM and Ctrl-C save first.
+    Several processes call it together, each with a part of the mesh, in one run directory that all of them see.
 
     Args:
         run_dir: where everything goes; see `clp_jax.training.run_directory`.
@@ -73,26 +78,27 @@ def train(
         ema_decay: of a moving average of the parameters, which is then evaluated and served; None keeps none.
         mesh: all devices, data-parallel, by default.
         rules: maps logical axes to mesh axes.
+        watchdog_seconds: without a step after which the process shows what it is doing, and ends; None waits for ever.
         config_text: the resolved configuration, stored in the run directory; another one is refused there.
 
     Raises:
         RunDirectoryError: when the run directory can't be used.
         CheckpointError: when a checkpoint can't be written or read.
         NonFiniteLossError: when the loss is NaN or infinite.
-        SystemExit: after a signal, with the code that shells give it, once the state is saved.
+        SystemExit: after a signal, once the state is saved: `clp_jax.processes.RESTARTABLE`, or 130 after Ctrl-C.
     """
     cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
-    directory = open_run_directory(run_dir, config_text)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(directory.lock())
-        done = directory.latest_step() or 0
-        if done >= num_steps and directory.description() is not None:
+        directory, done, described = _enter(run_dir, config_text, stack)
+        if done >= num_steps and described:
             _say(f"{directory.path} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
             return _result(directory, done)
-        directory.write_config(config_text)
+        if processes.is_main():
+            directory.write_config(config_text)
         stop = stack.enter_context(StopSignal())
+        watchdog = stack.enter_context(Watchdog(watchdog_seconds))
         setup = stage.setup(directory.path, seed)
         learner = Learner(
             setup.loss_fn,
@@ -113,8 +119,9 @@ def train(
         else:
             state = learner.init_state(setup.params, seed)
         name = str(description["stage"])
-        writer = stack.enter_context(MetricWriter(directory, name, start))
-        progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch))
+        writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
+        quiet = None if processes.is_main() else io.StringIO()
+        progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=quiet))
         if start:
             progress.message(f"going on from step {start}")
         loop = TrainLoop(
@@ -127,14 +134,30 @@ def train(
             checkpoints=checkpoints,
             description=description | {"config": config_text},
             stop=stop,
+            watchdog=watchdog,
         )
+        watchdog.progress()
         with learner.activate():  # Rollouts and evaluations follow the mesh, too.
             state = loop.run(state)
     step = int(state.step)
     if step < num_steps and stop.received is not None:
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
-        raise SystemExit(128 + stop.received)
+        raise SystemExit(stop.exit_code)
     return _say_held_out(name, _result(directory, step))
+
+
+def _enter(
+    run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitStack
+) -> tuple[RunDirectory, int, bool]:
+    """The run directory, locked, its last step, and whether it says what it is: process 0 enters it for all."""
+
+    def enter() -> list[Any]:
+        directory = open_run_directory(run_dir, config_text)
+        stack.enter_context(directory.lock())
+        return [str(directory.path), directory.latest_step() or 0, directory.description() is not None]
+
+    path, done, described = processes.decide("run directory", enter)
+    return RunDirectory(Path(path)), done, described
 
 
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:
@@ -148,9 +171,13 @@ def _describe(directory: RunDirectory, setup: StageSetup) -> dict[str, Any]:
     description = setup.describe()
     if "stage" not in description:
         raise ValueError(f"the stage's description has no 'stage', only {sorted(description)}.")
-    directory.write_description(description)
-    if setup.vocabulary is not None:
-        setup.vocabulary.save(directory.path)
+
+    def write() -> None:
+        directory.write_description(description)
+        if setup.vocabulary is not None:
+            setup.vocabulary.save(directory.path)
+
+    processes.decide("description", write)
     return description
 
 
@@ -160,4 +187,5 @@ def _result(directory: RunDirectory, step: int) -> TrainResult:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if processes.is_main():
+        print(text, file=sys.stderr, flush=True)

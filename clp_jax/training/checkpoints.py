@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from clp_jax import processes
 from clp_jax.array_types import Params, PyTree
 from clp_jax.models.policy import check_parameters
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
@@ -243,6 +244,9 @@ def save_params(path: str | os.PathLike, params: Params, description: dict[str, 
             )
         _check_item(path, _PARAMS, params)
         return
+    if processes.count() > 1:
+        processes.wait_for_all("parameters")  # Until then others may still look whether there are any.
+        params = jax.tree.map(np.asarray, params)  # Every process has them whole; process 0 writes them.
     items = ocp.args.Composite(
         **{
             _PARAMS: ocp.args.StandardSave(params),

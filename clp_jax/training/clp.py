@@ -5,13 +5,15 @@ sampler; nothing else differs between them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from clp_jax import processes
 from clp_jax.array_types import Params, PRNGKeyArray
 from clp_jax.data.manifest import Manifest
 from clp_jax.data.reader import DataSource, prompt_batch
@@ -37,7 +39,7 @@ from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
-from clp_jax.training.experience import ExperienceSource, PreferenceSampler, reward_inputs
+from clp_jax.training.experience import ExperienceSource, PreferenceSampler, chunk_rows, reward_inputs
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
 from clp_jax.training.stage import StageSetup, inherited
@@ -160,9 +162,9 @@ class ConditionalPolicy:
             vocabulary=vocabulary,
         )
 
-    def _data(self, seed: int, batch_size: int, pad_id: int) -> DataSource:
+    def _data(self, seed: int, batch_size: int, pad_id: int, rows: Callable[[int], np.ndarray]) -> DataSource:
         return DataSource(
-            self.data_dir, "train", batch_size=batch_size, converter=prompt_batch, seed=seed, pad_id=pad_id
+            self.data_dir, "train", batch_size=batch_size, converter=prompt_batch, seed=seed, pad_id=pad_id, rows=rows
         )
 
     def _source(
@@ -181,7 +183,9 @@ class ConditionalPolicy:
             num_groups=max(1, self.num_groups // self.num_chunks),
         )
         return ExperienceSource(
-            data=self._data(seed, self.batch_size, policy.config.pad_id),
+            data=self._data(
+                seed, self.batch_size, policy.config.pad_id, functools.partial(chunk_rows, self.num_chunks)
+            ),
             worker=worker,
             sampler=self.preferences,
             rewards=RewardStack(self.rewards, statistics),
@@ -195,12 +199,20 @@ class ConditionalPolicy:
         self, run_dir: Path, policy: Policy, reference: Params, vocabulary: Vocabulary, seed: int
     ) -> RewardStatistics:
         """The rewards' mean and deviation on the reference's samples: read where they are stored, fitted otherwise."""
+
+        def fit_once() -> None:
+            if not (run_dir / STATISTICS_FILE).is_file():
+                self._fit(policy, reference, vocabulary, seed).save(run_dir)
+
+        processes.decide("rewards", fit_once)
+        statistics = RewardStatistics.load(run_dir)
+        RewardStack(self.rewards, statistics)  # Checks the names.
+        return statistics
+
+    def _fit(self, policy: Policy, reference: Params, vocabulary: Vocabulary, seed: int) -> RewardStatistics:
         stack = RewardStack(self.rewards)
-        if (run_dir / STATISTICS_FILE).is_file():
-            statistics = RewardStatistics.load(run_dir)
-            RewardStack(self.rewards, statistics)  # Checks the names.
-            return statistics
-        data = self._data(seed + 1, min(self.batch_size, self.statistics_prompts), policy.config.pad_id)
+        batch_size = min(self.batch_size, self.statistics_prompts)
+        data = self._data(seed + 1, batch_size, policy.config.pad_id, np.arange)
         config = SamplingConfig(self.max_length)
 
         @jax.jit
@@ -209,14 +221,12 @@ class ConditionalPolicy:
             return generate(CachedDecoder(policy.bind(params)), inputs, keys=keys, config=config).tokens
 
         rows = []
-        for index in range(-(-self.statistics_prompts // min(self.batch_size, self.statistics_prompts))):
+        for index in range(-(-self.statistics_prompts // batch_size)):
             batch = data.next()
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STATISTICS_KEY), index)
             tokens = np.asarray(sample(reference, batch.inputs, key))
             rows.append(stack.raw(reward_inputs(vocabulary, batch.inputs, batch.targets, tokens)))
-        statistics = RewardStatistics.fit(stack.names, np.concatenate(rows))
-        statistics.save(run_dir)
-        return statistics
+        return RewardStatistics.fit(stack.names, np.concatenate(rows))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clp_jax import processes
 from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, Params, PRNGKeyArray
 from clp_jax.data.batch import PromptBatch
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.host_rows import HostRows
 from clp_jax.models.config import T5Config
 from clp_jax.models.heads import ScorerConfig
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.objectives.preference_losses import binary_cross_entropy, bradley_terry
+from clp_jax.partitioning import constrain
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
 from clp_jax.training.checkpoints import load_params
@@ -106,9 +109,13 @@ class RewardModel:
         if self.trunk.vocab_size < vocabulary.size:
             raise ValueError(f"RewardModel.trunk has {self.trunk.vocab_size} tokens, the vocabulary {vocabulary.size}.")
         policy = Policy(ScorerConfig(trunk=self.trunk))
-        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=prompt_batch, seed=seed)
+        data = self._data("train", seed)
         corrupter = Corrupter(tuple(self.corruptions), seed)
-        score_pairs = jax.jit(lambda params, pairs: _scores(policy, params, pairs, None))
+
+        @jax.jit
+        def score_pairs(params: Params, pairs: ScoredPairs) -> tuple[Array, ...]:
+            # Whole in every process, which all measure the same.
+            return tuple(constrain(scores, None) for scores in _scores(policy, params, pairs, None))
 
         def loss_fn(params: Params, frozen: Any, batch: ScoredPairs, key: PRNGKeyArray) -> tuple[Array, Array, Metrics]:
             losses, right = LOSSES[self.loss](*_scores(policy, params, batch, key))
@@ -117,7 +124,8 @@ class RewardModel:
 
         def evaluate(params: Params) -> dict[str, float]:
             result = self._evaluate(score_pairs, params, seed)
-            write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
+            if processes.is_main():
+                write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
             return result
 
         description = {
@@ -139,6 +147,12 @@ class RewardModel:
             vocabulary=vocabulary,
         )
 
+    def _data(self, split: str, seed: int = 0) -> DataSource:
+        # Whole batches in every process: summaries are exchanged among all documents of a batch.
+        return DataSource(
+            self.data_dir, split, batch_size=self.batch_size, converter=prompt_batch, seed=seed, rows=np.arange
+        )
+
     def _initial(self, policy: Policy, seed: int) -> Params | Callable[[], Params]:
         def fresh() -> Params:
             return policy.init(jax.random.key(seed))
@@ -149,7 +163,7 @@ class RewardModel:
         return transplant(fresh(), loaded, ("token_embedder", "encoder"))
 
     def _evaluate(self, score_pairs: Callable[..., Any], params: Params, seed: int) -> dict[str, float]:
-        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=prompt_batch)
+        data = self._data("validation")
         corrupter = Corrupter(tuple(self.corruptions), seed + 1)
         right: list[np.ndarray] = []
         kinds: list[np.ndarray] = []
@@ -174,7 +188,7 @@ class PairSource:
     """Documents with true and bad summaries; the position in the data is all its state.
 
     Attributes:
-        data: prepared documents and summaries.
+        data: prepared documents and summaries, whole batches.
         corrupter: makes the bad ones.
     """
 
@@ -183,7 +197,9 @@ class PairSource:
 
     def next(self, state: TrainState, frozen: Any) -> tuple[ScoredPairs, dict[str, float]]:
         """The next batch."""
-        return make_pairs(self.data.next(), self.corrupter)[0], {}
+        rows = HostRows.of(self.data.batch_size)
+        pairs = make_pairs(self.data.next(), self.corrupter)[0]
+        return rows.place(jax.tree.map(lambda x: x[rows.indices], pairs)), {}
 
     def position(self) -> dict[str, int]:
         """The position in the data."""

@@ -26,6 +26,7 @@ _LOCK_FILE = ".lock"
 # A run may go on with other values of these: they change how long it lasts and what it tells, not what it computes.
 FREE_BINDINGS = frozenset(
     {"num_steps", "run_dir", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_best"}
+    | {"watchdog_seconds"}
 )
 
 

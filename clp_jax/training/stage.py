@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray, PyTree
+from clp_jax.host_rows import HostRows
 from clp_jax.training.train_state import TrainState
 
 # (params, frozen, batch, key) -> (summed loss float[], weight float[], metrics). The learner descends the sum divided by
@@ -22,7 +23,10 @@ class Source(Protocol):
     """Yields batches; its position, with the train state, decides all that it yields."""
 
     def next(self, state: TrainState, frozen: Any) -> tuple[Any, dict[str, float]]:
-        """The batch that `state` learns from, a pytree whose leaves lead with examples, and metrics of making it."""
+        """The batch that `state` learns from, a pytree whose leaves lead with examples, and metrics of making it.
+
+        In a run of several processes its leaves are global arrays; see `clp_jax.host_rows`.
+        """
 
     def position(self) -> dict[str, int]:
         """Where the next batch starts: values that JSON can hold."""
@@ -87,9 +91,10 @@ class BatchStream(Protocol):
     """A reader of prepared examples, as `clp_jax.data.reader.DataSource` is."""
 
     position: int
+    batch_size: int
 
     def next(self) -> Any:
-        """The next batch."""
+        """This process's rows of the next batch."""
 
     def seek(self, position: int) -> None:
         """Goes to a global example index."""
@@ -107,7 +112,7 @@ class DataBatches:
 
     def next(self, state: TrainState, frozen: Any) -> tuple[Any, dict[str, float]]:
         """The next batch of examples."""
-        return self.data.next(), {}
+        return HostRows.of(self.data.batch_size).place(self.data.next()), {}
 
     def position(self) -> dict[str, int]:
         """The global index of the next example."""

@@ -14,6 +14,7 @@ from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray
 from clp_jax.data.batch import Batch
 from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.host_rows import HostRows
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.models.language_model import routing_loss
 from clp_jax.models.layout import upcycled
@@ -130,7 +131,8 @@ class Supervised:
         step = jax.jit(lambda params, batch: loss_fn.sums(params, batch, None)[1:])
 
         def evaluate(params: Params) -> dict[str, float]:
-            batches = data.epoch_batches(self.evaluation_batches * self.batch_size)
+            rows = HostRows.of(self.batch_size)
+            batches = map(rows.place, data.epoch_batches(self.evaluation_batches * self.batch_size))
             counts, sums = zip(*jax.device_get([step(params, batch) for batch in batches]), strict=True)
             tokens = max(float(np.sum(counts, dtype=np.float64)), 1.0)
             means = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) / tokens for name in sums[0]}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PLANTED = Path(__file__).parent / "planted"
 
 FLOORS = (
-    ("array_types", "partitioning", "preferences"),
+    ("array_types", "host_rows", "partitioning", "preferences", "processes"),
     ("nn", "objectives"),
     ("models", "data"),
     ("interop", "sampling", "rewards"),
