@@ -66,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if message is None or "--debug" in rest:
             if processes.count() > 1:
                 traceback.print_exc()
-                processes.leave(FAILURE, f"{type(error).__name__}: {error}")
+                return processes.leave(FAILURE, f"{type(error).__name__}: {error}")
             raise
         print(f"clp {command}: error: {message}", file=sys.stderr)
         return processes.leave(code, message)

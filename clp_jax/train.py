@@ -146,9 +146,7 @@ def train(
     return _say_held_out(name, _result(directory, step))
 
 
-def _enter(
-    run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitStack
-) -> tuple[RunDirectory, int, bool]:
+def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitStack) -> tuple[RunDirectory, int, bool]:
     """The run directory, locked, its last step, and whether it says what it is: process 0 enters it for all."""
 
     def enter() -> list[Any]:
