@@ -1,8 +1,8 @@
 """The rows of a batch that this process holds: what it reads, rewards and puts on its devices.
 
 Which rows these are follows from where the active mesh puts a batch, whatever axes cross processes: where the batch is
-spread over processes each has its own, where a tensor axis crosses them several have the same. In a run of one process
-everything is here, and arrays stay as they are.
+spread over processes each has its own, where a tensor axis crosses them several have the same. With one device everything
+is here, and arrays stay as they are.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class HostRows:
 
     Attributes:
         count: of the whole batch.
-        mesh: where it goes; None in a run of one process.
+        mesh: where it goes; None where that is one device, or nothing says where.
         spec: how its rows lie on the mesh.
     """
 
@@ -38,11 +38,12 @@ class HostRows:
         Raises:
             RuntimeError: when there are several processes and no active mesh.
         """
-        if jax.process_count() == 1:
-            return cls(count)
         sharding = activation_sharding((count,), ("batch",))
+        if jax.process_count() == 1 and (sharding is None or sharding.mesh.size == 1):
+            return cls(count)
         if sharding is None:
             raise RuntimeError(f"a batch of {count} rows is read without an active mesh, in one of several processes.")
+        assert isinstance(sharding.mesh, Mesh)
         return cls(count, sharding.mesh, sharding.spec)
 
     @property
@@ -57,7 +58,7 @@ class HostRows:
             tree: numpy arrays ``[b·n, ...]``, ``n`` rows for each row of the batch.
 
         Returns:
-            jax arrays ``[count·n, ...]``; the arrays themselves in a run of one process.
+            jax arrays ``[count·n, ...]``; the arrays themselves where there is no mesh.
         """
         if self.mesh is None:
             return tree
@@ -68,7 +69,8 @@ class HostRows:
         each = local.shape[0] // len(self.indices)
         first = {int(row): place for place, row in enumerate(self.indices)}
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(self.count * each)
             place = first[start // each] * each
             return local[(slice(place, place + stop - start), *index[1:])]
@@ -85,7 +87,7 @@ class HostRows:
         Returns:
             ``[b·n, ...]``, in the order of the batch.
         """
-        if self.mesh is None:
+        if self.mesh is None or jax.process_count() == 1:
             return np.asarray(array)
         blocks = {
             shard.index[0].indices(array.shape[0])[0]: shard.data

@@ -27,7 +27,7 @@ FLAGS = {
     "process_id": "which of them this one is, from 0",
 }
 # Seconds without a sign of life after which a process counts as lost; seconds in which all must have started.
-HEARTBEAT_VARIABLE, HEARTBEAT_SECONDS = "CLP_HEARTBEAT_SECONDS", 30
+HEARTBEAT_VARIABLE, HEARTBEAT_SECONDS = "CLP_HEARTBEAT_SECONDS", 20
 STARTUP_VARIABLE, STARTUP_SECONDS = "CLP_STARTUP_SECONDS", 300
 
 _TPU_PORT = 8482
@@ -102,7 +102,7 @@ def start(found: Processes) -> None:
             cluster_detection_method=None if found.num_processes is None else "deactivate",
             initialization_timeout=timeout,
             # JAX ends a process with its own words; the monitor, which says which was lost, comes first.
-            heartbeat_timeout_seconds=heartbeat + max(heartbeat // 2, 5),
+            heartbeat_timeout_seconds=3 * heartbeat,
             shutdown_timeout_seconds=timeout,
             coordinator_bind_address=bind,
         )

@@ -21,6 +21,7 @@ from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import RunDirectory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
+from clp_jax.training.train_state import TrainState
 from clp_jax.training.watchdog import Watchdog
 
 
@@ -112,12 +113,7 @@ def train(
         )
         description = _describe(directory, setup)
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_checkpoints, keep_best))
-        start = checkpoints.latest_step() or 0
-        if start:
-            state, position = checkpoints.restore(learner.abstract_state(setup.params))
-            setup.source.restore(position)
-        else:
-            state = learner.init_state(setup.params, seed)
+        start, state = _first_state(learner, setup, checkpoints, seed)
         name = str(description["stage"])
         writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
         quiet = None if processes.is_main() else io.StringIO()
@@ -156,6 +152,16 @@ def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitS
 
     path, done, described = processes.decide("run directory", enter)
     return RunDirectory(Path(path)), done, described
+
+
+def _first_state(learner: Learner, setup: StageSetup, checkpoints: Checkpoints, seed: int) -> tuple[int, TrainState]:
+    """The last saved step, or 0, and its state; the source goes there."""
+    start = checkpoints.latest_step() or 0
+    if not start:
+        return 0, learner.init_state(setup.params, seed)
+    state, position = checkpoints.restore(learner.abstract_state(setup.params))
+    setup.source.restore(position)
+    return start, state
 
 
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clp_jax.processes import RESTARTABLE
 from clp_jax.train import train
 from clp_jax.training.checkpoints import CheckpointError, KeepBest, load_params
 from clp_jax.training.loop import NonFiniteLossError
@@ -196,7 +197,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path / "stopped", 10, Toy(hook=ask_to_stop))
-    assert stopped.value.code == 128 + signal.SIGTERM
+    assert stopped.value.code == RESTARTABLE == 75
     assert "stopped by SIGTERM after step 5 of 10. Run the same command again to go on." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     second = Toy()
@@ -370,7 +371,7 @@ def test_a_process_that_is_killed_goes_on(tmp_path, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     if number == signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM
+        assert process.returncode == RESTARTABLE
         assert "stopped by SIGTERM" in err and "Traceback" not in err
     step = load_params(tmp_path)[2]
     assert run(tmp_path, step + 2).step == step + 2

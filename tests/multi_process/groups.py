@@ -73,7 +73,9 @@ def start(directory: Path, home: Path, jobs: list[dict], *, num_processes: int, 
     plan = {"home": str(home), "jobs": jobs, "num_processes": num_processes, "devices": devices}
     path = directory / "plan.json"
     path.write_text(json.dumps(plan | {"address": f"127.0.0.1:{free_port()}"}))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "CLP_HEARTBEAT_SECONDS": "20"} | variables
+    environment = (
+        os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "CLP_HEARTBEAT_SECONDS": "20"} | variables
+    )
     processes, logs = [], []
     for number in range(num_processes):
         logs.append(directory / f"log.{number}")

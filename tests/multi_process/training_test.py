@@ -1,9 +1,6 @@
 """Real processes, two and four: the numbers of one process on the same mesh, stopping, going on, being killed."""
 
 import json
-import re
-import signal
-import time
 
 import jax
 import numpy as np
@@ -11,7 +8,6 @@ import pytest
 from groups import start
 
 from clp_jax.data.reader import DataSource, sequence_batch
-from clp_jax.processes import RESTARTABLE
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 

@@ -66,7 +66,9 @@ JOBS = {
         Rules((BATCH, ("expert", "expert"), ("act_expert", "expert"))),
     ),
     "rewards": lambda home: (
-        RewardModel("true", f"{home}/prompts", MODEL, "preference", ("foreign", "swap"), batch_size=8, evaluation_pairs=6),
+        RewardModel(
+            "true", f"{home}/prompts", MODEL, "preference", ("foreign", "swap"), batch_size=8, evaluation_pairs=6
+        ),
         {},
         Rules((BATCH,)),
     ),
