@@ -7,12 +7,16 @@ is here, and arrays stay as they are.
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from clp_jax import processes
 from clp_jax.array_types import PyTree
 from clp_jax.partitioning import activation_sharding
 
@@ -121,6 +125,24 @@ def place_whole(tree: PyTree, shardings: PyTree) -> PyTree:
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(place, tree, shardings)
+
+
+def meet(mesh: Mesh) -> None:
+    """Connects the processes along all axes of a mesh, at one time.
+
+    On CPUs a group of devices waits 30 s, and no longer, for all of its members when it first has something to exchange:
+    less than one process may compile longer than another.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    for chosen in itertools.chain(*(itertools.combinations(axes, n + 1) for n in range(len(axes)))):
+        spread = NamedSharding(mesh, PartitionSpec(chosen))
+        values = np.zeros(math.prod(mesh.shape[name] for name in chosen), np.float32)
+        array = place_whole(values, spread)
+        gather = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(array).compile()
+        processes.wait_for_all("meeting")
+        jax.block_until_ready(gather(array))
 
 
 @functools.lru_cache(maxsize=64)

@@ -167,6 +167,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     """One line for what a user can mend, and None for what only a programmer can."""
     if isinstance(error, ConfigError):
         return str(error), USER_ERROR
+    if isinstance(error, processes.ProcessError) and error.restartable:
+        return str(error), processes.RESTARTABLE
     # Gin adds where a call was configured, with addresses.
     text = re.sub(r"\n\s*In call to configurable .*", "", str(error))
     if isinstance(error, OSError):

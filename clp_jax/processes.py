@@ -37,7 +37,16 @@ _T = TypeVar("_T")
 
 
 class ProcessError(RuntimeError):
-    """Processes of a run could not find each other, or one was lost; the message says which and what to do."""
+    """Processes of a run could not find each other, or one failed; the message says which and what to do.
+
+    Args:
+        message: for the user.
+        restartable: whether the same command may well find them the next time.
+    """
+
+    def __init__(self, message: str, restartable: bool = False):
+        super().__init__(message)
+        self.restartable = restartable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +119,8 @@ def start(found: Processes) -> None:
         many = "the" if found.num_processes is None else f"all {found.num_processes}"
         raise ProcessError(
             f"not {many} processes of this run came together within {timeout} s "
-            f"({str(error).strip().splitlines()[0]}). Start every one of them, and with the same {found.source}."
+            f"({str(error).strip().splitlines()[0]}). Start every one of them, and with the same {found.source}.",
+            restartable=True,
         ) from error
     state = _state()
     if state is not None and state.num_processes > 1:
@@ -394,7 +404,8 @@ def _reach(found: Processes, timeout: int) -> None:
             if time.monotonic() > end:
                 raise ProcessError(
                     f"process {found.process_id}: no coordinator at {found.coordinator_address} within {timeout} s "
-                    f"({error.strerror or error}): start process 0 there, or correct the {found.source}."
+                    f"({error.strerror or error}): start process 0 there, or correct the {found.source}.",
+                    restartable=True,
                 ) from error
         time.sleep(0.2)
 

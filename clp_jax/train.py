@@ -11,7 +11,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from clp_jax import processes
-from clp_jax.partitioning import Rules
+from clp_jax.host_rows import meet
+from clp_jax.partitioning import Rules, make_mesh
 from clp_jax.training.checkpoints import Checkpoints, KeepBest
 from clp_jax.training.learner import Learner
 from clp_jax.training.loop import Cadence, TrainLoop
@@ -100,6 +101,8 @@ def train(
             directory.write_config(config_text)
         stop = stack.enter_context(StopSignal())
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
+        mesh = make_mesh() if mesh is None else mesh
+        meet(mesh)
         setup = stage.setup(directory.path, seed)
         learner = Learner(
             setup.loss_fn,

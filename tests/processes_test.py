@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from clp_jax import processes
+from clp_jax.main import main
 from clp_jax.processes import ProcessError, Processes, find_processes
 
 FLAGS = {"coordinator_address": "10.0.0.1:8476", "num_processes": "4", "process_id": "3"}
@@ -55,6 +56,17 @@ def test_what_is_incomplete_or_cannot_be_is_said(changes, message):
         find_processes(given, {})
 
 
+def test_the_command_line_says_it_in_one_line(capsys):
+    assert main(["train", "--gin_file=examples/pydoc_sft.gin", "--num_processes=4"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "clp train: error: num_processes=4 without coordinator_address and process_id"
+    )
+    assert main(["evaluate", "--num_processes=4"]) == 2
+    assert "there is no flag --num_processes" in capsys.readouterr().err
+    assert main(["train", "--help"]) == 0
+    assert "--coordinator_address  HOST:PORT of process 0" in capsys.readouterr().out
+
+
 def test_a_slurm_step_names_its_first_host():
     found = find_processes({}, SLURM)
     assert found == Processes(f"node007:{61440 + 5000 % 4096}", 6, 5, None, "SLURM step")
@@ -76,8 +88,11 @@ def test_a_coordinator_that_is_not_there_is_said_in_one_line(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # Bound, and not listening: nobody else takes it, nobody answers.
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ProcessError, match=rf"process 1: no coordinator at {address} within 1 s .*start process 0"):
+        with pytest.raises(
+            ProcessError, match=rf"process 1: no coordinator at {address} within 1 s .*start process 0"
+        ) as e:
             processes.start(Processes(address, 2, 1))
+        assert e.value.restartable
         taken.listen()
         with pytest.raises(ProcessError, match=r"process 0 can't listen at port \d+ \(Address already in use\)"):
             processes.start(Processes(address, 2, 0))
