@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import os
 import sys
 from pathlib import Path
@@ -119,8 +118,8 @@ def train(
         start, state = _first_state(learner, setup, checkpoints, seed)
         name = str(description["stage"])
         writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
-        quiet = None if processes.is_main() else io.StringIO()
-        progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=quiet))
+        shown = sys.stderr if processes.is_main() else stack.enter_context(open(os.devnull, "w"))
+        progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=shown))
         if start:
             progress.message(f"going on from step {start}")
         loop = TrainLoop(
