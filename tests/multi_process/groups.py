@@ -38,7 +38,7 @@ class Group:
         """Everything that was printed."""
         return "\n".join(f"--- process {i}\n{path.read_text()}" for i, path in enumerate(self.logs))
 
-    def succeed(self, seconds: float = 240) -> None:
+    def succeed(self, seconds: float = 900) -> None:
         """Waits until all have ended well."""
         codes = self.wait(seconds)
         assert codes == [0] * len(codes), f"exit codes {codes}.\n{self.text()}"
