@@ -11,6 +11,7 @@ import pytest
 from groups import start
 
 from clp_jax.data.reader import DataSource, sequence_batch
+from clp_jax.processes import RESTARTABLE
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 
