@@ -10,7 +10,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from clp_jax.partitioning import Rules
-from clp_jax.training.checkpoints import Checkpoints, KeepBest
+from clp_jax.training.checkpoint_steps import KeepBest, Retention
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.learner import Learner
 from clp_jax.training.loop import Cadence, TrainLoop
 from clp_jax.training.metrics import MetricWriter, read_metrics
@@ -47,6 +48,7 @@ def train(
     evaluate_every: int | None = None,
     checkpoint_every: int | None = None,
     keep_checkpoints: int = 2,
+    keep_every: int | None = None,
     keep_best: KeepBest | None = None,
     accumulation: int = 1,
     ema_decay: float | None = None,
@@ -68,6 +70,7 @@ def train(
         evaluate_every: steps between evaluations; None evaluates at the end.
         checkpoint_every: steps between checkpoints; None saves at the end, and when the process is asked to stop.
         keep_checkpoints: the last so many are kept.
+        keep_every: those whose step is a multiple of it are kept too; None keeps no others.
         keep_best: the best one is kept too, by this metric.
         accumulation: micro-batches of a batch, one after another.
         ema_decay: of a moving average of the parameters, which is then evaluated and served; None keeps none.
@@ -81,6 +84,7 @@ def train(
         NonFiniteLossError: when the loss is NaN or infinite.
         SystemExit: after a signal, with the code that shells give it, once the state is saved.
     """
+    retention = Retention(keep_checkpoints, keep_every, keep_best)
     cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
@@ -105,11 +109,12 @@ def train(
             ema_decay=ema_decay,
         )
         description = _describe(directory, setup)
-        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_checkpoints, keep_best))
+        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
         start = checkpoints.latest_step() or 0
         if start:
             state, position = checkpoints.restore(learner.abstract_state(setup.params))
             setup.source.restore(position)
+            start = int(state.step)  # An earlier one where the last is damaged.
         else:
             state = learner.init_state(setup.params, seed)
         name = str(description["stage"])

@@ -140,8 +140,10 @@ def test_descriptions_must_agree(tmp_path):
 def test_the_latest_step_counts_complete_checkpoints_only(tmp_path):
     directory = open_run_directory(tmp_path)
     assert directory.latest_step() is None
-    for name in ("9", "10", "11.orbax-checkpoint-tmp"):
+    for name in ("9", "10", "12.unfinished", "13.damaged", "14"):
         (directory.checkpoints / name).mkdir(parents=True)
+        if name != "14":
+            (directory.checkpoints / name / "manifest.json").write_text("")
     assert directory.latest_step() == 10
 
 
