@@ -34,6 +34,7 @@ from clp_jax.training.checkpoint_steps import UNFINISHED, files_below
 
 # A barrier's name is used once; all processes count alike, since all save the same steps.
 _numbers = itertools.count()
+_ATTEMPTS = 20
 _PART = ".part_{}.json"
 # Shape, type, and this process's shards by place.
 _HostCopy: TypeAlias = tuple[tuple[int, ...], str, dict[str, np.ndarray]]
@@ -137,8 +138,14 @@ class StepWriter:
             self._after()
 
     def _write_part(self) -> None:
-        for wait in self._waits:
-            wait(self._seconds_left())
+        errors = []
+        for wait in self._waits:  # All of them, so that nothing is written any more when this is over.
+            try:
+                wait(self._seconds_left())
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
         arrays = {item: digest_arrays(copies) for item, copies in self._copies.items()}
         self._copies = {}
         own = [file for file in files_below(self._staging) if f"/ocdbt.process_{self._process}/" in str(file)]
@@ -180,10 +187,15 @@ class StepWriter:
             except BaseException as error:
                 self._error = error
         else:
-            try:
-                self._staging.rmtree()  # On a full disk, what is half written takes the room that the user needs.
-            except OSError:
-                return  # The next run tries again.
+            # On a full disk, what is half written takes the room that the user needs. Threads of the store may still be
+            # writing; what is left after this, the next run removes.
+            for _ in range(_ATTEMPTS):
+                try:
+                    self._staging.rmtree()
+                except FileNotFoundError:
+                    return
+                except OSError:
+                    time.sleep(0.1)
 
     def _meet(self, what: str) -> None:
         if self._processes > 1:
