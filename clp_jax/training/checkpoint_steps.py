@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from clp_jax.training.checkpoint_manifest import MANIFEST_FILE, RUN_FILE, DamagedError, Manifest
+from clp_jax.training.checkpoint_manifest import MANIFEST_FILE, RUN_FILE, DamagedError
 
 UNFINISHED, _REMOVING, _DAMAGED = ".unfinished", ".removing", ".damaged"
 # What Orbax called a step that it was writing, before steps had manifests.
@@ -173,14 +173,6 @@ def metrics_of(directory: epath.Path, steps: Sequence[int]) -> dict[int, dict[st
         except DamagedError:
             found[step] = {}
     return found
-
-
-def size_of(path: epath.Path) -> int:
-    """Bytes in a directory."""
-    try:
-        return Manifest.read(path).size
-    except DamagedError:
-        return sum(file.stat().length for file in files_below(path))
 
 
 def files_below(path: epath.Path) -> list[epath.Path]:
