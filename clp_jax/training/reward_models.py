@@ -28,8 +28,13 @@ from clp_jax.training.checkpoints import load_params
 from clp_jax.training.run_directory import write_atomically
 from clp_jax.training.stage import StageSetup
 from clp_jax.training.train_state import TrainState
+from clp_jax.training.transfer import Transfer
 
 ACCURACY_FILE = "accuracy.json"
+# Of a policy, to score with: its decoder is left behind, the head is new.
+ENCODER_ALONE = Transfer(
+    {r"(token_embedder|encoder)/.*": r"\g<0>", r".*": None}, init=(r"(?!(token_embedder|encoder)/).*",)
+)
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +83,7 @@ class RewardModel:
         loss: ``"preference"`` (Bradley-Terry) or ``"entailment"`` (classification).
         corruptions: what bad summaries are, names in `clp_jax.rewards.pairs.CORRUPTIONS`.
         initial_checkpoint: a supervised run whose encoder it starts from; None starts from scratch.
+        transfer: which of its parameters go where.
         batch_size: pairs in a batch.
         evaluation_pairs: of the validation split.
     """
@@ -88,6 +94,7 @@ class RewardModel:
     loss: str
     corruptions: Sequence[str]
     initial_checkpoint: str | None = None
+    transfer: Transfer = ENCODER_ALONE
     batch_size: int = 64
     evaluation_pairs: int = 512
 
@@ -145,8 +152,10 @@ class RewardModel:
 
         if self.initial_checkpoint is None:
             return fresh
-        loaded, _, _ = load_params(self.initial_checkpoint)
-        return transplant(fresh(), loaded, ("token_embedder", "encoder"))
+        loaded, _, step = load_params(self.initial_checkpoint)
+        params, account = self.transfer(loaded, policy.abstract(), fresh)
+        account.report(self.initial_checkpoint, step)
+        return params
 
     def _evaluate(self, score_pairs: Callable[..., Any], params: Params, seed: int) -> dict[str, float]:
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=prompt_batch)
@@ -199,21 +208,6 @@ def make_pairs(batch: PromptBatch, corrupter: Corrupter) -> tuple[ScoredPairs, I
     documents, summaries = np.asarray(batch.inputs), np.asarray(batch.targets)
     bad, kinds = corrupter(summaries, np.asarray(batch.example_ids))
     return ScoredPairs(*join(documents, summaries), *join(documents, bad)), kinds
-
-
-def transplant(params: Params, source: Params, names: tuple[str, ...]) -> Params:
-    """`params` with the subtrees `names` taken from `source`.
-
-    Raises:
-        ValueError: when they do not fit.
-    """
-    for name in names:
-        shapes = jax.tree.map(jnp.shape, params[name]), jax.tree.map(jnp.shape, source.get(name))
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{name!r} of the initial checkpoint has other sizes: make the trunk as the checkpoint's policy."
-            )
-    return params | {name: source[name] for name in names}
 
 
 def load_learned_reward(checkpoint: str, *, name: str | None = None, bound: float = 4.0) -> LearnedReward:
