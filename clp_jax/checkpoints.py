@@ -189,6 +189,9 @@ def _collect(console: Console, folder: epath.Path, retention: Retention, damaged
 
 
 def _diff(console: Console, left: epath.Path, right: epath.Path) -> None:
+    for path in (left, right):
+        if damage := _damage_of(path):
+            raise CheckpointError(f"{path} is damaged: {damage}. Nothing was compared.")
     items = {
         path: {e.name for e in path.iterdir() if e.is_dir() and (e / "_METADATA").exists()} for path in (left, right)
     }

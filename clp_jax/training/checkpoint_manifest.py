@@ -32,8 +32,8 @@ MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"
 _FORMAT = 1
 _BLOCK = 1 << 22
-# SHA-256 keeps one core busy per file; the training step wants the others.
-_WORKERS = 4
+# Half of the cores, since a step may run meanwhile; more than this, and disks are slower.
+_WORKERS = max(1, min(16, (os.cpu_count() or 1) // 2))
 
 
 class DamagedError(RuntimeError):

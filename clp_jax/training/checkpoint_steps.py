@@ -194,6 +194,15 @@ def _is_step(name: str) -> bool:
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
-    """A path of this machine, made absolute, or of an object store, as it is."""
+    """An absolute path.
+
+    Raises:
+        ValueError: for an object store: it has no atomic rename, no lock and no appending, which a run needs.
+    """
     text = os.fspath(path)
-    return epath.Path(text) if "://" in text else epath.Path(Path(text).expanduser().absolute())
+    if "://" in text:
+        raise ValueError(
+            f"{text} is in an object store: expected a directory. Mount the bucket (for gs://, with gcsfuse), and give the "
+            "directory where it is mounted."
+        )
+    return epath.Path(Path(text).expanduser().absolute())

@@ -284,17 +284,24 @@ def load_params(
     Raises:
         CheckpointError: when there is no intact checkpoint, or it is of another model, naming the first difference.
     """
-    found = _candidates(path)
-    while True:
-        try:
-            return _load_intact(found[0], expected, average)
-        except DamagedError as damage:
-            if len(found) == 1:
-                raise CheckpointError(
-                    f"the checkpoint {found[0]} is damaged: {damage}. Give another one, or put a copy back."
-                ) from damage
-            _say(f"checkpoint {found[0]} is damaged: {damage}. Reading {found[1]} instead.")
-            del found[0]
+    return _first_intact(path, lambda found: _load_intact(found, expected, average))
+
+
+def find_intact(path: str | os.PathLike) -> Path:
+    """The checkpoint that `load_params` reads: the newest whose parameters are what was written.
+
+    Args:
+        path: as `load_params` takes it.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+
+    def verified(found: epath.Path) -> epath.Path:
+        _verify_item(found, average=True)
+        return found
+
+    return Path(_first_intact(path, verified))
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
@@ -307,6 +314,21 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
         CheckpointError: when there is none.
     """
     return Path(_candidates(path)[0])
+
+
+def _first_intact(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:
+    """What `read` makes of the newest checkpoint that it does not find damaged."""
+    found = _candidates(path)
+    while True:
+        try:
+            return read(found[0])
+        except DamagedError as damage:
+            if len(found) == 1:
+                raise CheckpointError(
+                    f"the checkpoint {found[0]} is damaged: {damage}. Give another one, or put a copy back."
+                ) from damage
+            _say(f"checkpoint {found[0]} is damaged: {damage}. Reading {found[1]} instead.")
+            del found[0]
 
 
 def _candidates(path: str | os.PathLike) -> list[epath.Path]:
@@ -332,10 +354,7 @@ def _candidates(path: str | os.PathLike) -> list[epath.Path]:
 
 
 def _load_intact(path: epath.Path, expected: Params | None, average: bool) -> tuple[Params, dict[str, Any], int]:
-    manifest = _manifest(path)
-    item = _EMA if average and _EMA in _items_of(path, manifest) else _PARAMS
-    if manifest is not None:
-        manifest.verify_files(path, (item, RUN_FILE))
+    item, manifest = _verify_item(path, average)
     run = _read_run(path)
     if expected is not None:
         _check_item(path, item, expected)
@@ -346,6 +365,15 @@ def _load_intact(path: epath.Path, expected: Params | None, average: bool) -> tu
     if manifest is not None:
         manifest.verify_arrays(item, params)
     return jax.tree.map(jnp.asarray, params), run["description"], int(run["step"])
+
+
+def _verify_item(path: epath.Path, average: bool) -> tuple[str, Manifest | None]:
+    """The item that holds the parameters, and the manifest, after a look at their files."""
+    manifest = _manifest(path)
+    item = _EMA if average and _EMA in _items_of(path, manifest) else _PARAMS
+    if manifest is not None:
+        manifest.verify_files(path, (item, RUN_FILE))
+    return item, manifest
 
 
 def _manifest(path: epath.Path) -> Manifest | None:

@@ -96,9 +96,8 @@ def load_policy(path: str | Path) -> LoadedPolicy:
     Raises:
         CheckpointError: when there is no checkpoint, or it is not one of a policy.
     """
-    checkpoint = find_checkpoint(path)
-    run_dir = checkpoint.parent.parent
-    params, description, step = load_params(checkpoint)
+    run_dir = find_checkpoint(path).parent.parent
+    params, description, step = load_params(path)
     stage = description.get("stage")
     if stage not in ("supervised", "clp", "converted"):
         raise CheckpointError(f"{path} is a run of stage {stage!r}: expected a policy (supervised, clp or converted).")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
-from clp_jax.training.checkpoint_steps import complete_steps
+from clp_jax.training.checkpoint_steps import as_path, complete_steps
 
 CONFIG_FILE = "config.gin"
 DESCRIPTION_FILE = "description.json"
@@ -133,7 +133,10 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
         RunDirectoryError: when the path is a file, can't be written, holds other things than a run, or holds a run of
             another configuration.
     """
-    path = Path(path).expanduser().absolute()
+    try:
+        path = Path(as_path(path))
+    except ValueError as error:
+        raise RunDirectoryError(f"run directory {error}") from error
     for parent in (path, *path.parents):
         if parent.exists() and not parent.is_dir():
             raise RunDirectoryError(f"run directory {path}: {parent} is a file. Give a directory.")

@@ -10,7 +10,7 @@ import pytest
 
 from clp_jax.training.checkpoint_manifest import DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import as_path
-from clp_jax.training.checkpoints import CheckpointError, Checkpoints, load_params
+from clp_jax.training.checkpoints import CheckpointError, Checkpoints, find_intact, load_params
 from clp_jax.training.train_state import TrainState
 
 DESCRIPTION = {"stage": "toy", "model": {}}
@@ -94,6 +94,7 @@ def test_parameters_are_read_from_the_step_before_and_nothing_is_renamed(directo
         serves = file.parts[0] in ("ema", "run.json", "manifest.json")  # The others are not read.
         assert step == (1 if serves else 2)
         np.testing.assert_array_equal(params["a"]["kernel"], state_of(step).params["a"]["kernel"])
+        assert find_intact(directory) == directory / str(step)
         # A step without a manifest is not complete, which is nothing to speak of: it may be from a run that goes on.
         assert ("is damaged" in capsys.readouterr().err) == (
             serves and (file.name, damage) != ("manifest.json", delete)

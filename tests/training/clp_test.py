@@ -275,6 +275,7 @@ def test_a_policy_gets_components_for_more_rewards(tmp_path, home, whole, capsys
     jax.tree.map(np.testing.assert_array_equal, components[2], load_params(home / "sft")[0])
     jax.tree.map(np.testing.assert_array_equal, params["baseline"], fresh["baseline"])
     assert f"{whole}, step {step}: initialised " in said and "; grown " in said and "; ignored " in said
+    (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="with the rewards brevity, letters: they must come first, in that order"):
         stage(home, **changes | {"rewards": (*reversed(REWARDS), more)}).setup(tmp_path / "other", seed=0)
     with pytest.raises(ValueError, match="sft is no run of this stage with the supervised policy's model"):

@@ -99,6 +99,15 @@ def test_a_file_in_the_way(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_an_object_store_is_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RunDirectoryError, match="run directory gs://bucket/run is in an object store: .*Mount the bucket"
+    ):
+        open_run_directory("gs://bucket/run", CONFIG)
+    assert list(tmp_path.iterdir()) == []  # No directory called "gs:" either.
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
