@@ -20,6 +20,7 @@ from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import RunDirectory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
+from clp_jax.training.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +111,8 @@ def train(
         )
         description = _describe(directory, setup)
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
-        start = checkpoints.latest_step() or 0
-        if start:
-            state, position = checkpoints.restore(learner.abstract_state(setup.params))
-            setup.source.restore(position)
-            start = int(state.step)  # An earlier one where the last is damaged.
-        else:
-            state = learner.init_state(setup.params, seed)
+        state = _first_state(checkpoints, learner, setup, seed)
+        start = int(state.step)
         name = str(description["stage"])
         writer = stack.enter_context(MetricWriter(directory, name, start))
         progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch))
@@ -140,6 +136,15 @@ def train(
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
         raise SystemExit(128 + stop.received)
     return _say_held_out(name, _result(directory, step))
+
+
+def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:
+    """The newest intact checkpoint's, or a new one."""
+    if checkpoints.latest_step() is None:
+        return learner.init_state(setup.params, seed)
+    state, position = checkpoints.restore(learner.abstract_state(setup.params))
+    setup.source.restore(position)
+    return state
 
 
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,33 @@ def test_a_save_that_fails_stops_the_run_and_loses_nothing(tmp_path):
             run(tmp_path, 100, Toy(width=width, hook=limit_later))
     assert load_params(tmp_path)[2] == 3
     assert run(tmp_path, 10, Toy(width=width)).step == 10
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_is_the_same_to_the_bit(tmp_path, capsys):
+    run(tmp_path / "whole", 10)
+    run(tmp_path / "damaged", 7)
+    for step in ("7", "6"):
+        file = tmp_path / "damaged" / "checkpoints" / step / "training" / "_METADATA"
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        CheckpointError, match=r"no intact checkpoint, only damaged ones:\n  6.damaged: training/_METADATA has"
+    ):
+        run(tmp_path / "damaged", 10)
+    assert len(lines(tmp_path / "damaged")) == 7  # What the user had is as it was.
+    shutil.rmtree(tmp_path / "damaged")
+    run(tmp_path / "damaged", 7, keep_checkpoints=3)
+    file = tmp_path / "damaged" / "checkpoints" / "7" / "params" / "_METADATA"
+    file.write_bytes(file.read_bytes()[:-1])
+    capsys.readouterr()
+    second = Toy()
+    run(tmp_path / "damaged", 10, second)
+    said = capsys.readouterr().err
+    assert "checkpoints/7 is damaged: params/_METADATA has" in said and "going on from step 6" in said
+    assert second.consumed == [24, 28, 32, 36]
+    assert lines(tmp_path / "damaged")[-1] == lines(tmp_path / "whole")[-1]
+    one, other = stored(tmp_path / "damaged", 10), stored(tmp_path / "whole", 10)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_the_checkpoint_alone_says_what_it_is(tmp_path):
