@@ -376,7 +376,7 @@ def test_the_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(tmp_path
 
 SCRIPT = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/fixtures"]
 import train_test
 def hook(step, run_dir):
     if step == 3:
