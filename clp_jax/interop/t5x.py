@@ -10,7 +10,7 @@ import numpy as np
 from clp_jax.array_types import Params
 from clp_jax.interop import t5x_files
 from clp_jax.interop.arrays import ArraySpec, Source
-from clp_jax.interop.links import Link, check_tree, fill, specs, tensors
+from clp_jax.interop.links import Link, check_tree, loaded, opened, specs, write_tensors
 from clp_jax.interop.slots import flatten, unflatten
 from clp_jax.interop.t5x_names import infer, is_scanned, links
 from clp_jax.models.config import ModelConfig, T5Config
@@ -44,7 +44,7 @@ class Imported:
 
     Attributes:
         config: of the policy.
-        params: numpy arrays.
+        params: numpy arrays, or lazy ones (`clp_jax.interop.arrays.LazyArray`).
         step: of training.
         origin: what the policy came from, plain JSON: ``format``, ``form``, ``step``, ``scan_axis``.
         slots: the optimizer's; None where they were not asked for.
@@ -68,7 +68,21 @@ def read(
     scan_axis: int = SCAN_AXIS,
     optimizer: bool = False,
 ) -> Imported:
-    """Reads a checkpoint of any form, one tensor at a time.
+    """`open_checkpoint` with its parameters as numpy arrays, read one tensor at a time."""
+    found = open_checkpoint(path, step=step, dtype=dtype, overrides=overrides, scan_axis=scan_axis, optimizer=optimizer)
+    return dataclasses.replace(found, params=loaded(found.params))
+
+
+def open_checkpoint(
+    path: Path | str,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    overrides: Mapping[str, Any] | None = None,
+    scan_axis: int = SCAN_AXIS,
+    optimizer: bool = False,
+) -> Imported:
+    """Opens a checkpoint of any form, whose parameters are read when asked for.
 
     Args:
         path: of ``checkpoint_STEP``, or of a directory that holds some, or of a TensorFlow bundle.
@@ -76,7 +90,7 @@ def read(
         dtype: of the parameters, ``"float32"`` or ``"bfloat16"``.
         overrides: fields of the configuration that shapes don't tell, by name (`clp_jax.interop.t5x_names.infer`).
         scan_axis: where scanned layers are stacked in T5X's tensors.
-        optimizer: whether to read Adafactor's state too.
+        optimizer: whether to read Adafactor's state too, at once.
 
     Raises:
         FileNotFoundError: when there is no such checkpoint.
@@ -88,7 +102,7 @@ def read(
     shapes = {name: array.shape for name, array in checkpoint.parameters.items()}
     config = infer(shapes, {"param_dtype": dtype, **(overrides or {})}, scan_axis)
     found, abstract = links(config, axis), Policy(config).abstract()
-    params = fill(found, checkpoint.parameters, abstract, config.param_dtype, where=str(path))
+    params = opened(found, checkpoint.parameters, abstract, config.param_dtype, where=str(path))
     slots = _read_slots(found, checkpoint.slots, abstract, checkpoint.step, axis) if optimizer else None
     origin = {"format": "t5x", "form": checkpoint.form, "step": checkpoint.step, "scan_axis": axis}
     return Imported(config, params, checkpoint.step, origin, slots, tuple(checkpoint.mutables))
@@ -113,7 +127,7 @@ def write(
     Args:
         directory: that will hold ``checkpoint_STEP``.
         config: of the policy.
-        params: numpy or JAX arrays.
+        params: numpy, JAX or lazy arrays.
         step: of training.
         slots: of Adafactor, with ``slots.count`` equal to the step; None writes no optimizer state.
         scanned: whether layers are stacked (T5X's scalable T5) or single.
@@ -140,8 +154,7 @@ def write(
     slot_specs = {name: ArraySpec(array.shape, array.dtype) for name, array in written.items()}
     options: dict[str, Any] = {"form": layout, "chunk_bytes": chunk_bytes}
     with t5x_files.open_writer(directory, step, specs(found, stored), slot_specs or None, **options) as writer:
-        for name, tensor in tensors(found, params, stored):
-            writer.write(name, tensor)
+        write_tensors(found, params, writer.write)
         for name, array in written.items():
             writer.write_slot(name, np.ascontiguousarray(array))
     if card is not None:
