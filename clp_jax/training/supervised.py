@@ -1,6 +1,7 @@
 """The supervised stage: pretraining and finetuning on prepared examples."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,8 @@ class Supervised:
             )
         policy = Policy(model)
         loss_fn = SupervisedLoss(policy, self.z_loss)
-        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=sequence_batch, seed=seed)
+        converter = functools.partial(sequence_batch, start_id=model.start_id)
+        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=converter, seed=seed)
         lengths = data.manifest.lengths
         own = {
             "stage": "supervised",
@@ -126,7 +128,8 @@ class Supervised:
         return jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
 
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
-        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=sequence_batch)
+        converter = functools.partial(sequence_batch, start_id=loss_fn.policy.config.start_id)
+        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=converter)
         step = jax.jit(lambda params, batch: loss_fn.sums(params, batch, None)[1:])
 
         def evaluate(params: Params) -> dict[str, float]:
