@@ -18,7 +18,8 @@ from clp_jax.models.conditioning import PromptConditioning
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import to_json
-from clp_jax.training.checkpoints import load_params, open_params, write_params
+from clp_jax.training.adafactor_slots import load_slots, save_slots
+from clp_jax.training.checkpoints import open_params, write_params
 from clp_jax.training.policies import load_policy
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
 
@@ -32,8 +33,6 @@ _USED_BY = {
     "scanned": (":t5x",),
     "max_shard_gb": (":hf",),
 }
-# Of T5X, beside the checkpoints of a converted policy.
-OPTIMIZER = "adafactor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,8 @@ def convert(
             NAME=VALUE,NAME=VALUE.
         layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr; the default) or ``orbax``.
         scanned: whether a T5X checkpoint is written with its layers stacked, for scalable T5.
-        optimizer: whether Adafactor's state is carried between T5X and clp too.
+        optimizer: whether Adafactor's state is carried between T5X and clp too; `train` goes on from it where the policy is
+            its initial checkpoint and Adafactor its optimizer.
         max_shard_gb: of one file of safetensors, in 10^9 bytes; 5 by default.
 
     Raises:
@@ -226,16 +226,15 @@ def _write_clp(place: Path, found: Converted, dtype: str | None) -> None:
         "provenance": list(found.provenance),
     }
     if found.slots is not None:
-        trees = {field.name: getattr(found.slots, field.name) for field in dataclasses.fields(found.slots)}
-        write_params(place / OPTIMIZER, trees | {"count": np.asarray(found.slots.count)}, {}, found.step)
+        save_slots(place, found.slots)
     write_params(place / CHECKPOINTS_DIRECTORY / str(found.step), found.params, description, found.step, dtype)
 
 
 def _read_slots(place: Path) -> t5x.AdafactorSlots:
-    if not (place / OPTIMIZER).is_dir():
+    found = load_slots(place)
+    if found is None:
         raise ValueError(f"{place} has no state of T5X's optimizer: convert it with --optimizer, or leave it out here.")
-    trees, _, _ = load_params(place / OPTIMIZER)
-    return t5x.AdafactorSlots(**trees | {"count": int(trees["count"])})
+    return found
 
 
 def _own_dtype(dtype: str | None) -> str:

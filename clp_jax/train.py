@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from clp_jax.partitioning import Rules
+from clp_jax.training.adafactor_slots import take_over
 from clp_jax.training.checkpoints import Checkpoints, KeepBest
 from clp_jax.training.learner import Learner
 from clp_jax.training.loop import Cadence, TrainLoop
@@ -112,6 +113,10 @@ def train(
             setup.source.restore(position)
         else:
             state = learner.init_state(setup.params, seed)
+            if setup.slots is not None:
+                fresh, state = state, take_over(state, setup.slots)
+                taken = "are left: the optimizer is another" if state is fresh else "are gone on from"
+                _say(f"the {setup.slots.count} updates of the initial checkpoint's Adafactor {taken}.")
         name = str(description["stage"])
         writer = stack.enter_context(MetricWriter(directory, name, start))
         progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch))

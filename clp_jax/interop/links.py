@@ -209,4 +209,5 @@ def _repeats(tensor: LazyArray, original: LazyArray, dtype: np.dtype) -> bool:
     if tensor.shape != original.shape:
         return False
     starts = [(slice(i, min(i + _ROWS, tensor.shape[0])),) for i in range(0, tensor.shape[0], _ROWS)]
-    return all(np.array_equal(*(each.read(rows).astype(dtype) for each in (tensor, original))) for rows in starts)
+    parts = ((tensor.read(rows).astype(dtype), original.read(rows).astype(dtype)) for rows in starts)
+    return all(np.array_equal(part, repeated) for part, repeated in parts)
