@@ -11,7 +11,8 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
 from clp_jax.models.config import LayerKind, ModelConfig, period_of
-from clp_jax.nn.attention import Attention, Keys, Quantized, Sight, look
+from clp_jax.nn.attention import Attention, look
+from clp_jax.nn.attention_dense import Keys, Quantized, Sight
 from clp_jax.nn.linear import dropout
 from clp_jax.nn.mlp import MLP
 from clp_jax.nn.moe import MoE
