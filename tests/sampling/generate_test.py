@@ -86,7 +86,11 @@ def test_a_completion_does_not_depend_on_its_batch():
 
 def test_experts_serve_a_row_as_if_it_were_alone():
     """Whatever shares a capacity in whole forwards, rows that are decoded share none, and nothing is dropped."""
-    moe = MoEConfig(num_experts=2, router=Dropless(1, renormalize=False), decoder_router=TokenChoice(group="batch"))
+    moe = MoEConfig(
+        num_experts=2,
+        router=Dropless(1, renormalize=False),
+        decoder_router=TokenChoice(group="batch", eval_capacity=0.5),
+    )
     policy = Policy(tiny_config(num_encoder_layers=1, num_decoder_layers=2, moe=moe))
     roomy = dataclasses.replace(moe, decoder_router=Dropless(1, renormalize=False))
     config, keys = SamplingConfig(max_length=8), row_keys(jax.random.key(3), 4)
