@@ -1,4 +1,10 @@
-"""`clp convert`: policies from and to the checkpoints of Hugging Face and T5X."""
+"""`clp convert`: policies from and to the checkpoints of Hugging Face and T5X.
+
+The memory that it takes is that of the largest array and a fifth of it, whatever the size of the policy. An array of clp is a
+parameter of all layers, stacked; of the other formats, of one layer. More is held in these cases only: the tensor in the file's
+type while it is rounded to another; the optimizer's state; all components of a steerable policy while they are mixed; and twice
+more of an array that training saved in one chunk, while it is read.
+"""
 
 import dataclasses
 import functools
@@ -78,11 +84,6 @@ def convert(
     Formats are ``hf:DIR`` (Hugging Face: config.json and safetensors), ``t5x:DIR`` (a checkpoint_N of T5X, or the original
     T5's of Mesh TensorFlow) and ``clp:DIR`` (a run directory; written, one that `sample`, `score` and `train` take). The
     tokenizer's files travel along.
-
-    The memory that it takes is that of the largest array and a fifth of it, whatever the size of the policy. An array of clp
-    is a parameter of all layers, stacked; of the other formats, of one layer. Besides it are held: the tensor in the
-    file's type while it is rounded to another; the optimizer's state, with `optimizer`; all components of a steerable policy
-    while they are mixed; and thrice an array that training saved in one chunk, while it is read.
 
     Args:
         source: where the policy is, as FORMAT:DIR.
