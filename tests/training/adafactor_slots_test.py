@@ -3,24 +3,39 @@
 import dataclasses
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import make_data
 
+from clp_jax.convert import convert
 from clp_jax.interop import t5x
 from clp_jax.interop.arrays import in_memory
 from clp_jax.interop.links import loaded, opened
 from clp_jax.interop.t5x_names import links
+from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.training.adafactor_slots import load_slots, save_slots, take_over
 from clp_jax.training.learner import Learner
 from clp_jax.training.optimizers import Adafactor, AdamW
+from clp_jax.training.supervised import Supervised
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 STEP = np.load(FIXTURES / "t5x_adafactor.npz")
 RECORD = np.load(FIXTURES / "t5x_policy.npz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nano:
+    """What T5X left."""
+
+    config: T5Config
+    params: Any
+    slots: Any
+    source: Path
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +45,7 @@ def nano(tmp_path_factory):
         archive.extractall(directory, filter="data")
     imported = t5x.read(directory / "legacy", optimizer=True)
     save_slots(directory / "run", imported.slots)
-    return dataclasses.replace(imported, slots=load_slots(directory / "run"))
+    return Nano(imported.config, imported.params, load_slots(directory / "run"), directory / "legacy")
 
 
 def gradients(imported):
@@ -87,3 +102,12 @@ def test_another_optimizer_has_no_place_for_them(nano):
 def test_another_factoring_is_refused(nano):
     with pytest.raises(ValueError, match="v_row of decoder/.* in the shape .*: set Adafactor.min_dim_to_factor as"):
         take_over(made(nano, Adafactor(min_dim_to_factor=8)), nano.slots)
+
+
+def test_finetuning_finds_them_beside_a_converted_policy(nano, tmp_path):
+    data_dir = str(make_data(tmp_path / "data"))
+    for name, optimizer in (("with", True), ("without", False)):
+        convert(f"t5x:{nano.source}", f"clp:{tmp_path / name}", optimizer=optimizer)
+        stage = Supervised(None, data_dir, batch_size=8, initial_checkpoint=str(tmp_path / name))
+        found = stage.setup(tmp_path, 0).slots
+        assert (found is not None and found.count == 2) if optimizer else found is None
