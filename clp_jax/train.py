@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from clp_jax.partitioning import Rules
+from clp_jax.training.adafactor_slots import take_over
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.learner import Learner
@@ -140,10 +141,16 @@ def train(
 
 def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:
     """The newest intact checkpoint's, or a new one."""
-    if checkpoints.latest_step() is None:
-        return learner.init_state(setup.params, seed)
-    state, position = checkpoints.restore(learner.abstract_state(setup.params))
-    setup.source.restore(position)
+    if checkpoints.latest_step() is not None:
+        state, position = checkpoints.restore(learner.abstract_state(setup.params))
+        setup.source.restore(position)
+        return state
+    fresh = learner.init_state(setup.params, seed)
+    if setup.slots is None:
+        return fresh
+    state = take_over(fresh, setup.slots)
+    taken = "are left: the optimizer is another" if state is fresh else "are gone on from"
+    _say(f"the {setup.slots.count} updates of the initial checkpoint's Adafactor {taken}.")
     return state
 
 
