@@ -232,6 +232,13 @@ def test_a_sequence_batch_is_the_rows(data_dir):
         assert batch.loss_weights[i].tolist() == [1.0] * size + [0.0] * (4 - size)
 
 
+def test_targets_are_decoded_from_the_policys_start(data_dir):
+    converter = functools.partial(sequence_batch, start_id=9)
+    batch, plain = (source(data_dir, converter=made).next() for made in (converter, sequence_batch))
+    starts = plain.target_positions == 0
+    np.testing.assert_array_equal(batch.decoder_inputs, np.where(starts, 9, plain.decoder_inputs))
+
+
 def test_packed_rows_keep_their_examples_apart(tmp_path):
     batch = source(write(tmp_path, (3,), packed=True), batch_size=3, shuffle=False).next()
     np.testing.assert_array_equal(batch.input_segments, [[1, 1, 1, 2, 2, 0]] * 3)
