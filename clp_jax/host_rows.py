@@ -127,14 +127,14 @@ def place_whole(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(place, tree, shardings)
 
 
-def meet(mesh: Mesh) -> None:
-    """Connects the processes along all axes of a mesh, at one time.
+def meet(mesh: Mesh) -> Mesh:
+    """Connects the processes along all axes of a mesh, at one time, and returns it.
 
     On CPUs a group of devices waits 30 s, and no longer, for all of its members when it first has something to exchange:
     less than one process may compile longer than another.
     """
     if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
-        return
+        return mesh
     axes = [name for name, size in mesh.shape.items() if size > 1]
     for chosen in itertools.chain(*(itertools.combinations(axes, n + 1) for n in range(len(axes)))):
         spread = NamedSharding(mesh, PartitionSpec(chosen))
@@ -143,6 +143,7 @@ def meet(mesh: Mesh) -> None:
         gather = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(array).compile()
         processes.wait_for_all("meeting")
         jax.block_until_ready(gather(array))
+    return mesh
 
 
 @functools.lru_cache(maxsize=64)

@@ -105,8 +105,7 @@ def train(
             directory.write_config(config_text)
         stop = stack.enter_context(StopSignal())
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
-        mesh = make_mesh() if mesh is None else mesh
-        meet(mesh)
+        mesh = meet(make_mesh() if mesh is None else mesh)
         setup = stage.setup(directory.path, seed)
         learner = Learner(
             setup.loss_fn,
@@ -123,11 +122,7 @@ def train(
         state = _first_state(checkpoints, learner, setup, seed)
         start = int(state.step)
         name = str(description["stage"])
-        writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
-        shown = sys.stderr if processes.is_main() else stack.enter_context(open(os.devnull, "w"))
-        progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=shown))
-        if start:
-            progress.message(f"going on from step {start}")
+        writer, progress = _reports(stack, directory, setup, name, start, num_steps)
         loop = TrainLoop(
             learner=learner,
             setup=setup,
@@ -140,7 +135,6 @@ def train(
             stop=stop,
             watchdog=watchdog,
         )
-        watchdog.progress()
         with learner.activate():  # Rollouts and evaluations follow the mesh, too.
             state = loop.run(state)
     step = int(state.step)
@@ -160,6 +154,18 @@ def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitS
 
     path, done, described = processes.decide("run directory", enter)
     return RunDirectory(Path(path)), done, described
+
+
+def _reports(
+    stack: contextlib.ExitStack, directory: RunDirectory, setup: StageSetup, name: str, start: int, num_steps: int
+) -> tuple[MetricWriter | None, Progress]:
+    """Where metrics go, and what the user sees: of process 0 alone."""
+    writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
+    shown = sys.stderr if processes.is_main() else stack.enter_context(open(os.devnull, "w"))
+    progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=shown))
+    if start:
+        progress.message(f"going on from step {start}")
+    return writer, progress
 
 
 def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:
