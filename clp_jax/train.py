@@ -161,7 +161,7 @@ def _reports(
 ) -> tuple[MetricWriter | None, Progress]:
     """Where metrics go, and what the user sees: of process 0 alone."""
     writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
-    shown = sys.stderr if processes.is_main() else stack.enter_context(open(os.devnull, "w"))
+    shown = sys.stderr if processes.is_main() else open(os.devnull, "w")  # noqa: SIM115 - closed with the process
     progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=shown))
     if start:
         progress.message(f"going on from step {start}")
