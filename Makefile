@@ -34,9 +34,10 @@ quickstart: policy ## Trains and steers a policy on this machine's own documenta
 	$(CLP) evaluate --gin_file=examples/pydoc_evaluate.gin
 	$(CLP) report --run_dirs=runs/pydoc/clp_full
 
-test: $(INSTALLED) ## All tests; those that need several devices in processes of their own.
+test: $(INSTALLED) ## All tests; those that need several devices, or processes, by themselves.
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest tests/multi_device
+	$(BIN)/python -m pytest tests/multi_process
 
 lint: $(INSTALLED) ## Style.
 	$(BIN)/ruff check .
