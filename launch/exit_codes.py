@@ -8,8 +8,9 @@ from clp_jax.launch.target import Status
 RESTARTABLE = 75
 # What a worker counts as that ended without an exit code: as if it had got SIGKILL.
 KILLED = 137
-# A mistake of the user, a command that can't be run, one that is not there: they fail again.
-FINAL = (2, 126, 127)
+# A failure that somebody must mend (a full disk, a bug), a mistake of the user, a command that can't be run, one that is not
+# there: they fail again; and a person's Ctrl-C.
+FINAL = (1, 2, 126, 127, 130)
 
 
 def may_restart(code: int | None) -> bool:

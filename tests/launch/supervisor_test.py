@@ -123,7 +123,7 @@ def test_preemptions_have_no_limit(record):
     assert record.state.phase == "preempted"
 
 
-def fail(record, place, code=1):
+def fail(record, place, code=134):
     while record.state is None or record.state.phase != "queued" or record.resource not in place.there:
         advance(record, place, NOW)
     return move(record, place, "failed", code=code, detail=f"exit code {code}")
@@ -133,7 +133,7 @@ def test_a_crash_loop_stops_with_the_last_lines(record):
     place = Place()
     assert [fail(record, place).phase for _ in range(3)] == ["broken", "broken", "failed"]
     head, *lines = record.state.detail.split("\n")
-    assert head == "3 failures without a new checkpoint, the last: exit code 1. The last lines:"
+    assert head == "3 failures without a new checkpoint, the last: exit code 134. The last lines:"
     assert lines == [f"[0] line {i}" for i in range(10, 30)]
     advance(record, place, NOW)
     assert place.there == {} and place.done.count(("delete", "job-3")) == 1
@@ -158,7 +158,7 @@ def test_restarts_have_a_limit_even_with_progress(record):
         assert fail(record, place).phase == "broken"
     checkpoint(record, 6)
     assert fail(record, place).phase == "failed"
-    assert record.state.detail.startswith("5 restarts are all that --max_restarts allows; the last: exit code 1")
+    assert record.state.detail.startswith("5 restarts are all that --max_restarts allows; the last: exit code 134")
 
 
 def test_preemptions_between_failures_are_no_progress():
@@ -171,7 +171,7 @@ def test_preemptions_between_failures_are_no_progress():
     assert ends_without_progress([*states, State("retried", 4, 0.0)]) == 0
 
 
-@pytest.mark.parametrize("code", [2, 126, 127])
+@pytest.mark.parametrize("code", [1, 2, 126, 127, 130])
 def test_what_fails_again_is_not_tried_again(record, code):
     assert fail(record, Place(), code).phase == "failed"
     assert record.attempt == 1
@@ -295,5 +295,5 @@ def test_the_exit_codes_of_all_workers_together(codes, phase, code):
 
 
 def test_which_codes_may_do_better():
-    assert [may_restart(code) for code in (75, 1, 137, 143, None)] == [True] * 5
-    assert [may_restart(code) for code in (2, 126, 127)] == [False] * 3
+    assert [may_restart(code) for code in (75, 134, 137, 143, None)] == [True] * 5
+    assert [may_restart(code) for code in (1, 2, 126, 127, 130)] == [False] * 5

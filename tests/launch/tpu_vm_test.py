@@ -168,10 +168,10 @@ def test_stopping_lets_workers_save_and_leaves_nothing(world):
 
 def test_a_crash_loop_ends_with_the_last_lines_of_each_worker(world):
     record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"}, max_failures=2)
-    world.trouble("training", {"code": 1}, times=2)
+    world.trouble("training", {"code": 134}, times=2)
     end = world.run(record, target)
     assert end.phase == "failed"
-    assert end.detail.startswith("2 failures without a new checkpoint, the last: worker 0 ended with exit code 1.")
+    assert end.detail.startswith("2 failures without a new checkpoint, the last: worker 0 ended with exit code 134.")
     assert end.detail.endswith("[job-2-w-0] the last line")
     retry(record)
     assert world.run(record, target).phase == "succeeded"
@@ -181,7 +181,7 @@ def test_a_crash_loop_ends_with_the_last_lines_of_each_worker(world):
 def test_checkpoints_in_a_bucket_count_as_progress(world):
     record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"}, run_dir="gs://b/run", max_failures=2)
     steps = world.path / "buckets" / "b" / "run" / "checkpoints"
-    world.trouble("training", {"code": 1}, times=3)
+    world.trouble("training", {"code": 134}, times=3)
     while record.state is None or record.state.phase != "succeeded":
         advance(record, target, QUICK)
         (steps / str(10 * record.attempt)).mkdir(parents=True, exist_ok=True)
