@@ -61,7 +61,7 @@ def test_the_same_command_is_the_same_job(world, capsys):
 
 
 def test_a_launcher_that_died_is_taken_over_by_the_same_command(world, capsys):
-    world.trouble("training", {"sleep": 2})
+    world.trouble("training", {"until": "go"})
     words = ("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     launcher = subprocess.Popen(
@@ -74,6 +74,7 @@ def test_a_launcher_that_died_is_taken_over_by_the_same_command(world, capsys):
     assert "another launcher looks after job" in capsys.readouterr().err
     launcher.kill()
     launcher.wait()
+    (world.path / "go").touch()
     assert clp(*words) == 0
     assert "going on with job" in capsys.readouterr().err
     assert len(world.runs) == 1 and phases(record())[-1] == "succeeded"

@@ -82,7 +82,7 @@ def test_a_killed_script_is_no_success_and_leaves_no_command(world):
 
 
 def test_a_job_outlives_its_launcher_and_is_found_again(world, tmp_path):
-    world.trouble("training", {"sleep": 3})
+    world.trouble("training", {"until": "go"})
     record, _ = world.record("local", {})
     program = (
         "import sys; from pathlib import Path; from clp_jax.launch.job import JobRecord; from clp_jax.launch.local import Local; "
@@ -95,6 +95,7 @@ def test_a_job_outlives_its_launcher_and_is_found_again(world, tmp_path):
     until(lambda: world.runs)
     launcher.kill()
     launcher.wait()
+    (world.path / "go").touch()
     again = JobRecord.load(record.path)
     assert world.run(again, find_target("local", {})).phase == "succeeded"
     assert len(world.runs) == 1 and again.attempt == 1

@@ -286,7 +286,7 @@ def test_one_line_about_a_job(record):
         ([None, 3], "failed", 3),
         ([75, 137], "failed", 137),
         ([75, 75], "failed", 75),
-        ([75, 1, 2], "failed", 2),
+        ([75, 134, 2], "failed", 2),
     ],
 )
 def test_the_exit_codes_of_all_workers_together(codes, phase, code):

@@ -1,6 +1,6 @@
 """Stands for training: says what it was given, saves checkpoints, and ends as the test's troubles say.
 
-A trouble ``training`` is what one process does: ``{"code": 3, "step": 10, "sleep": 60, "ignore_term": false}``.
+A trouble ``training`` is what one process does: ``{"code": 3, "step": 10, "sleep": 60, "until": "file"}``.
 """
 
 import json
@@ -32,5 +32,8 @@ if "step" in plan:
     (WORLD / "run" / "checkpoints" / str(plan["step"])).mkdir(parents=True, exist_ok=True)
 print(f"training {sys.argv[1:]}", flush=True)
 time.sleep(plan.get("sleep", 0))
+end = time.monotonic() + 120
+while "until" in plan and not (WORLD / plan["until"]).exists() and time.monotonic() < end:
+    time.sleep(0.02)
 print("the last line", flush=True)
 sys.exit(plan.get("code", 0))
