@@ -14,6 +14,7 @@ from rich.console import Console
 
 from clp_jax.compilation.analysis import Work, analyse
 from clp_jax.compilation.report import ProgramReport, Report
+from clp_jax.compilation.search import Findings, alternatives, explore
 from clp_jax.compilation.topology import Topology
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.partitioning import use_devices
@@ -33,6 +34,10 @@ def compile(  # noqa: A001
     model: T5Config | PaLMConfig | None = None,
     programs: Sequence[str] | None = None,
     output: str | os.PathLike | None = None,
+    search: bool = False,
+    layouts: Sequence[str] = ("sharding/fsdp.gin", "sharding/fsdp_tensor.gin"),
+    remats: Sequence[str] = ("minimal", "full"),
+    batches: Sequence[int] = (),
 ) -> Report:
     """Compiles a stage for TPUs and reports memory, exchanges and time, on a machine without one.
 
@@ -48,19 +53,27 @@ def compile(  # noqa: A001
         model: of the checkpoint that the stage begins with, where the stage has no model of its own.
         programs: of the stage, by name: update, and for reinforcement learning prefill and rollout; None compiles all.
         output: a file for the report, as JSON.
+        search: compiles every layout with every remat policy and batch size, and recommends the fastest that fits.
+        layouts: gin files to search.
+        remats: values of REMAT to search.
+        batches: values of BATCH_SIZE to search; by default half the stage's own, that, and twice that.
 
     Raises:
         ValueError: for an unknown topology or program, a mesh that does not fit, or a stage that can't be compiled so.
     """
-    where = Topology.parse(topology, num_slices)
+    where, console, data = Topology.parse(topology, num_slices), Console(width=140), DataShape(inputs, targets, model)
+    found: Report | Findings
     with use_devices(where.devices()):
-        job = Job.of(training())
-        report = job.report(where, DataShape(inputs, targets, model), programs)
-    report.show(Console(width=140))
+        if search:
+            trials = alternatives(training()["stage"].batch_size, layouts, remats, batches)
+            found = explore(trials, lambda *given: Job.of(training(*given)).report(where, data, programs), console)
+        else:
+            found = Job.of(training()).report(where, data, programs)
+    found.show(console)
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    return report
+        Path(output).write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    return found.best if isinstance(found, Findings) else found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,16 @@ from jax.sharding import Mesh
 from clp_jax.array_types import PyTree
 from clp_jax.compilation.chips import Chip
 from clp_jax.compilation.collectives import Layout
-from clp_jax.compilation.hlo import Instruction, Module
+from clp_jax.compilation.hlo import Instruction, Module, array_shapes, shape_bytes
 from clp_jax.compilation.report import Buffer, Exchange, Memory, ProgramReport
 from clp_jax.compilation.timeline import Clock, Timeline
 from clp_jax.compilation.topology import Topology
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_REFUSALS = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
 _ALLOCATION = re.compile(r"Size: ([\d.]+)([KMGT]?).*?(?:Operator: op_name=\"([^\"]*)\".*?)?Shape: ([^\n]*?)\{", re.S)
 # Listed in a report.
 LARGEST = 8
@@ -58,7 +61,7 @@ def analyse(lowered: jax.stages.Lowered, work: Work, topology: Topology, mesh: M
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or not _REFUSED.search(str(error)):
+        if "RESOURCE_EXHAUSTED" not in str(error) or _refusal(str(error)) is None:
             raise
         return _refused(str(error), work, topology, lowered, time.perf_counter() - start)
     took = time.perf_counter() - start
@@ -108,13 +111,17 @@ def _memory(stats: Any, chip: Chip) -> Memory:
 
 def _refused(message: str, work: Work, topology: Topology, lowered: jax.stages.Lowered, took: float) -> ProgramReport:
     """What the compiler's refusal says."""
-    match = _REFUSED.search(message)
+    match = _refusal(message)
     assert match is not None
     needed, limit = _size(match[1], match[2]), _size(match[3], match[4])
     arguments = _argument_bytes(lowered.in_avals, lowered.args_info)
     found = [Buffer(shape.strip(), _size(n, unit), name or "") for n, unit, name, shape in _ALLOCATION.findall(message)]
     report = _report(work, topology, Timeline(), Memory(arguments, 0, needed - arguments, 0, limit, needed), (), took)
     return dataclasses.replace(report, buffers=tuple(found[:LARGEST]), mfu=0.0, advice=_advice(arguments, limit))
+
+
+def _refusal(message: str) -> re.Match[str] | None:
+    return next((found for pattern in _REFUSALS if (found := pattern.search(message))), None)
 
 
 def _advice(arguments: int, limit: int) -> str:
@@ -151,7 +158,5 @@ def _largest(module: Module) -> tuple[Buffer, ...]:
 
 
 def _arrays(module: Module, line: Instruction) -> list[Buffer]:
-    from clp_jax.compilation.hlo import array_shapes, shape_bytes
-
     texts = [f"{kind}[{','.join(map(str, dims))}]" for kind, dims in array_shapes(line.shape)]
     return [Buffer(text, shape_bytes(text), module.source(line)) for text in texts]

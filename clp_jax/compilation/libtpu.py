@@ -4,7 +4,13 @@ import importlib.util
 import os
 from pathlib import Path
 
-_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # There is no chip that two processes could fight over.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 def settle(devices: Path = Path("/dev")) -> bool:
