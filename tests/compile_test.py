@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from clp_jax.compilation.topology import Topology
 from clp_jax.compile import Job
 from clp_jax.main import main
 from clp_jax.models.config import PaLMConfig, T5Config
@@ -69,8 +70,6 @@ def test_mistakes_are_one_line(words, message, capsys):
 def test_an_unknown_program_is_named():
     stage = Supervised(T5Config.t5_1_1(vocab_size=40, num_heads=2, **SIZES), "", batch_size=4)
     job = Job.of({"stage": stage, "optimizer": AdamW(Constant(1e-3)), "num_steps": 1})
-    from clp_jax.compilation.topology import Topology
-
     with pytest.raises(ValueError, match="names 'rollout': this stage has update"):
         job.report(Topology.parse("v5e:2x2"), DataShape(4, 4), ["rollout"])
 
