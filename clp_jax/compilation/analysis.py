@@ -5,6 +5,7 @@ import math
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,13 @@ class Work:
     trips: int = 1
 
 
-def analyse(lowered: jax.stages.Lowered, work: Work, topology: Topology, mesh: Mesh) -> ProgramReport:
+def analyse(
+    lowered: jax.stages.Lowered,
+    work: Work,
+    topology: Topology,
+    mesh: Mesh,
+    options: Mapping[str, Any] | None = None,
+) -> ProgramReport:
     """Compiles a program and says what it costs.
 
     Args:
@@ -56,13 +63,14 @@ def analyse(lowered: jax.stages.Lowered, work: Work, topology: Topology, mesh: M
         work: what it is for.
         topology: of the devices.
         mesh: of the devices.
+        options: of the compiler.
 
     Raises:
         jax.errors.JaxRuntimeError: when the compiler refuses for another reason than memory.
     """
     start = time.perf_counter()
     try:
-        compiled, text, alive = _compile(lowered)
+        compiled, text, alive = _compile(lowered, options or {})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or _refusal(str(error)) is None:
             raise
@@ -74,7 +82,7 @@ def analyse(lowered: jax.stages.Lowered, work: Work, topology: Topology, mesh: M
     return _report(work, topology, timeline, memory, _largest(module, alive), took)
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str, str]:
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[jax.stages.Compiled, str, str]:
     """The executable, and what the compiler itself writes: the program, and the arrays that are alive at the peak.
 
     jaxlib's own text of a program will not do: it need not know all that libtpu makes.
@@ -83,7 +91,7 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str, str
     jax.config.update("jax_enable_compilation_cache", False)  # What comes from there is not written again.
     try:
         with tempfile.TemporaryDirectory() as directory:
-            compiled = lowered.compile({"xla_dump_to": directory, "xla_dump_hlo_as_text": True})
+            compiled = lowered.compile({"xla_dump_to": directory, "xla_dump_hlo_as_text": True, **options})
             written = [next(Path(directory).glob(f"*{name}.txt")) for name in ("after_codegen", "live-range")]
             program, alive = (path.read_text("utf-8") for path in written)
             return compiled, program, alive

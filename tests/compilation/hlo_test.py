@@ -66,8 +66,23 @@ def test_an_instruction_has_its_operands_its_bytes_and_what_it_calls(module):
 
 
 def test_the_backend_says_cycles_and_iterations(module):
-    assert module.instructions["loop"].trips == 12 and module.instructions["loop"].cycles is None
-    assert module.instructions["fusion"].cycles == 4096 and module.instructions["fusion"].trips is None
+    assert module.trips(module.instructions["loop"]) == 12 and module.instructions["loop"].cycles is None
+    assert module.instructions["fusion"].cycles == 4096
+
+
+@pytest.mark.parametrize(
+    ("end", "trips"),
+    [
+        ("ROOT %c = pred[] compare(%arg.1, %n), direction=LT", 32),
+        ("ROOT %c = pred[] compare(%arg.1, %n), direction=NE", None),
+        ("%c = pred[] compare(%arg.1, %n), direction=LT\n  ROOT %d = pred[] and(%c, %arg.1)", None),
+    ],
+)
+def test_a_loop_that_only_counts_says_how_far(end, trips):
+    condition = f"%n = s32[]{{:T(128)}} constant(32)\n  {end}"
+    text = TEXT.replace("ROOT %less = pred[]{:T(512)} constant(true)", condition).replace("known_trip_count", "x")
+    found = Module.parse(text)
+    assert found.trips(found.instructions["loop"]) == trips
 
 
 def test_the_source_is_the_operation_and_the_innermost_line_of_this_package(module):
