@@ -39,6 +39,13 @@ Params: TypeAlias = dict[str, Any]
 # Metrics of one step: scalars, still on the device.
 Metrics: TypeAlias = dict[str, Array]
 
+
+def stand_in(shape: tuple[int, ...], dtype: Any) -> "Array":
+    """A shape in place of an array, where a program is compiled and not run."""
+    found: Any = jax.ShapeDtypeStruct(shape, dtype)
+    return found
+
+
 __all__ = [
     "Array",
     "ArrayLike",
@@ -53,4 +60,5 @@ __all__ = [
     "PyTree",
     "Shaped",
     "UInt32",
+    "stand_in",
 ]

@@ -10,9 +10,12 @@ import pytest
 
 from clp_jax.compilation.topology import Topology
 from clp_jax.compile import Job
+from clp_jax.compile import compile as compile_entry
+from clp_jax.gin_utils.configuration import configure
 from clp_jax.main import main
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
+from clp_jax.train import train as train_entry
 from clp_jax.training.optimizers import AdamW
 from clp_jax.training.schedules import Constant
 from clp_jax.training.stage import DataShape
@@ -80,3 +83,17 @@ def test_a_stage_without_a_model_says_so():
     palm = PaLMConfig(vocab_size=40, embed_dim=8, mlp_dim=16, num_heads=2, head_dim=4, num_layers=1)
     outline = Supervised(None, "", initial_checkpoint="run").outline(DataShape(4, 4, palm))
     assert outline.tokens_per_batch == 64 * 8
+
+
+def test_what_train_is_given_is_built_when_it_is_asked_for():
+    found = configure(
+        compile_entry, gin_files=FILES, arguments={"topology": "v5e:2x2"}, borrowed={"training": train_entry}
+    ).build()
+    assert found["topology"] == "v5e:2x2"
+    training = found["training"]()
+    # Directories that nobody gave are nothing to compile.
+    assert (training["run_dir"], training["stage"].data_dir) == ("", "")
+    assert training["stage"].batch_size == 64
+    again = found["training"](["sharding/fsdp_tensor.gin"], ["TENSOR=1", "BATCH_SIZE=8", "REMAT='full'"])
+    assert (again["stage"].batch_size, again["stage"].model.remat) == (8, "full")
+    assert again["rules"] != training["rules"]

@@ -87,7 +87,8 @@ def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[j
 
     jaxlib's own text of a program will not do: it need not know all that libtpu makes.
     """
-    cached = jax.config.jax_enable_compilation_cache
+    settings: Any = jax.config
+    cached = settings.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # What comes from there is not written again.
     try:
         with tempfile.TemporaryDirectory() as directory:

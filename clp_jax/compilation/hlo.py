@@ -151,7 +151,9 @@ class Module:
 
     def inside(self, instruction: Instruction) -> tuple[Instruction, ...]:
         """The instructions of what a fusion or an asynchronous start calls."""
-        name = instruction.called("calls") or instruction.called("to_apply") or instruction.called("called_computations")
+        name = (
+            instruction.called("calls") or instruction.called("to_apply") or instruction.called("called_computations")
+        )
         return self.computations.get(name or "", ())
 
 
@@ -226,7 +228,8 @@ def _frames(text: str) -> dict[int, str]:
         )
     }
     for number in frames:
-        chain, seen = [], number
+        chain: list[tuple[str, str]] = []
+        seen = number
         while seen in frames and len(chain) < 64:
             chain.append(places.get(frames[seen][0], ("", "0")))
             seen = frames[seen][1] if frames[seen][1] != seen else 0

@@ -203,9 +203,9 @@ class Clock:
             return 0.0 if line.opcode == "custom-call" or line.bytes < 2**20 else bound
         seconds = line.cycles / chip.clock
         multiplies = line.opcode in _PRODUCTS or any(inner.opcode in _PRODUCTS for inner in self._inside(line))
-        if not multiplies and moved / seconds > _BOUND_BY_MEMORY * chip.modelled_bandwidth:
-            return bound
-        return seconds
+        # What reads a part of its operands seems to move more than the memory can: the compiler knows better.
+        waits = _BOUND_BY_MEMORY * chip.modelled_bandwidth < moved / seconds <= chip.hbm_bandwidth
+        return bound if waits and not multiplies else seconds
 
     def _inside(self, line: Instruction) -> Iterator[Instruction]:
         """What a fusion or an asynchronous start runs, and what is called in it."""

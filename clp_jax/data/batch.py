@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from clp_jax.array_types import ArrayLike, Float, Int
+from clp_jax.array_types import ArrayLike, Float, Int, stand_in
 
 
 @jax.tree_util.register_dataclass
@@ -62,9 +62,9 @@ def abstract_batch(rows: int, inputs: int, targets: int) -> Batch:
     """
     ids, weight = jnp.dtype("int32"), jnp.dtype("float32")
     lengths = {name: inputs if name.startswith("input") else targets for name in Batch.__dataclass_fields__}
-    shapes = {name: jax.ShapeDtypeStruct((rows, length), ids) for name, length in lengths.items()}
+    shapes = {name: stand_in((rows, length), ids) for name, length in lengths.items()}
     shapes |= {
-        "loss_weights": jax.ShapeDtypeStruct((rows, targets), weight),
-        "example_ids": jax.ShapeDtypeStruct((rows,), ids),
+        "loss_weights": stand_in((rows, targets), weight),
+        "example_ids": stand_in((rows,), ids),
     }
     return Batch(**shapes)

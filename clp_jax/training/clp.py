@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.array_types import Params, PRNGKeyArray
+from clp_jax.array_types import Params, PRNGKeyArray, stand_in
 from clp_jax.data.manifest import Manifest
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
@@ -116,21 +116,19 @@ class ConditionalPolicy:
         }
         expanded_axes = conditioning.logical_axes(axes)
         rollout = ChunkRollout(self._worker(policy, conditioning), self.preferences, self.num_groups, self.num_chunks)
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        prompts = jax.ShapeDtypeStruct((self.batch_size // self.num_chunks, data.inputs), jnp.int32)
-        arguments = (params["policy"], reference, prompts, scalar, jax.ShapeDtypeStruct((), jnp.uint32), scalar)
+        scalar = stand_in((), jnp.int32)
+        prompts = stand_in((self.batch_size // self.num_chunks, data.inputs), jnp.int32)
+        arguments = (params["policy"], reference, prompts, scalar, stand_in((), jnp.uint32), scalar)
         argument_axes = (expanded_axes, axes, ("batch", None), None, None, None)
         chunk = jax.eval_shape(rollout, *arguments)
-        whole = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((self.num_chunks * x.shape[0], *x.shape[1:]), x.dtype), chunk
-        )
+        whole = jax.tree.map(lambda x: stand_in((self.num_chunks * x.shape[0], *x.shape[1:]), x.dtype), chunk)
         rows = self.batch_size * self.num_samples
         sizes = Sizes(self.batch_size, data.inputs, rows, self.max_length)
         part = Sizes(prompts.shape[0], data.inputs, rows // self.num_chunks, self.max_length)
         return Outline(
             params=params,
             frozen={"reference": reference},
-            batch=Experience(whole, jax.ShapeDtypeStruct((rows, len(names)), jnp.float32)),
+            batch=Experience(whole, stand_in((rows, len(names)), jnp.float32)),
             logical_axes={"policy": expanded_axes, "baseline": None},
             frozen_logical_axes={"reference": axes},
             loss_fn=self._loss(policy, conditioning, names),

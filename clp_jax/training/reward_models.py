@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, Params, PRNGKeyArray
+from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, Params, PRNGKeyArray, stand_in
 from clp_jax.data.batch import PromptBatch
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
@@ -126,7 +126,7 @@ class RewardModel:
         """See `clp_jax.training.stage.Stage`."""
         policy = Policy(ScorerConfig(trunk=self.trunk))
         rows, length = self.batch_size, data.inputs + data.targets
-        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        tokens = stand_in((rows, length), jnp.int32)
         return Outline(
             params=policy.abstract(),
             loss_fn=PairwiseLoss(policy, LOSSES[self.loss]),

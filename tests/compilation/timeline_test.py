@@ -94,6 +94,28 @@ def test_what_waits_for_memory_takes_the_memory_of_the_chip():
     close(found.slowest["c"], moved / CHIP.hbm_bandwidth)
 
 
+def test_what_reads_a_part_of_its_operands_takes_what_the_compiler_says():
+    stack = "bf16[32,4096,1024]{2,1,0}"
+    config = f'{{"window_config":{{"estimated_cycles":"{round(1e-5 * CHIP.clock)}"}}}}'
+    found = run(
+        f"  %q = {stack} broadcast()\n  %c = {SHAPE} fusion(%q), kind=kLoop, calls=%f, backend_config={config}\n"
+    )
+    close(found.slowest["c"], 1e-5)
+
+
+def test_an_exchange_on_the_sparse_cores_begins_when_it_gets_its_operands():
+    more = (
+        f"%called (x: {PART}) -> {SHAPE} {{\n  %x = {PART} parameter(0)\n"
+        f"  ROOT %g = {SHAPE} all-gather(%x), replica_groups=[1,4]<=[4], dimensions={{0}}\n}}\n\n"
+        f"%async (y: {PART}) -> {SHAPE} {{\n  %y = {PART} parameter(0)\n"
+        f'  ROOT %cc = {SHAPE} custom-call(%y), custom_call_target="x", called_computations={{%called}}\n}}\n\n'
+    )
+    begin = f"  %s = ((), ()) async-start(), calls=%async\n{work('early', 1e-3)}  %u = ((), ()) async-update(%s, %p)\n"
+    found = run(f"{begin}{work('late', 1e-5)}  %d = {SHAPE} async-done(%u)\n", more=more)
+    close(found.seconds, 1e-3 + GATHER)
+    close(found.traffic["all-gather", ("fsdp",)].exposed, GATHER - 1e-5)
+
+
 def test_a_fusion_that_scatters_a_reduction_counts_as_one():
     more = (
         f"%rs (x: {SHAPE}) -> {PART} {{\n  %x = {SHAPE} parameter(0)\n"
