@@ -100,7 +100,12 @@ class EntryPoint:
         prose, _, sections = docstring.partition("\nArgs:\n")
         summary, _, description = re.split(r"\n(?:Returns|Raises):", prose)[0].strip().partition("\n\n")
         texts = _argument_texts(sections)
-        arguments = [Argument(a.arg, a.annotation, None, texts.get(a.arg, ""), True) for a in node.args.args]
+        places = node.args.args
+        defaults = [*[None] * (len(places) - len(node.args.defaults)), *(ast.unparse(d) for d in node.args.defaults)]
+        arguments = [
+            Argument(a.arg, a.annotation, default, texts.get(a.arg, ""), True)
+            for a, default in zip(places, defaults, strict=True)
+        ]
         arguments += [
             Argument(a.arg, a.annotation, None if default is None else ast.unparse(default), texts.get(a.arg, ""))
             for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
@@ -204,7 +209,11 @@ def convert(text: str, argument: Argument) -> Any:
 def usage(command: str, entry: EntryPoint) -> str:
     """The help of a command."""
     lines = [f"clp {command}: {entry.summary}", ""]
-    places = [argument.name.upper() for argument in entry.arguments if argument.is_positional]
+    places = [
+        argument.name.upper() if argument.default is None else f"[{argument.name.upper()}]"
+        for argument in entry.arguments
+        if argument.is_positional
+    ]
     if places:
         lines += [f"usage: clp {command} {' '.join(places)} [--NAME=VALUE] ...", ""]
     if entry.description:

@@ -24,6 +24,7 @@ COMMANDS = {
     "sample": "clp_jax.sample.sample",
     "score": "clp_jax.score.score",
     "convert": "clp_jax.convert.convert",
+    "checkpoints": "clp_jax.checkpoints.checkpoints",
     "experiment": "clp_jax.experiment.experiment",
     "compile": "clp_jax.compile.compile",
 }

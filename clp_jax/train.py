@@ -10,7 +10,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from clp_jax.partitioning import Rules
-from clp_jax.training.checkpoints import Checkpoints, KeepBest
+from clp_jax.training.adafactor_slots import take_over
+from clp_jax.training.checkpoint_steps import KeepBest, Retention
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.learner import Learner
 from clp_jax.training.loop import Cadence, TrainLoop
 from clp_jax.training.metrics import MetricWriter, read_metrics
@@ -19,6 +21,7 @@ from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import RunDirectory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
+from clp_jax.training.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ def train(
     evaluate_every: int | None = None,
     checkpoint_every: int | None = None,
     keep_checkpoints: int = 2,
+    keep_every: int | None = None,
     keep_best: KeepBest | None = None,
     accumulation: int = 1,
     ema_decay: float | None = None,
@@ -68,6 +72,7 @@ def train(
         evaluate_every: steps between evaluations; None evaluates at the end.
         checkpoint_every: steps between checkpoints; None saves at the end, and when the process is asked to stop.
         keep_checkpoints: the last so many are kept.
+        keep_every: those whose step is a multiple of it are kept too; None keeps no others.
         keep_best: the best one is kept too, by this metric.
         accumulation: micro-batches of a batch, one after another.
         ema_decay: of a moving average of the parameters, which is then evaluated and served; None keeps none.
@@ -81,6 +86,7 @@ def train(
         NonFiniteLossError: when the loss is NaN or infinite.
         SystemExit: after a signal, with the code that shells give it, once the state is saved.
     """
+    retention = Retention(keep_checkpoints, keep_every, keep_best)
     cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
@@ -105,13 +111,9 @@ def train(
             ema_decay=ema_decay,
         )
         description = _describe(directory, setup)
-        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_checkpoints, keep_best))
-        start = checkpoints.latest_step() or 0
-        if start:
-            state, position = checkpoints.restore(learner.abstract_state(setup.params))
-            setup.source.restore(position)
-        else:
-            state = learner.init_state(setup.params, seed)
+        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
+        state = _first_state(checkpoints, learner, setup, seed)
+        start = int(state.step)
         name = str(description["stage"])
         writer = stack.enter_context(MetricWriter(directory, name, start))
         progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch))
@@ -135,6 +137,21 @@ def train(
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
         raise SystemExit(128 + stop.received)
     return _say_held_out(name, _result(directory, step))
+
+
+def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:
+    """The newest intact checkpoint's, or a new one."""
+    if checkpoints.latest_step() is not None:
+        state, position = checkpoints.restore(learner.abstract_state(setup.params))
+        setup.source.restore(position)
+        return state
+    fresh = learner.init_state(setup.params, seed)
+    if setup.slots is None:
+        return fresh
+    state = take_over(fresh, setup.slots)
+    taken = "are left: the optimizer is another" if state is fresh else "are gone on from"
+    _say(f"the {setup.slots.count} updates of the initial checkpoint's Adafactor {taken}.")
+    return state
 
 
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:

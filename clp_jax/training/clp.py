@@ -43,7 +43,10 @@ from clp_jax.training.experience import ChunkRollout, Experience, ExperienceSour
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
 from clp_jax.training.stage import DataShape, Outline, Program, StageSetup, inherited
+from clp_jax.training.transfer import Transfer
 
+# To a trained policy: the value baseline, which is of all rewards together, is learned anew.
+ADD_COMPONENTS = Transfer({"baseline/.*": None}, init=("baseline/.*",), grow=("policy/.*",))
 _STATISTICS_KEY = 2**31  # Tells the statistics' samples from those of the steps.
 
 
@@ -53,6 +56,9 @@ class ConditionalPolicy:
 
     Attributes:
         initial_checkpoint: run directory of the supervised policy: where every component starts, and the frozen reference.
+        initial_policy: a run of this stage whose components it starts from; its rewards are the first of `rewards`, and those
+            that are new get components of their own. None starts every component from the supervised policy.
+        transfer: which parameters of the initial policy go where.
         data_dir: prepared prompts and reference completions.
         rewards: reward functions; ``K`` is the number of their names.
         preferences: sampler of ``K`` weights and a KL weight; drawn once for each group of prompts.
@@ -78,6 +84,8 @@ class ConditionalPolicy:
     num_chunks: int = 2
     max_length: int = 32
     statistics_prompts: int = 512
+    initial_policy: str | None = None
+    transfer: Transfer = ADD_COMPONENTS
 
     def __post_init__(self):
         for name in ("batch_size", "num_samples", "num_groups", "num_chunks", "max_length", "statistics_prompts"):
@@ -108,7 +116,7 @@ class ConditionalPolicy:
         if isinstance(self.conditioning, WrittenPreference):
             raise ValueError("preferences written into prompts need a vocabulary, and data, to be compiled.")
         policy, conditioning = Policy(data.model), self.conditioning
-        _check_experts(policy, self.max_length)
+        _check_experts(policy, self.batch_size * self.num_samples, self.max_length)
         reference, axes = policy.abstract(), policy.logical_axes()
         params = {
             "policy": jax.eval_shape(conditioning.expand, reference),
@@ -170,7 +178,7 @@ class ConditionalPolicy:
         if alpha is not None:
             check_alpha(self.conditioning, alpha.low if isinstance(alpha, AlphaRange) else alpha)
         policy = Policy(from_json(description["model"]))
-        _check_experts(policy, self.max_length)
+        _check_experts(policy, self.batch_size * self.num_samples, self.max_length)
         vocabulary = Vocabulary.load(self.data_dir)
         _check_vocabulary(self, vocabulary, description)
         conditioning = self.conditioning
@@ -182,6 +190,8 @@ class ConditionalPolicy:
             "policy": conditioning.expand(reference),
             "baseline": self._baseline(policy, seed, names),
         }
+        if self.initial_policy is not None:
+            params = self._from_policy(params, self.initial_policy, description, names)
         manifest = Manifest.load(self.data_dir)
         own = {
             "stage": "clp",
@@ -230,6 +240,21 @@ class ConditionalPolicy:
             num_samples=self.num_samples,
             num_groups=max(1, self.num_groups // self.num_chunks),
         )
+
+    def _from_policy(self, fresh: Params, path: str, description: dict[str, Any], names: tuple[str, ...]) -> Params:
+        """The initial policy's parameters, with fresh ones for the rewards that it did not know."""
+        stored, theirs, step = load_params(path)
+        if theirs.get("stage") != "clp" or theirs["model"] != description["model"]:
+            raise ValueError(f"initial_policy {path} is no run of this stage with the supervised policy's model.")
+        known = tuple(theirs["rewards"])
+        if names[: len(known)] != known:
+            raise ValueError(
+                f"initial_policy {path} was trained with the rewards {', '.join(known)}: they must come first, in that order, "
+                f"but the rewards are {', '.join(names)}."
+            )
+        params, account = self.transfer(stored, jax.eval_shape(lambda: fresh), lambda: fresh)
+        account.report(path, step)
+        return params
 
     def _data(self, seed: int, batch_size: int, pad_id: int) -> DataSource:
         return DataSource(
@@ -320,16 +345,17 @@ def _check_objectives(stage: ConditionalPolicy, names: tuple[str, ...]) -> None:
         )
 
 
-def _check_experts(policy: Policy, max_length: int) -> None:
+def _check_experts(policy: Policy, rows: int, max_length: int) -> None:
     """Decoding routes one token of a row at a time, scoring all of them: both are one policy if no token is dropped."""
     moe = policy.config.moe
     router = None if moe is None or moe.dense else moe.decoder_router or moe.router
     if moe is None or not isinstance(router, TokenChoice):
         return
-    room = router.capacity(max_length, moe.num_experts, training=False)
-    if room < max_length:
+    size = router.group_size(rows, max_length)
+    room = int(router.capacities(size, moe.num_experts, training=False)[-1])
+    if room < size:
         raise ValueError(
-            f"the decoder's experts have room for {room} of {max_length} tokens: sampling would drop none of those that "
+            f"the decoder's experts have room for {room} of {size} tokens: sampling would drop none of those that "
             "scoring drops, and the policy gradient would be of another policy. Use a Dropless router, or an eval_capacity of "
             f"at least the number of experts, {moe.num_experts}."
         )
