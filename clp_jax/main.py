@@ -12,6 +12,7 @@ from typing import Any
 
 from clp_jax import __version__, processes
 from clp_jax.command_line import SPANNING, EntryPoint, Invocation, parse, usage
+from clp_jax.compilation import libtpu
 from clp_jax.gin_utils.files import ConfigError, Header, SearchPath, all_files, bindings, read_file, suggest
 
 # In the order they are used.
@@ -25,7 +26,11 @@ COMMANDS = {
     "convert": "clp_jax.convert.convert",
     "checkpoints": "clp_jax.checkpoints.checkpoints",
     "experiment": "clp_jax.experiment.experiment",
+    "compile": "clp_jax.compile.compile",
 }
+
+# Arguments of commands that stand for another command, configured by the same files.
+BORROWED = {"compile": {"training": "train"}}
 
 PACKAGE = "clp_jax"
 
@@ -90,6 +95,7 @@ def _run(command: str, words: Sequence[str]) -> int:
     # Modules next to the user's own gin files: rewards, tasks.
     sys.path.append(os.getcwd())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    libtpu.settle()
     # A command that runs again, or goes on, finds its programs compiled.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/clp_jax").expanduser()))
     from clp_jax.gin_utils.configuration import configure
@@ -100,13 +106,13 @@ def _run(command: str, words: Sequence[str]) -> int:
         others = processes.find_processes(invocation.processes, os.environ)
         if others is not None:
             processes.start(others)
-    function = getattr(importlib.import_module(entry.module), entry.function)
     configuration = configure(
-        function,
+        _function(command),
         gin_files=invocation.gin_files,
         gin_bindings=invocation.gin_bindings,
         search_paths=invocation.search_paths,
         arguments=invocation.arguments,
+        borrowed={name: _function(other) for name, other in BORROWED.get(command, {}).items()},
     )
     if "print_config" in invocation.switches:
         print(configuration.text, end="")
@@ -114,8 +120,13 @@ def _run(command: str, words: Sequence[str]) -> int:
     arguments: dict[str, Any] = configuration.build()
     if entry.takes_config_text:
         arguments["config_text"] = configuration.text
-    function(**arguments)
+    _function(command)(**arguments)
     return 0
+
+
+def _function(command: str) -> Any:
+    module, name = COMMANDS[command].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
 
 
 def _entry_point(command: str) -> EntryPoint | None:

@@ -101,7 +101,7 @@ def make_mesh(
         data: data-parallel replicas; -1 takes the devices that the other axes leave.
         fsdp: shards of parameters and optimizer state over data-parallel replicas.
         tensor: tensor-parallel shards.
-        devices: all devices by default.
+        devices: all devices by default, or those of `use_devices`.
         **other: sizes of the other mesh axes, by name.
 
     Raises:
@@ -112,7 +112,7 @@ def make_mesh(
         if name not in sizes:
             raise ValueError(f"make_mesh: unknown axis {name!r}{_nearest(name, MESH_AXES)}.")
         sizes[name] = size
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list((_devices.get() or jax.devices()) if devices is None else devices)
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
@@ -122,6 +122,19 @@ def make_mesh(
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes[name] for name in MESH_AXES)
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+_devices: contextvars.ContextVar[Sequence[jax.Device] | None] = contextvars.ContextVar("clp_jax_devices", default=None)
+
+
+@contextlib.contextmanager
+def use_devices(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Makes meshes of these devices inside the context: those of another machine, to compile for it."""
+    token = _devices.set(devices)
+    try:
+        yield
+    finally:
+        _devices.reset(token)
 
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("clp_jax_mesh", default=None)

@@ -6,7 +6,9 @@ lanes, as it is kept, sums over keys run along sublanes, and only a key's positi
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +153,7 @@ def _attend_forward(plan: _Plan, query, key, value, table, queries, keys):
         outputs=[(query.dtype, "query"), (jnp.float32, "log_z")],
         scratch=[(1, plan.rows), (1, plan.rows), (query.shape[-1], plan.rows)],
         extents=extents,
+        products=2,
     )
     return out, (query, key, value, table, queries, keys, extents, out, log_z)
 
@@ -172,6 +175,7 @@ def _attend_backward(plan: _Plan, saved, gradient):
         outputs=[(query.dtype, "query"), *buckets],
         scratch=[(plan.rows, size)],
         extents=extents,
+        products=3,
     )
     to_key, to_value = by_key.run(
         _key_kernel,
@@ -179,6 +183,7 @@ def _attend_backward(plan: _Plan, saved, gradient):
         outputs=[(key.dtype, "key"), (value.dtype, "key")],
         scratch=[(plan.columns, size), (plan.columns, size)],
         extents=extents,
+        products=4,
     )
     if plan.pattern.buckets is not None:
         total = to_table[0].sum(axis=0)[:, 0, : plan.pattern.buckets.num_buckets].reshape(-1)
@@ -302,8 +307,26 @@ class _Pass:
             "buckets": (batch, heads, 1, self.bucket_lanes),
         }[kind]
 
-    def run(self, kernel, *, inputs, outputs, scratch, extents) -> Sequence[Array]:
-        """Runs a kernel over the grid; an input that is None reaches it as None."""
+    def cost(self, products: int, arrays: Sequence[Any]) -> pl.CostEstimate:
+        """What the compiler is told of a kernel: it sees no further than its arrays.
+
+        Args:
+            products: matrix products of a block of queries and a block of keys.
+            arrays: all it reads and writes, as far as they have shapes.
+        """
+        batch, heads, length, size = self.query_shape
+        keys, pattern = self.key_shape[2], self.plan.pattern
+        seen = float(keys)
+        if pattern.causal and length == keys:  # Blocks on the diagonal are computed whole.
+            seen = (keys + self.plan.columns) / 2
+        if pattern.window is not None:
+            seen = min(seen, pattern.window + self.plan.columns)
+        pairs = int(batch * heads * length * min(seen, keys))
+        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+        return pl.CostEstimate(flops=2 * products * pairs * size, transcendentals=pairs, bytes_accessed=moved)
+
+    def run(self, kernel, *, inputs, outputs, scratch, extents, products) -> Sequence[Array]:
+        """Runs a kernel of so many products over the grid; an input that is None reaches it as None."""
 
         def body(*refs):
             ids = [pl.program_id(axis) for axis in range(4)]
@@ -315,6 +338,7 @@ class _Pass:
             kernel(self.plan, step, met, read, list(given))
 
         present = [(x, kind) for x, kind in inputs if x is not None]
+        made = [jax.ShapeDtypeStruct(self.shape(kind), dtype) for dtype, kind in outputs]
         return pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -324,7 +348,8 @@ class _Pass:
                 out_specs=[self.spec(kind) for _, kind in outputs],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
-            out_shape=[jax.ShapeDtypeStruct(self.shape(kind), dtype) for dtype, kind in outputs],
+            out_shape=made,
+            cost_estimate=self.cost(products, [*(x for x, _ in present), *made]),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
             ),
