@@ -7,6 +7,7 @@ lanes, as it is kept, sums over keys run along sublanes, and only a key's positi
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from clp_jax.array_types import Array, Bool, Float, Int
-from clp_jax.nn.attention_blockwise import FLOOR, pad_places
+from clp_jax.nn.attention_blockwise import FLOOR, Part, pad_places
 from clp_jax.nn.attention_reference import MASKED, cap_logits, check_bias, check_heads, scale_query
 from clp_jax.nn.position import relative_position_bucket
-from clp_jax.nn.visibility import Pattern, Places
+from clp_jax.nn.visibility import Pattern, Places, block_extents, may_meet
 from clp_jax.partitioning import activation_sharding
 
 BLOCK = 512
 LANES = 128
 SUBLANES = 8
-_FAR = 2**30
 
 
 def pallas_attention(
@@ -95,20 +95,9 @@ def pallas_attention(
 
 def _attend_padded(query, key, value, table, pattern, queries, keys, blocks, *, interpret) -> Float[Array, "B T N H"]:
     """Fills sequences up to whole blocks; what is added is padding."""
-    length = query.shape[1]
-    rows, columns = (min(block, _up(size, LANES)) for block, size in zip(blocks, (length, key.shape[2]), strict=True))
-    more, more_keys = _up(length, rows) - length, _up(key.shape[2], columns) - key.shape[2]
-    padding = ((0, 0), (0, 0), (0, more_keys), (0, 0))
-    plan = _Plan(pattern, rows, columns, query.shape[2] // key.shape[1], interpret)
-    out = _attend(
-        plan,
-        jnp.pad(jnp.swapaxes(scale_query(query, pattern), 1, 2), ((0, 0), (0, 0), (0, more), (0, 0))),
-        jnp.pad(key, padding),
-        jnp.pad(value, padding),
-        None if table is None else table.astype(jnp.float32).reshape(-1),
-        *_lay_out(pad_places(queries, more), pad_places(keys, more_keys)),
-    )
-    return jnp.swapaxes(out[:, :, :length], 1, 2)
+    heads_first = jnp.swapaxes(scale_query(query, pattern), 1, 2)
+    plan, arrays = _padded_part(Part(heads_first, key, value, table, queries, keys, pattern), blocks, interpret)
+    return jnp.swapaxes(_attend(plan, *arrays)[:, :, : query.shape[1]], 1, 2)
 
 
 def _up(size: int, multiple: int) -> int:
@@ -137,56 +126,119 @@ class _Plan:
     interpret: bool
 
 
+def pallas_part(part: Part, *, interpret: bool = False) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+    """See `clp_jax.nn.attention_blockwise.blockwise_part`."""
+    plan, arrays = _padded_part(part, (BLOCK, BLOCK), interpret)
+    out, log_z = _forward(plan, *arrays, dtype=jnp.float32)
+    length = part.query.shape[2]
+    return out[:, :, :length], log_z[:, :, 0, :length]
+
+
+def pallas_part_gradients(
+    part: Part,
+    gradient: Float[Array, "B N T H"],
+    log_z: Float[Array, "B N T"],
+    common: Float[Array, "B N T"],
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array, Array | None]:
+    """See `clp_jax.nn.attention_blockwise.blockwise_part_gradients`."""
+    plan, arrays = _padded_part(part, (BLOCK, BLOCK), interpret)
+    length, keys_length = part.query.shape[2], part.key.shape[2]
+    more = arrays[0].shape[2] - length
+
+    def pad(x: Array, fill: float = 0.0) -> Array:
+        widths = [(0, more if axis == 2 else 0) for axis in range(x.ndim)]
+        return jnp.pad(x, widths, constant_values=fill)
+
+    rows = (pad(gradient), pad(log_z, FLOOR)[:, :, None], pad(common)[:, :, None])
+    to_query, to_key, to_value, to_table = _backward(plan, arrays, *rows, wide=True)
+    if part.table is not None and to_table is not None:
+        to_table = to_table.reshape(part.table.shape)
+    return to_query[:, :, :length], to_key[:, :, :keys_length], to_value[:, :, :keys_length], to_table
+
+
+def _padded_part(part: Part, blocks: tuple[int, int], interpret: bool) -> tuple[_Plan, tuple[Any, ...]]:
+    """The plan of a part, and its arrays filled up to whole blocks."""
+    query, key = part.query, part.key
+    sizes = query.shape[2], key.shape[2]
+    rows, columns = (min(block, _up(size, LANES)) for block, size in zip(blocks, sizes, strict=True))
+    more, more_keys = _up(query.shape[2], rows) - query.shape[2], _up(key.shape[2], columns) - key.shape[2]
+    padding = ((0, 0), (0, 0), (0, more_keys), (0, 0))
+    plan = _Plan(part.pattern, rows, columns, query.shape[1] // key.shape[1], interpret)
+    return plan, (
+        jnp.pad(query, ((0, 0), (0, 0), (0, more), (0, 0))),
+        jnp.pad(key, padding),
+        jnp.pad(part.value, padding),
+        None if part.table is None else part.table.astype(jnp.float32).reshape(-1),
+        *_lay_out(pad_places(part.queries, more), pad_places(part.keys, more_keys)),
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: _Plan, query, key, value, table, queries, keys) -> Float[Array, "B N T H"]:
     return _attend_forward(plan, query, key, value, table, queries, keys)[0]
 
 
 def _attend_forward(plan: _Plan, query, key, value, table, queries, keys):
-    forward = _Pass(plan, query.shape, key.shape, queries.shape[0], by_key=False)
-    extents = _extents(queries, plan.rows), _extents(keys, plan.columns)
-    out, log_z = forward.run(
-        _forward_kernel,
-        inputs=[(query, "query"), (key, "key"), (value, "key"), (queries, "at"), (keys, "key_at"), (table, "table")],
-        outputs=[(query.dtype, "query"), (jnp.float32, "log_z")],
-        scratch=[(1, plan.rows), (1, plan.rows), (query.shape[-1], plan.rows)],
-        extents=extents,
-    )
-    return out, (query, key, value, table, queries, keys, extents, out, log_z)
+    out, log_z = _forward(plan, query, key, value, table, queries, keys, dtype=query.dtype)
+    return out, (query, key, value, table, queries, keys, out, log_z)
 
 
 def _attend_backward(plan: _Plan, saved, gradient):
-    query, key, value, table, queries, keys, extents, out, log_z = saved
+    *inputs, out, log_z = saved
+    common = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
+    return (*_backward(plan, inputs, gradient, log_z, common, wide=False), None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(plan: _Plan, query, key, value, table, queries, keys, *, dtype) -> tuple[Array, Array]:
+    """The output in `dtype`, and the logarithm of each query's normaliser, ``float32[B, N, 1, T]``."""
+    out, log_z = _Pass(plan, query.shape, key.shape, queries.shape[0], by_key=False).run(
+        _forward_kernel,
+        inputs=[(query, "query"), (key, "key"), (value, "key"), (queries, "at"), (keys, "key_at"), (table, "table")],
+        outputs=[(dtype, "query"), (jnp.float32, "log_z")],
+        scratch=[(1, plan.rows), (1, plan.rows), (query.shape[-1], plan.rows)],
+        extents=(_extents(queries, plan.rows), _extents(keys, plan.columns)),
+    )
+    return out, log_z
+
+
+def _backward(
+    plan: _Plan, arrays: Sequence[Any], gradient, log_z, common, *, wide: bool
+) -> tuple[Array, Array, Array, Array | None]:
+    """Gradients of queries, keys, values and table, in the types of these, or `wide` in float32."""
+    query, key, value, table, queries, keys = arrays
     by_query = _Pass(plan, query.shape, key.shape, queries.shape[0], by_key=False)
     by_key = dataclasses.replace(by_query, by_key=True)
-    common = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
+    extents = _extents(queries, plan.rows), _extents(keys, plan.columns)
     inputs = [
         (query, "query"), (key, "key"), (value, "key"), (queries, "at"), (keys, "key_at"), (table, "table"),
         (gradient, "query"), (log_z, "log_z"), (common, "log_z"),
     ]  # fmt: skip
+    types = [jnp.float32 if wide else x.dtype for x in (query, key, value)]
     size = query.shape[-1]
     buckets = () if table is None else ((jnp.float32, "buckets"),)
     to_query, *to_table = by_query.run(
         _query_kernel,
         inputs=inputs,
-        outputs=[(query.dtype, "query"), *buckets],
+        outputs=[(types[0], "query"), *buckets],
         scratch=[(plan.rows, size)],
         extents=extents,
     )
     to_key, to_value = by_key.run(
         _key_kernel,
         inputs=inputs,
-        outputs=[(key.dtype, "key"), (value.dtype, "key")],
+        outputs=[(types[1], "key"), (types[2], "key")],
         scratch=[(plan.columns, size), (plan.columns, size)],
         extents=extents,
     )
-    if plan.pattern.buckets is not None:
-        total = to_table[0].sum(axis=0)[:, 0, : plan.pattern.buckets.num_buckets].reshape(-1)
-        return to_query, to_key, to_value, total, None, None
-    return to_query, to_key, to_value, None, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    if plan.pattern.buckets is None:
+        return to_query, to_key, to_value, None
+    total = to_table[0].sum(axis=0)[:, 0, : plan.pattern.buckets.num_buckets].reshape(-1)
+    return to_query, to_key, to_value, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,17 +292,9 @@ class _Pass:
         """Whether a query of the block may see a key of the block, by the extents of their places."""
         rows, columns = self.blocks
         example = example if self.leading > 1 else 0
-        first, last, lowest, highest = (extents[0][4 * (example * rows + row) + i] for i in range(4))
-        key_first, key_last, key_lowest, key_highest = (
-            extents[1][4 * (example * columns + column) + i] for i in range(4)
-        )
-        pattern = self.plan.pattern
-        met = (lowest <= key_highest) & (key_lowest <= highest)
-        if pattern.causal:
-            met = met & (key_first <= last)
-        if pattern.window is not None:
-            met = met & (key_first - last < pattern.window) & (first - key_last < pattern.window)
-        return met
+        query = [extents[0][4 * (example * rows + row) + i] for i in range(4)]
+        key = [extents[1][4 * (example * columns + column) + i] for i in range(4)]
+        return may_meet(self.plan.pattern, query, key)
 
     def spec(self, kind: str) -> pl.BlockSpec:
         """What a step holds of an array of this kind."""
@@ -333,16 +377,8 @@ class _Pass:
 
 
 def _extents(places: Int[Array, "b 8 T"], size: int) -> Int[Array, "numbers"]:
-    """Of each block the least and largest position and segment, padding left out, one after another."""
-    at, of = (places[:, i].reshape(places.shape[0], -1, size) for i in range(2))
-    some = of > 0
-    numbers = (
-        jnp.where(some, at, _FAR).min(-1),
-        jnp.where(some, at, -_FAR).max(-1),
-        jnp.where(some, of, _FAR).min(-1),
-        of.max(-1),
-    )
-    return jnp.stack(numbers, axis=-1).reshape(-1)
+    """Of each block the four numbers, one after another."""
+    return block_extents(Places(places[:, 0], places[:, 1]), size).reshape(-1)
 
 
 def _product(x: Float[Array, "..."], y: Float[Array, "..."], over: tuple[int, int]) -> Float[Array, "..."]:
@@ -402,7 +438,7 @@ def _forward_kernel(plan: _Plan, step: _Step, met, inputs, results) -> None:
         some = total[...] > 0
         norm = jnp.where(some, total[...], 1)
         out[...] = jnp.transpose(summed[...] / norm).astype(out.dtype)
-        log_z[...] = jnp.where(some, largest[...] + jnp.log(norm), 0)
+        log_z[...] = jnp.where(some, largest[...] + jnp.log(norm), FLOOR)
 
 
 def _weights(plan: _Plan, step: _Step, inputs):

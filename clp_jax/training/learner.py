@@ -100,7 +100,8 @@ class Learner:
 
     def place_frozen(self, frozen: PyTree) -> PyTree:
         """The frozen tree on the mesh, by its logical axes."""
-        return jax.device_put(frozen, tree_shardings(full_axes(self._frozen_axes, frozen), self._mesh, self._rules))
+        axes = full_axes(self._frozen_axes, frozen)
+        return jax.device_put(frozen, tree_shardings(axes, self._mesh, self._rules, frozen))
 
     def place_batch(self, batch: PyTree) -> PyTree:
         """A batch on the mesh, its examples spread over the data-parallel devices.
@@ -211,7 +212,9 @@ class Learner:
                 # A factored slot keeps the rank of its parameter: a dimension that was summed out has size 1.
                 same_rank = slot.ndim == parameter.ndim
                 kept = [n if same_rank and slot.shape[i] == parameter.shape[i] else None for i, n in enumerate(names)]
-                return named_sharding(kept if same_rank else (), self._mesh, self._rules)
+                return named_sharding(
+                    kept if same_rank else (), self._mesh, self._rules, slot.shape if same_rank else ()
+                )
 
             return jax.tree.map(one, state.params, tree, axes)
 

@@ -16,10 +16,10 @@ from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.models.language_model import routing_loss
+from clp_jax.models.layer import fold
 from clp_jax.models.layout import upcycled
 from clp_jax.models.policy import Policy, check_parameters
 from clp_jax.models.serialization import from_json, to_json
-from clp_jax.models.transformer import fold
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.checkpoints import load_params
