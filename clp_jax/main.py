@@ -24,7 +24,11 @@ COMMANDS = {
     "score": "clp_jax.score.score",
     "convert": "clp_jax.convert.convert",
     "experiment": "clp_jax.experiment.experiment",
+    "compile": "clp_jax.compile.compile",
 }
+
+# Arguments of commands that stand for another command, configured by the same files.
+BORROWED = {"compile": {"training": "train"}}
 
 PACKAGE = "clp_jax"
 
@@ -87,13 +91,13 @@ def _run(command: str, words: Sequence[str]) -> int:
 
     for name in invocation.gin_files:
         read_file(name, SearchPath(invocation.search_paths))  # Finds slips before JAX is imported.
-    function = getattr(importlib.import_module(entry.module), entry.function)
     configuration = configure(
-        function,
+        _function(command),
         gin_files=invocation.gin_files,
         gin_bindings=invocation.gin_bindings,
         search_paths=invocation.search_paths,
         arguments=invocation.arguments,
+        borrowed={name: _function(other) for name, other in BORROWED.get(command, {}).items()},
     )
     if "print_config" in invocation.switches:
         print(configuration.text, end="")
@@ -101,8 +105,13 @@ def _run(command: str, words: Sequence[str]) -> int:
     arguments: dict[str, Any] = configuration.build()
     if entry.takes_config_text:
         arguments["config_text"] = configuration.text
-    function(**arguments)
+    _function(command)(**arguments)
     return 0
+
+
+def _function(command: str) -> Any:
+    module, name = COMMANDS[command].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
 
 
 def _entry_point(command: str) -> EntryPoint | None:

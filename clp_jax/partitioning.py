@@ -118,7 +118,7 @@ def make_mesh(
         fsdp: shards of parameters and optimizer state over data-parallel replicas.
         tensor: tensor-parallel shards.
         num_devices: takes the first so many devices; None takes all.
-        devices: all devices by default.
+        devices: all devices by default, or those of `use_devices`.
         **other: sizes of the other mesh axes, by name.
 
     Raises:
@@ -133,7 +133,7 @@ def make_mesh(
     for name, size in sizes.items():
         if size != -1 and size < 1:
             raise ValueError(f"make_mesh({given}): {name} is {size}: expected at least 1, or -1 for what is left.")
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list((_devices.get() or jax.devices()) if devices is None else devices)
     if num_devices is not None:
         if not 1 <= num_devices <= len(devices):
             raise ValueError(f"make_mesh: num_devices is {num_devices}: expected 1 to {len(devices)}, as there are.")
@@ -170,6 +170,19 @@ def _arranged(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np.nda
         return arrange(False)
     except NotImplementedError:  # An axis of the mesh is no product of whole axes of the torus.
         return arrange(True)
+
+
+_devices: contextvars.ContextVar[Sequence[jax.Device] | None] = contextvars.ContextVar("clp_jax_devices", default=None)
+
+
+@contextlib.contextmanager
+def use_devices(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Makes meshes of these devices inside the context: those of another machine, to compile for it."""
+    token = _devices.set(devices)
+    try:
+        yield
+    finally:
+        _devices.reset(token)
 
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("clp_jax_mesh", default=None)

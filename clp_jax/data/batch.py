@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from clp_jax.array_types import ArrayLike, Float, Int
 
@@ -49,3 +50,21 @@ class PromptBatch:
     inputs: Int[ArrayLike, "B S"]
     targets: Int[ArrayLike, "B T"]
     example_ids: Int[ArrayLike, "B"]
+
+
+def abstract_batch(rows: int, inputs: int, targets: int) -> Batch:
+    """The shapes and types of a `Batch`.
+
+    Args:
+        rows: ``B``.
+        inputs: ``S``.
+        targets: ``T``.
+    """
+    ids, weight = jnp.dtype("int32"), jnp.dtype("float32")
+    lengths = {name: inputs if name.startswith("input") else targets for name in Batch.__dataclass_fields__}
+    shapes = {name: jax.ShapeDtypeStruct((rows, length), ids) for name, length in lengths.items()}
+    shapes |= {
+        "loss_weights": jax.ShapeDtypeStruct((rows, targets), weight),
+        "example_ids": jax.ShapeDtypeStruct((rows,), ids),
+    }
+    return Batch(**shapes)

@@ -112,17 +112,12 @@ class RolloutWorker:
         Raises:
             ValueError: when the batch does not divide into the groups.
         """
-        batch = inputs.shape[0]
-        if batch % self.num_groups:
-            raise ValueError(f"a batch of {batch} prompts does not divide into {self.num_groups} preference groups.")
-        rows = batch // self.num_groups
-        per_prompt = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), preference)
-        keys = row_keys(key, batch * self.num_samples)
+        per_prompt = self._per_prompt(inputs, preference)
+        keys = row_keys(key, inputs.shape[0] * self.num_samples)
 
         def one_group(inputs, preference, keys, params, reference) -> Completions:
-            model = self.policy.bind(self.conditioning.mix(params, reference, preference[0]))
-            inputs = self.conditioning.condition_inputs(inputs, preference)
-            return generate(CachedDecoder(model), inputs, keys=keys, config=self.config, num_samples=self.num_samples)
+            decoder, inputs = self._decoder(params, reference, inputs, preference)
+            return generate(decoder, inputs, keys=keys, config=self.config, num_samples=self.num_samples)
 
         out = over_groups(one_group, self.num_groups, (inputs, per_prompt, keys), params, reference)
         reference_log_probs = score(self.policy.bind(reference), inputs, out.tokens)
@@ -134,3 +129,34 @@ class RolloutWorker:
             reference_log_probs=reference_log_probs,
             preference=jax.tree.map(lambda x: jnp.repeat(x, self.num_samples, axis=0), per_prompt),
         )
+
+    def prefill(self, params: Params, reference: Params, inputs: Int[Array, "B S"], preference: Preference) -> Any:
+        """What a rollout does before its first token: mixes the policy, reads the prompts and fills the cache.
+
+        Args:
+            params: as for a rollout.
+            reference: likewise.
+            inputs: likewise.
+            preference: likewise.
+
+        Returns:
+            The first tokens and the decoder's state, for each group.
+        """
+
+        def one_group(inputs, preference, params, reference) -> Any:
+            decoder, inputs = self._decoder(params, reference, inputs, preference)
+            return decoder.start(inputs, self.config.max_length, self.num_samples)
+
+        mapped = (inputs, self._per_prompt(inputs, preference))
+        return over_groups(one_group, self.num_groups, mapped, params, reference)
+
+    def _decoder(self, params: Params, reference: Params, inputs: Array, preference: Preference) -> Any:
+        """The policy at a group's preference, and the prompts as it reads them."""
+        model = self.policy.bind(self.conditioning.mix(params, reference, preference[0]))
+        return CachedDecoder(model), self.conditioning.condition_inputs(inputs, preference)
+
+    def _per_prompt(self, inputs: Array, preference: Preference) -> Preference:
+        batch = inputs.shape[0]
+        if batch % self.num_groups:
+            raise ValueError(f"a batch of {batch} prompts does not divide into {self.num_groups} preference groups.")
+        return jax.tree.map(lambda x: jnp.repeat(x, batch // self.num_groups, axis=0), preference)

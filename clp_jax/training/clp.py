@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import Params, PRNGKeyArray
@@ -23,6 +24,7 @@ from clp_jax.models.conditioning import (
     Unconditioned,
     check_alpha,
 )
+from clp_jax.models.flops import Sizes, forward_flops, prompt_flops, training_flops
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.nn.routing import TokenChoice
@@ -37,10 +39,10 @@ from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
-from clp_jax.training.experience import ExperienceSource, PreferenceSampler, reward_inputs
+from clp_jax.training.experience import ChunkRollout, Experience, ExperienceSource, PreferenceSampler, reward_inputs
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
-from clp_jax.training.stage import StageSetup, inherited
+from clp_jax.training.stage import DataShape, Outline, Program, StageSetup, inherited
 
 _STATISTICS_KEY = 2**31  # Tells the statistics' samples from those of the steps.
 
@@ -97,6 +99,63 @@ class ConditionalPolicy:
                 "expected >= 2."
             )
 
+    def outline(self, data: DataShape) -> Outline:
+        """See `clp_jax.training.stage.Stage`."""
+        names = objective_names(self.rewards)
+        _check_objectives(self, names)
+        if data.model is None:
+            raise ValueError("the policy is the initial checkpoint's: give its model to compile it.")
+        if isinstance(self.conditioning, WrittenPreference):
+            raise ValueError("preferences written into prompts need a vocabulary, and data, to be compiled.")
+        policy, conditioning = Policy(data.model), self.conditioning
+        _check_experts(policy, self.max_length)
+        reference, axes = policy.abstract(), policy.logical_axes()
+        params = {
+            "policy": jax.eval_shape(conditioning.expand, reference),
+            "baseline": jax.eval_shape(lambda: self._baseline(policy, 0, names)),
+        }
+        expanded_axes = conditioning.logical_axes(axes)
+        rollout = ChunkRollout(self._worker(policy, conditioning), self.preferences, self.num_groups, self.num_chunks)
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        prompts = jax.ShapeDtypeStruct((self.batch_size // self.num_chunks, data.inputs), jnp.int32)
+        arguments = (params["policy"], reference, prompts, scalar, jax.ShapeDtypeStruct((), jnp.uint32), scalar)
+        argument_axes = (expanded_axes, axes, ("batch", None), None, None, None)
+        chunk = jax.eval_shape(rollout, *arguments)
+        whole = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self.num_chunks * x.shape[0], *x.shape[1:]), x.dtype), chunk
+        )
+        rows = self.batch_size * self.num_samples
+        sizes = Sizes(self.batch_size, data.inputs, rows, self.max_length)
+        part = Sizes(prompts.shape[0], data.inputs, rows // self.num_chunks, self.max_length)
+        return Outline(
+            params=params,
+            frozen={"reference": reference},
+            batch=Experience(whole, jax.ShapeDtypeStruct((rows, len(names)), jnp.float32)),
+            logical_axes={"policy": expanded_axes, "baseline": None},
+            frozen_logical_axes={"reference": axes},
+            loss_fn=self._loss(policy, conditioning, names),
+            flops=training_flops(data.model, sizes),
+            tokens_per_batch=rows * self.max_length,
+            programs={
+                "prefill": Program(
+                    rollout.prefill,
+                    arguments,
+                    argument_axes,
+                    flops=prompt_flops(data.model, part),
+                    tokens=prompts.shape[0] * data.inputs,
+                ),
+                # The policy samples, the reference scores.
+                "rollout": Program(
+                    rollout,
+                    arguments,
+                    argument_axes,
+                    flops=2 * forward_flops(data.model, part),
+                    tokens=part.rows * self.max_length,
+                    trips=self.max_length,
+                ),
+            },
+        )
+
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`; fixes the rewards' statistics and stores the reference the first time."""
         names = objective_names(self.rewards)
@@ -123,9 +182,7 @@ class ConditionalPolicy:
         save_params(run_dir / REFERENCE_DIRECTORY, reference, description)
         params = {
             "policy": conditioning.expand(reference),
-            "baseline": self.estimator.init(
-                jax.random.fold_in(jax.random.key(seed), 1), policy.config.embed_dim, len(names)
-            ),
+            "baseline": self._baseline(policy, seed, names),
         }
         manifest = Manifest.load(self.data_dir)
         own = {
@@ -146,18 +203,34 @@ class ConditionalPolicy:
             frozen={"reference": reference},
             logical_axes={"policy": conditioning.logical_axes(axes), "baseline": None},
             frozen_logical_axes={"reference": axes},
-            loss_fn=PolicyGradientLoss(
-                policy=policy,
-                conditioning=conditioning,
-                estimator=self.estimator,
-                num_samples=self.num_samples,
-                rows_per_group=self.batch_size * self.num_samples // self.num_groups,
-                objectives=names,
-            ),
+            loss_fn=self._loss(policy, conditioning, names),
             source=self._source(policy, conditioning, vocabulary, statistics, seed),
             describe=lambda: own,
             tokens_per_batch=self.batch_size * self.num_samples * self.max_length,
             vocabulary=vocabulary,
+        )
+
+    def _baseline(self, policy: Policy, seed: int, names: tuple[str, ...]) -> Params:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return self.estimator.init(key, policy.config.embed_dim, len(names))
+
+    def _loss(self, policy: Policy, conditioning: Conditioning, names: tuple[str, ...]) -> PolicyGradientLoss:
+        return PolicyGradientLoss(
+            policy=policy,
+            conditioning=conditioning,
+            estimator=self.estimator,
+            num_samples=self.num_samples,
+            rows_per_group=self.batch_size * self.num_samples // self.num_groups,
+            objectives=names,
+        )
+
+    def _worker(self, policy: Policy, conditioning: Conditioning) -> RolloutWorker:
+        return RolloutWorker(
+            policy=policy,
+            conditioning=conditioning,
+            config=SamplingConfig(self.max_length),
+            num_samples=self.num_samples,
+            num_groups=max(1, self.num_groups // self.num_chunks),
         )
 
     def _data(self, seed: int, batch_size: int, pad_id: int) -> DataSource:
@@ -173,16 +246,9 @@ class ConditionalPolicy:
         statistics: RewardStatistics,
         seed: int,
     ) -> ExperienceSource:
-        worker = RolloutWorker(
-            policy=policy,
-            conditioning=conditioning,
-            config=SamplingConfig(self.max_length),
-            num_samples=self.num_samples,
-            num_groups=max(1, self.num_groups // self.num_chunks),
-        )
         return ExperienceSource(
             data=self._data(seed, self.batch_size, policy.config.pad_id),
-            worker=worker,
+            worker=self._worker(policy, conditioning),
             sampler=self.preferences,
             rewards=RewardStack(self.rewards, statistics),
             vocabulary=vocabulary,

@@ -65,6 +65,11 @@ class Learner:
         self._jitted: Any = None
 
     @property
+    def mesh(self) -> Mesh:
+        """Of its devices."""
+        return self._mesh
+
+    @property
     def compile_count(self) -> int:
         """Programs compiled for the update so far; stays at 1 while shapes do."""
         return 0 if self._jitted is None else self._jitted._cache_size()
@@ -109,6 +114,9 @@ class Learner:
         Raises:
             ValueError: when the examples do not divide among micro-batches and devices.
         """
+        return jax.device_put(batch, self._batch_sharding(batch))
+
+    def _batch_sharding(self, batch: PyTree) -> NamedSharding:
         sharding = named_sharding(("batch",), self._mesh, self._rules)
         shards = len(sharding.device_set) // _replicas(sharding)
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
@@ -118,7 +126,7 @@ class Learner:
                     f"batch{jax.tree_util.keystr(path)} has shape {leaf.shape}: its leading dimension must divide into "
                     f"{self._accumulation} micro-batches on {shards} devices. Change the batch size or the accumulation."
                 )
-        return jax.device_put(batch, sharding)
+        return sharding
 
     def update(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         """One step.
@@ -134,11 +142,29 @@ class Learner:
         """
         batch = self.place_batch(batch)
         if self._jitted is None:
-            shardings = self._state_shardings(state)
-            replicated = named_sharding((), self._mesh, self._rules)
-            self._jitted = jax.jit(self._update, out_shardings=(shardings, replicated), donate_argnums=0)
+            self._jitted = self._program(state)
         with self.activate():
             return self._jitted(state, frozen, batch)
+
+    def lower(self, params: Params, frozen: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """The update for arrays of these shapes, ready to be compiled; the devices of the mesh need not exist.
+
+        Raises:
+            ValueError: when the examples do not divide among micro-batches and devices.
+        """
+        state, sharding = self.abstract_state(params), self._batch_sharding(batch)
+        examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+        with self.activate():
+            return self._program(state).lower(state, self.abstract(frozen, self._frozen_axes), examples)
+
+    def abstract(self, tree: PyTree, logical_axes: PyTree) -> PyTree:
+        """Shapes, types and shardings of a tree by its logical axes, without making it."""
+        shardings = tree_shardings(full_axes(logical_axes, tree), self._mesh, self._rules)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def _program(self, state: TrainState) -> Any:
+        replicated = named_sharding((), self._mesh, self._rules)
+        return jax.jit(self._update, out_shardings=(self._state_shardings(state), replicated), donate_argnums=0)
 
     def _new_state(self, params: Params, seed: int) -> TrainState:
         # Gradients reach the optimizer in float32, so its slots are float32 from the start.
