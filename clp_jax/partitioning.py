@@ -216,6 +216,16 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
+def constrain_tree(tree: PyTree, logical_axes: PyTree) -> PyTree:
+    """`constrain` of every array in a tree.
+
+    Args:
+        tree: arrays.
+        logical_axes: a tree as `tree`, with a tuple of names for each leaf.
+    """
+    return jax.tree.map(lambda axes, x: constrain(x, *axes), logical_axes, tree, is_leaf=is_axes)
+
+
 def activation_sharding(shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding | None:
     """The sharding that `constrain` gives an array, or None without an active mesh.
 
@@ -304,6 +314,20 @@ def active_mesh() -> Mesh | None:
     """The mesh of the innermost `use_mesh`, if any."""
     active = _active.get()
     return None if active is None else active[0]
+
+
+def active_sizes(axis: str) -> tuple[int, ...]:
+    """Sizes of all mesh axes that the active rules give a logical axis; none without an active mesh.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _check_name(axis)
+    active = _active.get()
+    if active is None:
+        return ()
+    mesh, rules = active
+    return tuple(mesh.shape[name] for name in _as_tuple(dict(rules.table).get(axis)))
 
 
 def active_axes(axis: str, size: int) -> tuple[str, ...]:

@@ -14,7 +14,9 @@ from clp_jax.compilation.hlo import Instruction, Module
 from clp_jax.compilation.operations import kernel_flops, kernel_seconds, product_flops
 
 # These take no time: names, views, and what is known while compiling.
-_FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"})
+_FREE = frozenset(
+    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
+)
 _PRODUCTS = ("convolution", "dot")
 # The compiler counts on less of the memory's bandwidth than a chip has. What moves at least this share of what it counts on
 # waits for the memory alone.

@@ -5,6 +5,7 @@ micro-batches take ``M + S - 1`` steps through ``S`` stages, and in ``S - 1`` of
 ``(S - 1) / (M + S - 1)`` of the time is lost. The backward pass is the transpose, from the last stage to the first.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Int, Shaped
 from clp_jax.nn.stack import depth
-from clp_jax.partitioning import constrain
+from clp_jax.partitioning import active_sizes, constrain
 
 # (layers, states, per layer, per row, number of the micro-batch) -> (states, outputs by row, outputs without rows), the
 # outputs and `per layer` leading with layers.
@@ -50,7 +51,7 @@ def run_pipeline(
         The states, the outputs by row of all layers ``[L, R, ...]``, and those without rows, averaged over micro-batches.
 
     Raises:
-        ValueError: where the layers do not divide into the stages, or the rows into micro-batches.
+        ValueError: where the layers do not divide into the stages, the rows into micro-batches, or those among devices.
     """
     if depth(layers) % num_stages:
         raise ValueError(
@@ -61,6 +62,12 @@ def run_pipeline(
         raise ValueError(
             f"a pipeline of {microbatches} micro-batches for {rows} rows: expected micro-batches that divide them. "
             "Change the micro-batches (MICROBATCHES) or the batch size."
+        )
+    shards = math.prod(active_sizes("batch"))
+    if rows // microbatches % shards:
+        raise ValueError(
+            f"micro-batches of {rows // microbatches} rows for {shards} devices that share each: expected a multiple. "
+            "Use fewer micro-batches (MICROBATCHES) or a larger batch."
         )
     graph, state = nnx.split(layers)
     state, per_layer = jax.tree.map(lambda p: p.reshape(num_stages, -1, *p.shape[1:]), (state, per_layer))

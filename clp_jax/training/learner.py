@@ -96,12 +96,14 @@ class Learner:
             params: a tree of arrays, or a function without arguments that makes one inside `jit`.
             seed: decides every random number of the learner.
         """
+        return self.initialiser(params, seed)(*([] if callable(params) else [params]))
+
+    def initialiser(self, params: Params | Callable[[], Params], seed: int) -> Any:
+        """The program of `init_state`: of no argument where `params` is a function, of the arrays otherwise."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(params))
         if callable(params):
-            make = jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
-            return make()
-        make = jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
-        return make(params)
+            return jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
+        return jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
 
     def place_frozen(self, frozen: PyTree) -> PyTree:
         """The frozen tree on the mesh, by its logical axes."""
@@ -159,7 +161,7 @@ class Learner:
 
     def abstract(self, tree: PyTree, logical_axes: PyTree) -> PyTree:
         """Shapes, types and shardings of a tree by its logical axes, without making it."""
-        shardings = tree_shardings(full_axes(logical_axes, tree), self._mesh, self._rules)
+        shardings = tree_shardings(full_axes(logical_axes, tree), self._mesh, self._rules, tree)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     def _program(self, state: TrainState) -> Any:
