@@ -1,8 +1,10 @@
 """Everything that the project trains, under every shipped layout: the update of one device, with the exchanges that it had.
 
-Tolerances: sums over rows, positions and features are made in another order on several devices, each addition rounding at 6e-8 of
-what is there; of the largest entry of each array 1e-6 is left for the loss, and 4e-6 for gradients, which pass through softmaxes and
-norms twice. Plain descent keeps that: an optimizer that divides by the gradient's size would make its rounding as large as itself.
+Tolerances: sums over rows, positions and features are made in another order on several devices, and each addition rounds at 6e-8 of
+what is there. The loss is left 1e-6 of itself, and the update 2e-6 of its norm, since it passes through every softmax and norm twice. Of
+each array 1e-4 of the largest entry only tells that none is wrong: some are small differences of large sums, and a ring keeps normalisers
+as logarithms, which round as large logits do. Plain descent keeps that: an optimizer that divides by the gradient's size would make
+rounding as large as the gradient.
 
 After a change that is meant, `CLP_UPDATE_GOLDEN=1 pytest tests/multi_device/layouts_test.py` writes the golden numbers anew.
 """
@@ -92,11 +94,14 @@ def test_an_update_is_that_of_one_device(name, workload):
     expected, expected_metrics, exchanges = _updated("single", workload)
     assert not exchanges
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
-    for (path, now), then in zip(jax.tree_util.tree_leaves_with_path(change), jax.tree.leaves(expected), strict=True):
-        # A sum that all but cancels keeps the rounding of its terms.
+    pairs = list(zip(jax.tree_util.tree_leaves_with_path(change), jax.tree.leaves(expected), strict=True))
+    wrong = sum(np.square(now - then, dtype=np.float64).sum() for (_, now), then in pairs)
+    whole = sum(np.square(then, dtype=np.float64).sum() for _, then in pairs)
+    assert wrong**0.5 < 2e-6 * whole**0.5
+    largest = max(np.abs(then).max() for _, then in pairs)
+    for (path, now), then in pairs:
         scale = max(np.abs(then).max(), 0.01 * largest)
-        np.testing.assert_allclose(now, then, rtol=0, atol=4e-6 * scale, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(now, then, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
