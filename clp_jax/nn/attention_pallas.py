@@ -130,8 +130,7 @@ def pallas_part(part: Part, *, interpret: bool = False) -> tuple[Float[Array, "B
     """See `clp_jax.nn.attention_blockwise.blockwise_part`."""
     plan, arrays = _padded_part(part, (BLOCK, BLOCK), interpret)
     out, log_z = _forward(plan, *arrays, dtype=jnp.float32)
-    length = part.query.shape[2]
-    return out[:, :, :length], log_z[:, :, 0, :length]
+    return out[:, :, : part.query.shape[2]], log_z[:, :, 0, : part.query.shape[2]]
 
 
 def pallas_part_gradients(
@@ -201,7 +200,7 @@ def _forward(plan: _Plan, query, key, value, table, queries, keys, *, dtype) -> 
         inputs=[(query, "query"), (key, "key"), (value, "key"), (queries, "at"), (keys, "key_at"), (table, "table")],
         outputs=[(dtype, "query"), (jnp.float32, "log_z")],
         scratch=[(1, plan.rows), (1, plan.rows), (query.shape[-1], plan.rows)],
-        extents=(_extents(queries, plan.rows), _extents(keys, plan.columns)),
+        extents=_extents(plan, queries, keys),
     )
     return out, log_z
 
@@ -213,7 +212,7 @@ def _backward(
     query, key, value, table, queries, keys = arrays
     by_query = _Pass(plan, query.shape, key.shape, queries.shape[0], by_key=False)
     by_key = dataclasses.replace(by_query, by_key=True)
-    extents = _extents(queries, plan.rows), _extents(keys, plan.columns)
+    extents = _extents(plan, queries, keys)
     inputs = [
         (query, "query"), (key, "key"), (value, "key"), (queries, "at"), (keys, "key_at"), (table, "table"),
         (gradient, "query"), (log_z, "log_z"), (common, "log_z"),
@@ -376,9 +375,10 @@ class _Pass:
         )(*extents, *(x for x, _ in present))
 
 
-def _extents(places: Int[Array, "b 8 T"], size: int) -> Int[Array, "numbers"]:
-    """Of each block the four numbers, one after another."""
-    return block_extents(Places(places[:, 0], places[:, 1]), size).reshape(-1)
+def _extents(plan: _Plan, *tiles: Int[Array, "b 8 T"]) -> tuple[Array, ...]:
+    """Of each block of queries and of keys the four numbers, one after another."""
+    sizes = zip(tiles, (plan.rows, plan.columns), strict=True)
+    return tuple(block_extents(Places(tile[:, 0], tile[:, 1]), size).reshape(-1) for tile, size in sizes)
 
 
 def _product(x: Float[Array, "..."], y: Float[Array, "..."], over: tuple[int, int]) -> Float[Array, "..."]:
