@@ -18,11 +18,17 @@ letter dimension                    letter dimension
 The tests import the package through jaxtyping's hook, which checks the annotations at run time with beartype.
 """
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import jax
 import numpy as np
-from jax import Array
 from jaxtyping import Bool, Float, Int, Key, Num, PRNGKeyArray, PyTree, Shaped, UInt32
+
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    # Where a program is compiled and not run, shapes stand for its arrays.
+    Array = jax.Array | jax.ShapeDtypeStruct
 
 # What crosses from the host to the device.
 ArrayLike: TypeAlias = Array | np.ndarray

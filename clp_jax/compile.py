@@ -14,6 +14,7 @@ from rich.console import Console
 
 from clp_jax.compilation.analysis import Work, analyse
 from clp_jax.compilation.report import ProgramReport, Report
+from clp_jax.compilation.search import Findings, alternatives, explore
 from clp_jax.compilation.topology import Topology
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.partitioning import use_devices
@@ -33,6 +34,11 @@ def compile(  # noqa: A001
     model: T5Config | PaLMConfig | None = None,
     programs: Sequence[str] | None = None,
     output: str | os.PathLike | None = None,
+    options: Mapping[str, str] | None = None,
+    search: bool = False,
+    layouts: Sequence[str] = ("sharding/fsdp.gin", "sharding/fsdp_tensor.gin"),
+    remats: Sequence[str] = ("minimal", "full"),
+    batches: Sequence[int] = (),
 ) -> Report:
     """Compiles a stage for TPUs and reports memory, exchanges and time, on a machine without one.
 
@@ -48,19 +54,32 @@ def compile(  # noqa: A001
         model: of the checkpoint that the stage begins with, where the stage has no model of its own.
         programs: of the stage, by name: update, and for reinforcement learning prefill and rollout; None compiles all.
         output: a file for the report, as JSON.
+        options: of libtpu's compiler, as in --options=xla_tpu_enable_latency_hiding_scheduler=true; a run is given the same in
+            LIBTPU_INIT_ARGS.
+        search: compiles every layout with every remat policy and batch size, and recommends the fastest that fits.
+        layouts: gin files to search.
+        remats: values of REMAT to search.
+        batches: values of BATCH_SIZE to search; by default half the stage's own, that, and twice that.
 
     Raises:
         ValueError: for an unknown topology or program, a mesh that does not fit, or a stage that can't be compiled so.
     """
-    where = Topology.parse(topology, num_slices)
+    flags = {name: {"true": True, "false": False}.get(text, text) for name, text in (options or {}).items()}
+    where, console, data = Topology.parse(topology, num_slices), Console(width=140), DataShape(inputs, targets, model)
+    found: Report | Findings
     with use_devices(where.devices()):
-        job = Job.of(training())
-        report = job.report(where, DataShape(inputs, targets, model), programs)
-    report.show(Console(width=140))
+        if search:
+            trials = alternatives(training()["stage"].batch_size, layouts, remats, batches)
+            found = explore(
+                trials, lambda *given: Job.of(training(*given)).report(where, data, programs, flags), console
+            )
+        else:
+            found = Job.of(training()).report(where, data, programs, flags)
+    found.show(console)
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    return report
+        Path(output).write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    return found.best if isinstance(found, Findings) else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +110,13 @@ class Job:
 
         return cls(arguments["stage"], learner)
 
-    def report(self, topology: Topology, data: DataShape, programs: Sequence[str] | None = None) -> Report:
+    def report(
+        self,
+        topology: Topology,
+        data: DataShape,
+        programs: Sequence[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Report:
         """Compiles programs, all by default."""
         outline = self.stage.outline(data)
         learner = self.learner(outline)
@@ -105,21 +130,23 @@ class Job:
             chips=topology.chips,
             mesh={name: size for name, size in learner.mesh.shape.items() if size > 1},
             parameters=sum(leaf.size for leaf in jax.tree.leaves(outline.params)),
-            programs=tuple(_compiled(name, outline, learner, topology) for name in programs or known),
+            programs=tuple(_compiled(name, outline, learner, topology, options) for name in programs or known),
             versions={"jax": jax.__version__, "libtpu": _libtpu_version()},
         )
 
 
-def _compiled(name: str, outline: Outline, learner: Learner, topology: Topology) -> ProgramReport:
+def _compiled(
+    name: str, outline: Outline, learner: Learner, topology: Topology, options: Mapping[str, Any] | None
+) -> ProgramReport:
     mesh: Mesh = learner.mesh
     if name == UPDATE:
         lowered = learner.lower(outline.params, outline.frozen, outline.batch)
-        return analyse(lowered, Work(name, outline.flops, outline.tokens_per_batch), topology, mesh)
+        return analyse(lowered, Work(name, outline.flops, outline.tokens_per_batch), topology, mesh, options)
     program = outline.programs[name]
     arguments = [learner.abstract(*pair) for pair in zip(program.arguments, program.logical_axes, strict=True)]
     with learner.activate():
         lowered = jax.jit(program.function).lower(*arguments)
-    return analyse(lowered, Work(name, program.flops, program.tokens, program.trips), topology, mesh)
+    return analyse(lowered, Work(name, program.flops, program.tokens, program.trips), topology, mesh, options)
 
 
 def _libtpu_version() -> str:

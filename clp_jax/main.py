@@ -12,6 +12,7 @@ from typing import Any
 
 from clp_jax import __version__
 from clp_jax.command_line import EntryPoint, Invocation, parse, usage
+from clp_jax.compilation import libtpu
 from clp_jax.gin_utils.files import ConfigError, Header, SearchPath, all_files, bindings, read_file, suggest
 
 # In the order they are used.
@@ -85,6 +86,7 @@ def _run(command: str, words: Sequence[str]) -> int:
     # Modules next to the user's own gin files: rewards, tasks.
     sys.path.append(os.getcwd())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    libtpu.settle()
     # A command that runs again, or goes on, finds its programs compiled.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/clp_jax").expanduser()))
     from clp_jax.gin_utils.configuration import configure

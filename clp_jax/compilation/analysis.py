@@ -3,7 +3,10 @@
 import dataclasses
 import math
 import re
+import tempfile
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,14 +16,18 @@ from jax.sharding import Mesh
 from clp_jax.array_types import PyTree
 from clp_jax.compilation.chips import Chip
 from clp_jax.compilation.collectives import Layout
-from clp_jax.compilation.hlo import Instruction, Module
+from clp_jax.compilation.hlo import Module, array_shapes
 from clp_jax.compilation.report import Buffer, Exchange, Memory, ProgramReport
 from clp_jax.compilation.timeline import Clock, Timeline
 from clp_jax.compilation.topology import Topology
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_REFUSALS = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
 _ALLOCATION = re.compile(r"Size: ([\d.]+)([KMGT]?).*?(?:Operator: op_name=\"([^\"]*)\".*?)?Shape: ([^\n]*?)\{", re.S)
+_ALIVE = re.compile(r"^ +([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", re.M)
 # Listed in a report.
 LARGEST = 8
 
@@ -42,7 +49,13 @@ class Work:
     trips: int = 1
 
 
-def analyse(lowered: jax.stages.Lowered, work: Work, topology: Topology, mesh: Mesh) -> ProgramReport:
+def analyse(
+    lowered: jax.stages.Lowered,
+    work: Work,
+    topology: Topology,
+    mesh: Mesh,
+    options: Mapping[str, Any] | None = None,
+) -> ProgramReport:
     """Compiles a program and says what it costs.
 
     Args:
@@ -50,22 +63,40 @@ def analyse(lowered: jax.stages.Lowered, work: Work, topology: Topology, mesh: M
         work: what it is for.
         topology: of the devices.
         mesh: of the devices.
+        options: of the compiler.
 
     Raises:
         jax.errors.JaxRuntimeError: when the compiler refuses for another reason than memory.
     """
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled, text, alive = _compile(lowered, options or {})
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or not _REFUSED.search(str(error)):
+        if "RESOURCE_EXHAUSTED" not in str(error) or _refusal(str(error)) is None:
             raise
         return _refused(str(error), work, topology, lowered, time.perf_counter() - start)
     took = time.perf_counter() - start
-    module = Module.parse(compiled.as_text())
+    module = Module.parse(text)
     timeline = Clock(module, topology.chip, layout_of(mesh, topology), work.trips).run()
     memory = _memory(compiled.memory_analysis(), topology.chip)
-    return _report(work, topology, timeline, memory, _largest(module), took)
+    return _report(work, topology, timeline, memory, _largest(module, alive), took)
+
+
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[jax.stages.Compiled, str, str]:
+    """The executable, and what the compiler itself writes: the program, and the arrays that are alive at the peak.
+
+    jaxlib's own text of a program will not do: it need not know all that libtpu makes.
+    """
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # What comes from there is not written again.
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            compiled = lowered.compile({"xla_dump_to": directory, "xla_dump_hlo_as_text": True, **options})
+            written = [next(Path(directory).glob(f"*{name}.txt")) for name in ("after_codegen", "live-range")]
+            program, alive = (path.read_text("utf-8") for path in written)
+            return compiled, program, alive
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def layout_of(mesh: Mesh, topology: Topology) -> Layout:
@@ -108,13 +139,17 @@ def _memory(stats: Any, chip: Chip) -> Memory:
 
 def _refused(message: str, work: Work, topology: Topology, lowered: jax.stages.Lowered, took: float) -> ProgramReport:
     """What the compiler's refusal says."""
-    match = _REFUSED.search(message)
+    match = _refusal(message)
     assert match is not None
     needed, limit = _size(match[1], match[2]), _size(match[3], match[4])
     arguments = _argument_bytes(lowered.in_avals, lowered.args_info)
     found = [Buffer(shape.strip(), _size(n, unit), name or "") for n, unit, name, shape in _ALLOCATION.findall(message)]
     report = _report(work, topology, Timeline(), Memory(arguments, 0, needed - arguments, 0, limit, needed), (), took)
     return dataclasses.replace(report, buffers=tuple(found[:LARGEST]), mfu=0.0, advice=_advice(arguments, limit))
+
+
+def _refusal(message: str) -> re.Match[str] | None:
+    return next((found for pattern in _REFUSALS if (found := pattern.search(message))), None)
 
 
 def _advice(arguments: int, limit: int) -> str:
@@ -138,20 +173,15 @@ def _size(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit])
 
 
-def _largest(module: Module) -> tuple[Buffer, ...]:
-    """The largest arrays that are not inside fusions, one for each shape and source."""
-    fused = {line.called("calls") for lines in module.computations.values() for line in lines}
-    found: dict[tuple[str, str], Buffer] = {}
-    for name, lines in module.computations.items():
-        for line in () if name in fused else lines:
-            if line.opcode not in ("tuple", "get-tuple-element", "while", "bitcast", "parameter"):
-                for buffer in _arrays(module, line):
-                    found.setdefault((buffer.shape, buffer.source), buffer)
-    return tuple(sorted(found.values(), key=lambda buffer: -buffer.bytes)[:LARGEST])
-
-
-def _arrays(module: Module, line: Instruction) -> list[Buffer]:
-    from clp_jax.compilation.hlo import array_shapes, shape_bytes
-
-    texts = [f"{kind}[{','.join(map(str, dims))}]" for kind, dims in array_shapes(line.shape)]
-    return [Buffer(text, shape_bytes(text), module.source(line)) for text in texts]
+def _largest(module: Module, alive: str) -> tuple[Buffer, ...]:
+    """The largest arrays at the moment when most memory is in use."""
+    peak = alive.partition("(peak):\n")[2].partition("\n  Stack trace")[0]
+    found = []
+    for name, index, size in _ALIVE.findall(peak)[:LARGEST]:
+        line = module.instructions.get(name)
+        shapes = array_shapes(line.shape) if line is not None else []
+        number = int(index.split(",")[-1]) if index and len(shapes) > 1 else 0
+        kind, dims = shapes[number] if number < len(shapes) else ("", ())
+        shape = f"{kind}[{','.join(map(str, dims))}]" if kind else name
+        found.append(Buffer(shape, float(size), module.source(line) if line is not None else ""))
+    return tuple(found)

@@ -16,7 +16,9 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*(?:\([^\n]*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+) = (.*)$")
 _COMMENT = re.compile(r"/\*[^*]*\*/")
-_CALLED = re.compile(r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(calls|to_apply|body|condition|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)"
+)
 _OPERATION = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -63,12 +65,6 @@ class Instruction:
         """The compiler's estimate of its duration; None where there is none."""
         found = self.config.get("window_config", {}).get("estimated_cycles")
         return None if found is None else float(found)
-
-    @property
-    def trips(self) -> int | None:
-        """Iterations of a loop, where the compiler knows them."""
-        found = self.config.get("known_trip_count", {}).get("n")
-        return None if found is None else int(found)
 
     def called(self, kind: str) -> str | None:
         """The computation that an attribute names."""
@@ -134,9 +130,31 @@ class Module:
         place = self.frames.get(int(frame[1]), "") if frame else ""
         return " ".join(part for part in (operation[1] if operation else "", place) if part)
 
+    def trips(self, loop: Instruction) -> int | None:
+        """Iterations of a loop that counts from 0 to a constant; None where something else may end it.
+
+        Loops of `jax.lax.scan` are such.
+        """
+        known = loop.config.get("known_trip_count", {}).get("n")
+        if known is not None:
+            return int(known)
+        condition = self.computations.get(loop.called("condition") or "", ())
+        root = next((line for line in reversed(condition) if line.opcode not in ("bitcast", "copy")), None)
+        if root is not None and root.opcode == "fusion" and len(self.inside(root)) > 0:
+            lines = self.inside(root)
+            limits = [self.instructions[name] for name in root.operands if name in self.instructions]
+            root, condition = lines[-1], (*lines, *limits)
+        if root is None or root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        limits = [line for line in condition if line.opcode == "constant" and line.inner.isdigit()]
+        return int(limits[0].inner) if len(limits) == 1 else None
+
     def inside(self, instruction: Instruction) -> tuple[Instruction, ...]:
         """The instructions of what a fusion or an asynchronous start calls."""
-        return self.computations.get(instruction.called("calls") or "", ())
+        name = (
+            instruction.called("calls") or instruction.called("to_apply") or instruction.called("called_computations")
+        )
+        return self.computations.get(name or "", ())
 
 
 def shape_bytes(shape: str) -> float:

@@ -98,6 +98,7 @@ class Clock:
         now = 0.0
         free: dict[str, float] = defaultdict(float)
         ends: dict[str, tuple[float, Collective | None]] = {}
+        waiting: dict[str, Instruction] = {}
         for line in self._module.computations.get(computation, ()):
             if line.opcode in _FREE:
                 continue
@@ -107,8 +108,16 @@ class Clock:
                 now += max((self._run(name, times) for name in line.branches), default=0.0)
             elif line.opcode == "call":
                 now += self._run(line.called("to_apply") or "", times)
-            elif line.opcode.endswith("-done") or line.opcode == "async-update":
+            elif line.opcode.endswith("-done"):
                 now += self._wait(line, ends, now, times)
+            elif line.opcode in ("async-start", "async-update"):
+                start = waiting.pop(line.operands[0], None) if line.opcode == "async-update" else line
+                if start is None:  # It is on its way.
+                    ends[line.name] = ends.get(line.operands[0], (now, None))
+                elif line.operands:
+                    ends[line.name] = self._begin(line, start, now, free, times)
+                else:  # It is made ready, and gets its operands from an update.
+                    waiting[line.name] = start
             elif (exchange := self._exchange(line)) is not None:
                 channel = "network" if exchange.dcn else "links"
                 free[channel] = max(now, free[channel]) + exchange.seconds
@@ -126,11 +135,25 @@ class Clock:
         return now
 
     def _loop(self, line: Instruction, times: float) -> float:
-        trips = self._trips if line.trips is None else line.trips
+        known = self._module.trips(line)
+        trips = self._trips if known is None else known
         one = self._run(line.called("body") or "", times * trips)
-        if line.trips is None:
+        if known is None:
             self.timeline.loops.append(one)
         return one * trips
+
+    def _begin(
+        self, line: Instruction, start: Instruction, now: float, free: dict[str, float], times: float
+    ) -> tuple[float, Collective | None]:
+        """Sends off what runs beside the cores, on the sparse cores for instance; returns when it ends."""
+        exchange = self._exchange(start)
+        if exchange is None:
+            free["memory"] = max(now, free["memory"]) + 2 * self._module.operand_bytes(line) / self._chip.hbm_bandwidth
+            return free["memory"], None
+        channel = "network" if exchange.dcn else "links"
+        free[channel] = max(now, free[channel]) + exchange.seconds
+        self._count(exchange, times)
+        return free[channel], exchange
 
     def _wait(self, line: Instruction, ends: dict, now: float, times: float) -> float:
         end, exchange = next((ends[name] for name in line.operands if name in ends), (now, None))
@@ -148,8 +171,9 @@ class Clock:
             return collective(line, self._module.operand_bytes(line), self._layout, self._chip)
         if line.opcode not in ("fusion", "async-start"):
             return None
-        inside = [inner for inner in self._module.inside(line) if kind_of(inner.opcode)]
-        if not inside or any(inner.opcode in _PRODUCTS for inner in self._module.inside(line)):
+        everything = list(self._inside(line))
+        inside = [inner for inner in everything if kind_of(inner.opcode)]
+        if not inside or any(inner.opcode in _PRODUCTS for inner in everything):
             return None
         found = collective(inside[0], self._module.operand_bytes(inside[0]), self._layout, self._chip)
         scatters = found.kind == "all-reduce" and line.bytes < 0.75 * found.bytes
@@ -184,10 +208,10 @@ class Clock:
         return seconds
 
     def _inside(self, line: Instruction) -> Iterator[Instruction]:
-        """What a fusion runs, and the fusions in it."""
+        """What a fusion or an asynchronous start runs, and what is called in it."""
         for inner in self._module.inside(line):
             yield inner
-            if inner.opcode == "fusion":
+            if inner.opcode in ("fusion", "call", "custom-call"):
                 yield from self._inside(inner)
 
     def _count(self, exchange: Collective, times: float) -> None:

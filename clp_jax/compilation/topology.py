@@ -1,12 +1,14 @@
 """Slices of TPUs by name, and their devices, on a machine that has none."""
 
 import dataclasses
+import importlib.util
 import math
-import os
 import re
 
 import jax
+from jax.experimental import topologies
 
+from clp_jax.compilation import libtpu
 from clp_jax.compilation.chips import CHIPS, Chip
 
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
@@ -62,12 +64,9 @@ class Topology:
         Raises:
             ValueError: where libtpu is not installed, or does not know the topology.
         """
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no metadata server to ask.
-        try:
-            import libtpu  # noqa: F401
-            from jax.experimental import topologies
-        except ImportError as error:
-            raise ValueError("compiling for TPUs needs libtpu's compiler: pip install 'clp-jax[aot]'.") from error
+        if importlib.util.find_spec("libtpu") is None:
+            raise ValueError("compiling for TPUs needs libtpu's compiler: pip install 'clp-jax[aot]'.")
+        libtpu.settle()
         slices = {"num_slices": self.num_slices} if self.num_slices > 1 else {}
         try:
             return list(topologies.get_topology_desc(self.name, "tpu", **slices).devices)

@@ -24,7 +24,7 @@ class Encoded:
     """Prompts that were read, as completions see them.
 
     Attributes:
-        content: an encoder's states ``[B, S, D]``, or a decoder's keys and values.
+        content: an encoder's states ``[B, S, D]``, or a decoder's keys and values; None where there are no prompts.
         tokens: ``int32[B, S]``.
         places: where they stand.
         routing: what the routers did with them: statistics of several layers each, stacked; none without experts.

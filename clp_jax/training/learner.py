@@ -144,7 +144,7 @@ class Learner:
         """
         batch = self.place_batch(batch)
         if self._jitted is None:
-            self._jitted = self._program(state)
+            self._jitted = self._program(state, self._update)
         with self.activate():
             return self._jitted(state, frozen, batch)
 
@@ -155,18 +155,25 @@ class Learner:
             ValueError: when the examples do not divide among micro-batches and devices.
         """
         state, sharding = self.abstract_state(params), self._batch_sharding(batch)
-        examples = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+        leaves, treedef = jax.tree.flatten(batch)
+        structure: Any = treedef
+        examples = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in leaves]
+
+        def update(state: TrainState, frozen: PyTree, leaves: list[Array]) -> tuple[TrainState, Metrics]:
+            # JAX describes arguments with trees of its own things, which make no valid batch.
+            return self._update(state, frozen, structure.unflatten(leaves))
+
         with self.activate():
-            return self._program(state).lower(state, self.abstract(frozen, self._frozen_axes), examples)
+            return self._program(state, update).lower(state, self.abstract(frozen, self._frozen_axes), examples)
 
     def abstract(self, tree: PyTree, logical_axes: PyTree) -> PyTree:
         """Shapes, types and shardings of a tree by its logical axes, without making it."""
         shardings = tree_shardings(full_axes(logical_axes, tree), self._mesh, self._rules, tree)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    def _program(self, state: TrainState) -> Any:
+    def _program(self, state: TrainState, update: Callable[..., Any]) -> Any:
         replicated = named_sharding((), self._mesh, self._rules)
-        return jax.jit(self._update, out_shardings=(self._state_shardings(state), replicated), donate_argnums=0)
+        return jax.jit(update, out_shardings=(self._state_shardings(state), replicated), donate_argnums=0)
 
     def _new_state(self, params: Params, seed: int) -> TrainState:
         # Gradients reach the optimizer in float32, so its slots are float32 from the start.

@@ -88,6 +88,8 @@ def use(name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
         return "train", ("algorithms/adamw.gin", "runs/supervised.gin", name), RUN
     if folder == "sharding":
         return "train", ("examples/pydoc_sft.gin", name), ()
+    if folder == "scale":
+        return "train", (name,), (*RUN, "SFT_DIR='sft'") if "clp" in name else RUN
     if folder == "conditioning":
         return "train", (*RL, name), EXAMPLE
     if folder == "rewards":
