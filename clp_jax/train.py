@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from clp_jax.partitioning import Rules
+from clp_jax.training.adafactor_slots import take_over
 from clp_jax.training.checkpoints import Checkpoints, KeepBest
 from clp_jax.training.learner import Learner
 from clp_jax.training.loop import Cadence, TrainLoop
@@ -19,6 +20,7 @@ from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import RunDirectory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
+from clp_jax.training.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def train(
             state, position = checkpoints.restore(learner.abstract_state(setup.params))
             setup.source.restore(position)
         else:
-            state = learner.init_state(setup.params, seed)
+            state = _first_state(learner, setup, seed)
         name = str(description["stage"])
         writer = stack.enter_context(MetricWriter(directory, name, start))
         progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch))
@@ -135,6 +137,16 @@ def train(
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
         raise SystemExit(128 + stop.received)
     return _say_held_out(name, _result(directory, step))
+
+
+def _first_state(learner: Learner, setup: StageSetup, seed: int) -> TrainState:
+    fresh = learner.init_state(setup.params, seed)
+    if setup.slots is None:
+        return fresh
+    state = take_over(fresh, setup.slots)
+    taken = "are left: the optimizer is another" if state is fresh else "are gone on from"
+    _say(f"the {setup.slots.count} updates of the initial checkpoint's Adafactor {taken}.")
+    return state
 
 
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:

@@ -127,16 +127,24 @@ class DataSource:
 
 
 def sequence_batch(
-    rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths: dict[str, int], pad_id: int = 0
+    rows: Sequence[dict[str, np.ndarray]],
+    ids: np.ndarray,
+    lengths: dict[str, int],
+    pad_id: int = 0,
+    *,
+    start_id: int = 0,
 ) -> Batch:
-    """Rows as a `Batch`, packed or not; segments tell padding, whatever its token is."""
+    """Rows as a `Batch`, packed or not; segments tell padding, whatever its token is.
+
+    Targets are decoded from the policy's `start_id` on; decoders start with the prompt's last token, whatever it is.
+    """
     laid = {name: _lay_out(rows, name, length) for name, length in lengths.items()}
     targets, segments, positions = laid["targets"]
     return Batch(
         inputs=laid["inputs"][0],
         input_segments=laid["inputs"][1],
         input_positions=laid["inputs"][2],
-        decoder_inputs=packing.shift_right(targets, positions),
+        decoder_inputs=packing.shift_right(targets, positions, start_id),
         targets=targets,
         target_segments=segments,
         target_positions=positions,

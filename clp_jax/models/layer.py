@@ -10,7 +10,8 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Bool, Float, PRNGKeyArray
 from clp_jax.models.config import LayerKind, ModelConfig
-from clp_jax.nn.attention import Attention, Keys, Quantized, Sight
+from clp_jax.nn.attention import Attention
+from clp_jax.nn.attention_dense import Keys, Quantized, Sight
 from clp_jax.nn.linear import dropout
 from clp_jax.nn.mlp import MLP
 from clp_jax.nn.moe import MoE

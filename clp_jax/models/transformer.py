@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
+from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
 from clp_jax.models.config import LayerKind, ModelConfig, period_of
 from clp_jax.models.layer import Layer, View, make_norm, make_position_bias
-from clp_jax.nn.attention import Sight, look
+from clp_jax.nn.attention import look
+from clp_jax.nn.attention_dense import Sight
 from clp_jax.nn.attention_ring import from_balanced, is_balanced, to_balanced
 from clp_jax.nn.linear import dropout
 from clp_jax.nn.pipeline import run_pipeline
@@ -78,11 +79,13 @@ class _Around:
 
     Attributes:
         places: where the tokens stand.
+        present: which tokens experts make room for.
         prefix: where the tokens stand as their prompts see them, and the prompts' keys; None without.
         cross: an encoder's states, and how they are seen.
     """
 
     places: Places
+    present: Bool[Array, "*m r T"]
     prefix: tuple[Places, Places] | None
     cross: tuple[Float[Array, "*m B S D"], Sight] | None
 
@@ -114,6 +117,7 @@ class Stack(nnx.Module):
         *,
         prefix: Prefix | None = None,
         cross: tuple[Float[Array, "B S D"], Sight] | None = None,
+        present: Bool[Array, "R T"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
         keep: bool = False,
         causal: bool | None = None,
@@ -126,6 +130,7 @@ class Stack(nnx.Module):
             places: where they stand.
             prefix: keys and values of prompts that the tokens see too.
             cross: an encoder's states, and how they are seen.
+            present: which tokens experts make room for; by default all that are no padding.
             dropout_key: None is evaluation.
             keep: whether keys and values are kept.
             causal: whether later tokens are hidden; None does as the stack was built.
@@ -133,7 +138,8 @@ class Stack(nnx.Module):
         """
         config = self.config
         causal = self.causal if causal is None else causal
-        around = _Around(places, None if prefix is None else (prefix.queries, prefix.places), cross)
+        present = places.segments > 0 if present is None else present
+        around = _Around(places, present, None if prefix is None else (prefix.queries, prefix.places), cross)
         length = x.shape[1]
         balanced = causal and is_balanced(length) and self._treats_positions_alike()
         if balanced:
@@ -182,7 +188,7 @@ class Stack(nnx.Module):
         """Some periods of layers, one after another."""
         config, length = self.config, len(layers_of(periods))
         views = [self._view(kind, around, causal, unpacked) for kind in self.kinds[:length]]
-        present, cross = around.places.segments > 0, around.cross
+        present, cross = around.present, around.cross
 
         def body(period: Any, x: Array, inputs: Any):
             before, keys = inputs
@@ -299,7 +305,7 @@ def _balanced(around: _Around, length: int) -> _Around:
         # A mask that is held is of the other order.
         sight = dataclasses.replace(cross[1], queries=own(cross[1].queries), mask=None, bias=None)
         cross = _seen_again((cross[0], sight))
-    return _Around(own(around.places), prefix, cross)
+    return _Around(own(around.places), to_balanced(around.present, length), prefix, cross)
 
 
 def _seen_again(cross: tuple[Any, Sight] | None) -> tuple[Any, Sight] | None:

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 
 from clp_jax.array_types import Array, Float
 from clp_jax.nn.attention_blockwise import FLOOR, Part, pad_places
+from clp_jax.nn.attention_dense import check_bias, check_heads, scale_query
 from clp_jax.nn.attention_pallas_kernels import LANES, Plan, backward_pass, forward_pass, lay_out, round_up
-from clp_jax.nn.attention_reference import check_bias, check_heads, scale_query
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import activation_sharding
 

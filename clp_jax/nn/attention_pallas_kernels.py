@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from clp_jax.array_types import Array, Bool, Float, Int
 from clp_jax.nn.attention_blockwise import FLOOR
-from clp_jax.nn.attention_reference import MASKED, cap_logits
+from clp_jax.nn.attention_dense import MASKED, cap_logits
 from clp_jax.nn.position import relative_position_bucket
 from clp_jax.nn.visibility import Pattern, Places, block_extents, may_meet
 

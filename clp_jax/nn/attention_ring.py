@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec
 
 from clp_jax.array_types import Array, Float, PRNGKeyArray, Shaped
 from clp_jax.nn.attention_blockwise import FLOOR, Part, blockwise_part, blockwise_part_gradients
+from clp_jax.nn.attention_dense import check_bias, check_heads, scale_query
 from clp_jax.nn.attention_pallas import pallas_part, pallas_part_gradients
-from clp_jax.nn.attention_reference import check_bias, check_heads, scale_query
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import activation_sharding, active_mesh
 

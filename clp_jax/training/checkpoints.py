@@ -28,6 +28,11 @@ import numpy as np
 from etils import epath
 
 from clp_jax.array_types import Params, PyTree
+from clp_jax.interop import orbax_item
+from clp_jax.interop.arrays import ArraySpec, LazyArray, is_float, new_directory
+from clp_jax.interop.links import part_of
+from clp_jax.interop.regions import Region, whole
+from clp_jax.interop.slots import flatten, unflatten
 from clp_jax.models.policy import check_parameters
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
 from clp_jax.training.train_state import TrainState
@@ -254,6 +259,82 @@ def save_params(path: str | os.PathLike, params: Params, description: dict[str, 
             checkpointer.save(path, args=items, force=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"parameters could not be written to {path}: {error}") from error
+
+
+def write_params(path: Path, params: Params, description: dict[str, Any], step: int, dtype: str | None = None) -> None:
+    """Writes what `save_params` does, but one array at a time: in one process, of arrays that need not all be in memory.
+
+    Args:
+        path: a directory that does not exist; appears whole at the end.
+        params: nested dictionaries of numpy, JAX or lazy arrays (`LazyArray`).
+        description: what rebuilds the model, as JSON.
+        step: updates behind these parameters.
+        dtype: that floats are rounded to; None keeps theirs.
+
+    Raises:
+        CheckpointError: when the directory exists, or can't be written.
+    """
+    import orbax.checkpoint as ocp
+
+    leaves = {"/".join(keys): leaf for keys, leaf in flatten(params)}
+    rounded = None if dtype is None else jnp.dtype(dtype)
+    specs = {
+        name: ArraySpec(tuple(leaf.shape), rounded if rounded is not None and is_float(leaf.dtype) else leaf.dtype)
+        for name, leaf in leaves.items()
+    }
+    run = {"step": step, "position": {}, "description": description}
+    try:
+        with new_directory(path.expanduser().absolute()) as partial:
+            writer = orbax_item.writer(partial / _PARAMS, specs)
+            for name, leaf in leaves.items():
+                writer.write(name, part_of(leaf, ()))
+            writer.finish()
+            (partial / _RUN).mkdir()
+            ocp.JsonCheckpointHandler().save(epath.Path(partial / _RUN), args=ocp.args.JsonSave(run))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"parameters could not be written to {path}: {error}") from error
+
+
+def open_params(path: str | os.PathLike) -> tuple[Params, dict[str, Any], int]:
+    """What `load_params` gives, but with arrays that are read when asked for (`LazyArray`).
+
+    One array is held, from which parts are taken until another one is asked for: training saves an array in large chunks,
+    which can't be read in part. Such a chunk takes up to three times its size to read.
+
+    Raises:
+        CheckpointError: when there is no complete checkpoint.
+    """
+    found = find_checkpoint(path)
+    run = _read_run(found)
+    item = found / (_EMA if (found / _EMA).is_dir() else _PARAMS)
+    held = _Held()
+    try:
+        leaves = {
+            tuple(name.split("/")): LazyArray(leaf.shape, leaf.dtype, functools.partial(held.fill, leaf))
+            for name, leaf in orbax_item.read(item).items()
+        }
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_unreadable(found, error)) from error
+    return unflatten(leaves), run["description"], int(run["step"])
+
+
+class _Held:
+    """The array that parts were last taken from."""
+
+    def __init__(self):
+        self._source: LazyArray | None = None
+        self._array: np.ndarray | None = None
+
+    def fill(self, source: LazyArray, out: np.ndarray, region: Region) -> None:
+        """See `LazyArray.fill`."""
+        if self._source is not source:
+            self._source, self._array = None, None
+        if region == whole(source.shape):
+            source.fill(out, region)
+            return
+        if self._array is None:
+            self._source, self._array = source, source.read()
+        out[...] = self._array[region]
 
 
 def load_params(

@@ -111,7 +111,7 @@ class ConditionalPolicy:
         if isinstance(self.conditioning, WrittenPreference):
             raise ValueError("preferences written into prompts need a vocabulary, and data, to be compiled.")
         policy, conditioning = Policy(data.model), self.conditioning
-        _check_experts(policy, self.max_length)
+        _check_experts(policy, self.batch_size * self.num_samples, self.max_length)
         reference, axes = policy.abstract(), policy.logical_axes()
         params = {
             "policy": jax.eval_shape(conditioning.expand, reference),
@@ -175,7 +175,7 @@ class ConditionalPolicy:
         if alpha is not None:
             check_alpha(self.conditioning, alpha.low if isinstance(alpha, AlphaRange) else alpha)
         policy = Policy(from_json(description["model"]))
-        _check_experts(policy, self.max_length)
+        _check_experts(policy, self.batch_size * self.num_samples, self.max_length)
         vocabulary = Vocabulary.load(self.data_dir)
         _check_vocabulary(self, vocabulary, description)
         conditioning = self.conditioning
@@ -326,16 +326,17 @@ def _check_objectives(stage: ConditionalPolicy, names: tuple[str, ...]) -> None:
         )
 
 
-def _check_experts(policy: Policy, max_length: int) -> None:
+def _check_experts(policy: Policy, rows: int, max_length: int) -> None:
     """Decoding routes one token of a row at a time, scoring all of them: both are one policy if no token is dropped."""
     moe = policy.config.moe
     router = None if moe is None or moe.dense else moe.decoder_router or moe.router
     if moe is None or not isinstance(router, TokenChoice):
         return
-    room = router.capacity(max_length, moe.num_experts, training=False)
-    if room < max_length:
+    size = router.group_size(rows, max_length)
+    room = int(router.capacities(size, moe.num_experts, training=False)[-1])
+    if room < size:
         raise ValueError(
-            f"the decoder's experts have room for {room} of {max_length} tokens: sampling would drop none of those that "
+            f"the decoder's experts have room for {room} of {size} tokens: sampling would drop none of those that "
             "scoring drops, and the policy gradient would be of another policy. Use a Dropless router, or an eval_capacity of "
             f"at least the number of experts, {moe.num_experts}."
         )

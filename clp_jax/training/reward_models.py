@@ -116,7 +116,7 @@ class RewardModel:
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise ValueError(f"RewardModel.loss is {self.loss!r}: expected one of {', '.join(LOSSES)}.")
-        Corrupter(tuple(self.corruptions))
+        self._corrupter(self.trunk.pad_id, self.trunk.eos_ids, 0)
         if self.batch_size < 2:
             raise ValueError(
                 f"RewardModel.batch_size is {self.batch_size}: expected at least 2, to exchange summaries."
@@ -141,13 +141,18 @@ class RewardModel:
         vocabulary = Vocabulary.load(self.data_dir)
         if self.trunk.vocab_size < vocabulary.size:
             raise ValueError(f"RewardModel.trunk has {self.trunk.vocab_size} tokens, the vocabulary {vocabulary.size}.")
+        if self.trunk.pad_id != vocabulary.pad_id:
+            raise ValueError(
+                f"RewardModel.trunk is padded with {self.trunk.pad_id}, the vocabulary of {self.data_dir} with "
+                f"{vocabulary.pad_id}: set pad_id (PAD_ID)."
+            )
         policy = Policy(ScorerConfig(trunk=self.trunk))
         data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=prompt_batch, seed=seed)
-        corrupter = Corrupter(tuple(self.corruptions), seed)
+        corrupter = self._corrupter(vocabulary.pad_id, vocabulary.eos_ids, seed)
         score_pairs = jax.jit(lambda params, pairs: _scores(policy, params, pairs, None))
 
         def evaluate(params: Params) -> dict[str, float]:
-            result = self._evaluate(score_pairs, params, seed)
+            result = self._evaluate(score_pairs, params, dataclasses.replace(corrupter, seed=seed + 1))
             write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
             return result
 
@@ -179,9 +184,11 @@ class RewardModel:
         loaded, _, _ = load_params(self.initial_checkpoint)
         return transplant(fresh(), loaded, ("token_embedder", "encoder"))
 
-    def _evaluate(self, score_pairs: Callable[..., Any], params: Params, seed: int) -> dict[str, float]:
+    def _corrupter(self, pad_id: int, eos_ids: tuple[int, ...], seed: int) -> Corrupter:
+        return Corrupter(tuple(self.corruptions), pad_id, eos_ids, seed)
+
+    def _evaluate(self, score_pairs: Callable[..., Any], params: Params, corrupter: Corrupter) -> dict[str, float]:
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=prompt_batch)
-        corrupter = Corrupter(tuple(self.corruptions), seed + 1)
         right: list[np.ndarray] = []
         kinds: list[np.ndarray] = []
         for batch in data.epoch_batches(self.evaluation_pairs):
@@ -229,7 +236,8 @@ def make_pairs(batch: PromptBatch, corrupter: Corrupter) -> tuple[ScoredPairs, I
     """Pairs for the scorer, and the kind of each corruption."""
     documents, summaries = np.asarray(batch.inputs), np.asarray(batch.targets)
     bad, kinds = corrupter(summaries, np.asarray(batch.example_ids))
-    return ScoredPairs(*join(documents, summaries), *join(documents, bad)), kinds
+    good = join(documents, summaries, corrupter.pad_id)
+    return ScoredPairs(*good, *join(documents, bad, corrupter.pad_id)), kinds
 
 
 def transplant(params: Params, source: Params, names: tuple[str, ...]) -> Params:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray, PyTree
+from clp_jax.interop.t5x_slots import AdafactorSlots
 from clp_jax.training.train_state import TrainState
 
 # (params, frozen, batch, key) -> (summed loss float[], weight float[], metrics). The learner descends the sum divided by
@@ -55,6 +56,7 @@ class StageSetup:
         frozen_logical_axes: the same for `frozen`.
         evaluate: parameters to metrics, run every so many steps; its names appear under ``evaluation/``.
         vocabulary: is copied to the run directory.
+        slots: what an Adafactor goes on from; None begins anew.
     """
 
     params: Params | Callable[[], Params]
@@ -67,6 +69,7 @@ class StageSetup:
     frozen_logical_axes: PyTree = None
     evaluate: Callable[[Params], dict[str, float]] | None = None
     vocabulary: Saveable | None = None
+    slots: AdafactorSlots | None = None
 
 
 @dataclasses.dataclass(frozen=True)

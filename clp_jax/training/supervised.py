@@ -1,6 +1,7 @@
 """The supervised stage: pretraining and finetuning on prepared examples."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray
 from clp_jax.data.batch import Batch, abstract_batch
 from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.interop.t5x_slots import AdafactorSlots
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.models.flops import Sizes, training_flops
 from clp_jax.models.language_model import routing_loss
@@ -23,7 +25,8 @@ from clp_jax.models.policy import Policy, check_parameters
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
-from clp_jax.training.checkpoints import load_params
+from clp_jax.training.adafactor_slots import load_slots
+from clp_jax.training.checkpoints import find_checkpoint, load_params
 from clp_jax.training.stage import DataBatches, DataShape, Outline, StageSetup, inherited
 
 # A policy may be trained on with other values of these: they change how it is computed, not what.
@@ -42,7 +45,8 @@ class Supervised:
         data_dir: prepared examples, packed or not.
         batch_size: rows in a batch.
         z_loss: coefficient of ``(log Z)²``.
-        initial_checkpoint: a run whose parameters it starts from; None starts from scratch.
+        initial_checkpoint: a run whose parameters it starts from; None starts from scratch. Adafactor goes on from the state
+            that `clp convert --optimizer` put beside a policy of T5X's; the learning rate's schedule begins anew.
         upcycle: whether the initial checkpoint is a dense policy whose blocks become the experts (`upcycled`).
         evaluation_batches: of the validation split.
     """
@@ -99,7 +103,8 @@ class Supervised:
             )
         policy = Policy(model)
         loss_fn = SupervisedLoss(policy, self.z_loss)
-        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=sequence_batch, seed=seed)
+        converter = functools.partial(sequence_batch, start_id=model.start_id)
+        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=converter, seed=seed)
         lengths = data.manifest.lengths
         own = {
             "stage": "supervised",
@@ -119,7 +124,14 @@ class Supervised:
             logical_axes=policy.logical_axes(),
             evaluate=self._evaluator(loss_fn),
             vocabulary=vocabulary,
+            slots=self._slots(description),
         )
+
+    def _slots(self, description: dict[str, Any]) -> AdafactorSlots | None:
+        """The optimizer's state of a converted policy that is trained on, where it was converted too."""
+        if self.initial_checkpoint is None or self.upcycle or description["stage"] != "converted":
+            return None
+        return load_slots(find_checkpoint(self.initial_checkpoint).parent.parent)
 
     def _initial(
         self, policy: Policy, seed: int, params: Params | None, description: dict[str, Any]
@@ -142,7 +154,8 @@ class Supervised:
         return jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
 
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
-        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=sequence_batch)
+        converter = functools.partial(sequence_batch, start_id=loss_fn.policy.config.start_id)
+        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=converter)
         step = jax.jit(lambda params, batch: loss_fn.sums(params, batch, None)[1:])
 
         def evaluate(params: Params) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The reader: an order that is a function of seed and position, the same for any number of hosts and files."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -188,6 +189,13 @@ def test_a_sequence_batch_is_the_rows(data_dir):
         size = len(original["targets"])
         assert batch.decoder_inputs[i].tolist() == [0, *original["targets"][:-1], *[0] * (4 - size)]
         assert batch.loss_weights[i].tolist() == [1.0] * size + [0.0] * (4 - size)
+
+
+def test_targets_are_decoded_from_the_policys_start(data_dir):
+    converter = functools.partial(sequence_batch, start_id=9)
+    batch, plain = (source(data_dir, converter=made).next() for made in (converter, sequence_batch))
+    starts = plain.target_positions == 0
+    np.testing.assert_array_equal(batch.decoder_inputs, np.where(starts, 9, plain.decoder_inputs))
 
 
 def test_packed_rows_keep_their_examples_apart(tmp_path):

@@ -10,8 +10,8 @@ from attention_cases import BATCH, HEAD_DIM, ONE_SIDED, TWO_SIDED, Case, assert_
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clp_jax.nn.attention import look
+from clp_jax.nn.attention_dense import reference_attention
 from clp_jax.nn.attention_kernels import attention
-from clp_jax.nn.attention_reference import reference_attention
 from clp_jax.nn.attention_ring import KeySet, from_balanced, is_balanced, ring_attention, to_balanced
 from clp_jax.nn.visibility import Pattern, Places, block_extents, may_meet
 from clp_jax.partitioning import Rules, make_mesh, use_mesh

@@ -249,12 +249,16 @@ def test_experts_that_drop_tokens_are_refused():
 
     def check(router):
         moe = MoEConfig(num_experts=4, router=TokenChoice(), decoder_router=router)
-        _check_experts(Policy(tiny_config(moe=moe)), 16)
+        _check_experts(Policy(tiny_config(moe=moe)), 3, 16)
 
     check(Dropless(2))
     check(TokenChoice(eval_capacity=4.0))
+    check(TokenChoice(eval_capacity=4.0, group="batch"))
+    check(TokenChoice(fixed_capacity=16))
+    with pytest.raises(ValueError, match="room for 16 of 48 tokens"):
+        check(TokenChoice(fixed_capacity=16, group="batch"))
     with pytest.raises(
         ValueError, match="room for 8 of 16 tokens.* eval_capacity of at least the number of experts, 4"
     ):
         check(TokenChoice(eval_capacity=2.0))
-    _check_experts(Policy(tiny_config()), 16)
+    _check_experts(Policy(tiny_config()), 3, 16)
