@@ -252,7 +252,7 @@ class _Pass:
         )(*extents, *(x for x, _ in present))
 
 
-def _extents(plan: Plan, *tiles: Int[Array, "b 8 T"]) -> tuple[Array, ...]:
+def _extents(plan: Plan, *tiles: Int[Array, "_ 8 _"]) -> tuple[Array, ...]:
     """Of each block of queries and of keys the four numbers, one after another."""
     sizes = zip(tiles, (plan.rows, plan.columns), strict=True)
     return tuple(block_extents(Places(tile[:, 0], tile[:, 1]), size).reshape(-1) for tile, size in sizes)

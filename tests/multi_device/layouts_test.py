@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 from workloads import SIZES, WORKLOADS, Descent, layout
@@ -34,14 +33,6 @@ LAYOUTS = (
     "data_parallel", "fsdp", "tensor_parallel", "fsdp_tensor", "expert", "fsdp_expert", "context", "multislice", "pipeline",
 )  # fmt: skip
 CASES = [(name, workload) for name in LAYOUTS for workload in WORKLOADS]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _shapes_unchecked():
-    """To lower a program, JAX fills batches with what is no array; the shapes are checked where the same losses are tested."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @functools.cache
@@ -66,11 +57,10 @@ def _updated(name, workload_name):
     """What an update changes, its metrics, and the program's exchanges."""
     workload = _workload(workload_name)
     learner = _learner(name, workload)
+    program = learner.lower(workload.params, workload.frozen, workload.batch).compile()
     state = learner.init_state(workload.params, seed=0)
-    arguments = (state, learner.place_frozen(workload.frozen), learner.place_batch(workload.batch))
-    with learner.activate():  # One program for both: what it computes, and its text.
-        program = learner._program(state).lower(*arguments).compile()
-    after, metrics = program(*arguments)
+    examples = jax.tree.leaves(learner.place_batch(workload.batch))
+    after, metrics = program(state, learner.place_frozen(workload.frozen), examples)
     change = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.params, workload.params)
     return change, jax.device_get(metrics), _exchanges(program.as_text())
 
