@@ -34,6 +34,8 @@ TABLES = {
     "multislice": "t5_1_1_xxl",
     "pipeline": "palm_62b",
 }
+# `pipeline` has no layers to share in the embeddings, `expert` no experts outside of them; a slice of two holds everything.
+SHARES = {"tensor_parallel": 0.51, "expert": 0.3, "multislice": 0.26, "pipeline": 0.14}
 WHOLE = ("single", "data_parallel")
 # One size stands for a family: what differs between sizes are numbers, and layers run in one loop.
 FAMILIES = ("ec_base", "gemma3_27b", "gshard_base", "mixtral_8x22b", "qwen2_5_72b", "st_moe_32b")
@@ -92,11 +94,8 @@ def test_a_table_lowers_at_full_size(table):
     files = (f"models/{TABLES[table]}.gin", *SUPERVISED, f"sharding/{table}.gin")
     program, share = _lowered(files, ("RUN_DIR='r'", "DATA_DIR='d'"))
     assert "sharding_constraint" in program.as_text()
-    if table in WHOLE:
-        assert share == 1
-    else:
-        # But for what is small and has no dimension of the table.
-        assert share < {"tensor_parallel": 0.6, "expert": 0.6}.get(table, 0.13), share
+    # An eighth, half and a quarter, but for what is small and has no dimension of the table.
+    assert share == 1 if table in WHOLE else share < SHARES.get(table, 0.13), share
 
 
 @pytest.mark.parametrize("model", FAMILIES)
