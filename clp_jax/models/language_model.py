@@ -10,7 +10,7 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int, Metrics, PRNGKeyArray
 from clp_jax.models.config import ModelConfig, MoEConfig
-from clp_jax.models.transformer import fold
+from clp_jax.models.layer import fold
 from clp_jax.nn.embeddings import Embedding
 from clp_jax.nn.linear import Linear
 from clp_jax.nn.routing import RoutingStatistics

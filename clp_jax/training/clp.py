@@ -30,6 +30,7 @@ from clp_jax.models.flops import Sizes, forward_flops, prompt_flops, training_fl
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.nn.routing import TokenChoice
+from clp_jax.partitioning import Rules
 from clp_jax.preferences import AlphaRange
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
@@ -78,6 +79,7 @@ class ConditionalPolicy:
         num_groups: preferences in a batch; 1 is the paper's.
         num_chunks: parts a batch is rolled out in, so that the host scores one while the device generates the next.
         max_length: tokens of a completion at most.
+        rollout_rules: where arrays live while completions are sampled, on the same mesh; None samples where training is.
         statistics_prompts: prompts the reference answers to fix the rewards' mean and standard deviation.
     """
 
@@ -92,6 +94,7 @@ class ConditionalPolicy:
     num_groups: int = 1
     num_chunks: int = 2
     max_length: int = 32
+    rollout_rules: Rules | None = None
     statistics_prompts: int = 512
     initial_policy: str | None = None
     transfer: Transfer = ADD_COMPONENTS
@@ -248,6 +251,7 @@ class ConditionalPolicy:
             config=SamplingConfig(self.max_length),
             num_samples=self.num_samples,
             num_groups=max(1, self.num_groups // self.num_chunks),
+            rules=self.rollout_rules,
         )
 
     def _from_policy(self, fresh: Params, path: str, description: dict[str, Any], names: tuple[str, ...]) -> Params:

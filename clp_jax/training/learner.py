@@ -97,16 +97,24 @@ class Learner:
             params: a tree of arrays, or a function without arguments that makes one inside `jit`.
             seed: decides every random number of the learner.
         """
+        make = self.initialiser(params, seed)
+        if callable(params):
+            return make()
+        if jax.process_count() > 1:
+            params = place_whole(params, jax.tree.map(lambda x: x.sharding, self.abstract_state(params).params))
+        return make(params)
+
+    def initialiser(self, params: Params | Callable[[], Params], seed: int) -> Any:
+        """The program of `init_state`: of no argument where `params` is a function, of the arrays otherwise."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(params))
         if callable(params):
-            make = jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
-            return make()
-        make = jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
-        return make(params if jax.process_count() == 1 else place_whole(params, shardings.params))
+            return jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
+        return jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
 
     def place_frozen(self, frozen: PyTree) -> PyTree:
         """The frozen tree on the mesh, by its logical axes."""
-        return place_whole(frozen, tree_shardings(full_axes(self._frozen_axes, frozen), self._mesh, self._rules))
+        axes = full_axes(self._frozen_axes, frozen)
+        return place_whole(frozen, tree_shardings(axes, self._mesh, self._rules, frozen))
 
     def place_batch(self, batch: PyTree) -> PyTree:
         """A batch on the mesh, its examples spread over the data-parallel devices.
@@ -166,7 +174,7 @@ class Learner:
 
     def abstract(self, tree: PyTree, logical_axes: PyTree) -> PyTree:
         """Shapes, types and shardings of a tree by its logical axes, without making it."""
-        shardings = tree_shardings(full_axes(logical_axes, tree), self._mesh, self._rules)
+        shardings = tree_shardings(full_axes(logical_axes, tree), self._mesh, self._rules, tree)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     def _program(self, state: TrainState, update: Callable[..., Any]) -> Any:
@@ -245,7 +253,9 @@ class Learner:
                 # A factored slot keeps the rank of its parameter: a dimension that was summed out has size 1.
                 same_rank = slot.ndim == parameter.ndim
                 kept = [n if same_rank and slot.shape[i] == parameter.shape[i] else None for i, n in enumerate(names)]
-                return named_sharding(kept if same_rank else (), self._mesh, self._rules)
+                return named_sharding(
+                    kept if same_rank else (), self._mesh, self._rules, slot.shape if same_rank else ()
+                )
 
             return jax.tree.map(one, state.params, tree, axes)
 

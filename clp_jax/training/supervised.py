@@ -20,10 +20,10 @@ from clp_jax.interop.t5x_slots import AdafactorSlots
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.models.flops import Sizes, training_flops
 from clp_jax.models.language_model import routing_loss
+from clp_jax.models.layer import fold
 from clp_jax.models.layout import upcycled
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
-from clp_jax.models.transformer import fold
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.adafactor_slots import load_slots

@@ -74,6 +74,7 @@ USES = {
     "algorithms/freeze.gin": ("train", (*SFT, "models/moe_tiny.gin", "algorithms/freeze.gin"), RUN),
     "runs/supervised.gin": ("train", SFT, RUN),
     "runs/train.gin": ("train", SFT, RUN),
+    "sharding/rollouts.gin": ("train", (*RL, "sharding/fsdp.gin", "sharding/rollouts.gin"), EXAMPLE),
 }
 
 
