@@ -19,7 +19,7 @@ from clp_jax.compilation.topology import Topology
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.partitioning import use_devices
 from clp_jax.training.learner import Learner
-from clp_jax.training.stage import DataShape, Outline, Stage
+from clp_jax.training.stage import DataShape, Outline, OutlinedStage
 
 UPDATE = "update"
 
@@ -91,12 +91,21 @@ class Job:
         learner: made with everything else, of a stage's outline.
     """
 
-    stage: Stage
+    stage: OutlinedStage
     learner: Callable[[Outline], Learner]
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Job":
-        """Picks it from the arguments of `train`."""
+        """Picks it from the arguments of `train`.
+
+        Raises:
+            ValueError: for a stage that has no `outline`.
+        """
+        stage = arguments["stage"]
+        if not isinstance(stage, OutlinedStage):
+            raise ValueError(
+                f"the stage {type(stage).__name__} has no outline(data): it can't be compiled without its data and checkpoints."
+            )
         own = set(inspect.signature(Learner).parameters)
         settings = {name: value for name, value in arguments.items() if name in own}
 
@@ -108,7 +117,7 @@ class Job:
                 **settings,
             )
 
-        return cls(arguments["stage"], learner)
+        return cls(stage, learner)
 
     def report(
         self,

@@ -120,7 +120,7 @@ class ConditionalPolicy:
             )
 
     def outline(self, data: DataShape) -> Outline:
-        """See `clp_jax.training.stage.Stage`."""
+        """See `clp_jax.training.stage.OutlinedStage`."""
         names = objective_names(self.rewards)
         _check_objectives(self, names)
         if data.model is None:

@@ -133,7 +133,7 @@ class RewardModel:
             )
 
     def outline(self, data: DataShape) -> Outline:
-        """See `clp_jax.training.stage.Stage`."""
+        """See `clp_jax.training.stage.OutlinedStage`."""
         policy = Policy(ScorerConfig(trunk=self.trunk))
         rows, length = self.batch_size, data.inputs + data.targets
         tokens = stand_in((rows, length), jnp.int32)

@@ -148,19 +148,24 @@ class Outline:
 class Stage(Protocol):
     """Settings of one kind of training."""
 
-    def outline(self, data: DataShape) -> Outline:
-        """What `setup` would build, as shapes.
-
-        Args:
-            data: stands for the prepared data and the checkpoints, which need not be there.
-        """
-
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """Loads and builds what the loop needs.
 
         Args:
             run_dir: exists; the stage may write files of its own there, the same ones again when a run is resumed.
             seed: decides every random number.
+        """
+
+
+@runtime_checkable
+class OutlinedStage(Stage, Protocol):
+    """A stage that can be compiled without its data and its checkpoints."""
+
+    def outline(self, data: DataShape) -> Outline:
+        """What `setup` would build, as shapes.
+
+        Args:
+            data: stands for the prepared data and the checkpoints, which need not be there.
         """
 
 

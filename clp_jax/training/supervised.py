@@ -75,7 +75,7 @@ class Supervised:
             )
 
     def outline(self, data: DataShape) -> Outline:
-        """See `clp_jax.training.stage.Stage`."""
+        """See `clp_jax.training.stage.OutlinedStage`."""
         model = data.model if self.model is None else self.model
         if model is None:
             raise ValueError("Supervised.model is None, the initial checkpoint's: give the model itself to compile it.")
