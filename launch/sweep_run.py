@@ -1,0 +1,285 @@
+"""Runs the trials of a sweep as jobs, so many at once; everything it knows is in files, so it goes on wherever it was.
+
+    DIR/sweep.json         the command, and the name that the sweep's jobs begin with
+    DIR/trials.jsonl       one line for each trial: its hash, its bindings, its seed
+    DIR/trials/HASH/       the run directory of a trial
+    DIR/jobs/NAME-HASH/    the record of its job
+    DIR/table.md, .csv     states and metrics
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from clp_jax.launch.calls import show
+from clp_jax.launch.job import Job, JobRecord, LaunchError, write
+from clp_jax.launch.lock import hold
+from clp_jax.launch.supervisor import Patience, advance, retry
+from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines
+from clp_jax.launch.sweep_table import Row, add_trial, read_metrics, read_trials, shown_metrics, to_csv, to_markdown
+from clp_jax.launch.target import Target, Unreachable
+
+SWEEP_FILE, JOBS, TRIALS = "sweep.json", "jobs", "trials"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepDirectory:
+    """Everything one sweep writes.
+
+    Attributes:
+        path: the directory.
+        name: that the names of its jobs begin with.
+        commands: of every trial, one after another.
+        metrics: ``minimize`` or ``maximize`` by name.
+    """
+
+    path: Path
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    metrics: Mapping[str, str]
+
+    @classmethod
+    def load(cls, path: Path) -> "SweepDirectory":
+        """Reads the directory of a sweep.
+
+        Raises:
+            LaunchError: when it is none.
+        """
+        try:
+            stored = json.loads((path / SWEEP_FILE).read_text())
+            commands = tuple(tuple(words) for words in stored["commands"])
+            return cls(path, stored["name"], commands, stored["metrics"])
+        except FileNotFoundError:
+            raise LaunchError(f"{path} holds no sweep: there is no {SWEEP_FILE}.") from None
+        except (ValueError, KeyError, TypeError):
+            raise LaunchError(f"{path / SWEEP_FILE} is damaged: expected what clp sweep wrote.") from None
+
+    @classmethod
+    def open(cls, path: Path, sweep: Sweep) -> "SweepDirectory":
+        """Begins a sweep, or goes on with one of the same commands.
+
+        Raises:
+            LaunchError: when the directory holds a sweep of other commands, or something else.
+        """
+        commands = tuple(sweep.commands())
+        if (path / SWEEP_FILE).is_file():
+            found = dataclasses.replace(cls.load(path), metrics=dict(sweep.metrics))
+            if found.commands != commands:
+                raise LaunchError(
+                    f"{path} holds a sweep of other commands ({' '.join(found.commands[0])} ...): give another --dir."
+                )
+        else:
+            if path.is_dir() and any(path.iterdir()):
+                raise LaunchError(f"{path} is not empty and holds no sweep: give another --dir.")
+            begin = re.sub("[^a-z0-9]+", "-", path.absolute().name.lower()).strip("-")[:16].strip("-")
+            begin = begin if begin[:1].isalpha() else f"sweep-{begin}".strip("-")[:16].strip("-")
+            path.mkdir(parents=True, exist_ok=True)
+            found = cls(path, f"{begin}-{secrets.token_hex(2)}", commands, dict(sweep.metrics))
+        stored = {key: value for key, value in dataclasses.asdict(found).items() if key != "path"}
+        write(path / SWEEP_FILE, json.dumps(stored, indent=1) + "\n")
+        return found
+
+    def run_dir(self, trial: Trial) -> Path:
+        """Where a trial writes."""
+        return self.path / TRIALS / trial.name
+
+    def job_name(self, trial: Trial, number: int) -> str:
+        """The name of the job that runs a command of a trial."""
+        return f"{self.name}-{trial.name}" + (f"-{number}" if number else "")
+
+    def state(self, trial: Trial) -> str:
+        """``waiting``, or the phase of the job that the trial has come to."""
+        for number in range(len(self.commands)):
+            path = self.path / JOBS / self.job_name(trial, number)
+            state = JobRecord.load(path).state if path.is_dir() else None
+            if state is None or state.phase != "succeeded":
+                return "waiting" if state is None else state.phase
+        return "succeeded"
+
+    def rows(self) -> list[Row]:
+        """The table."""
+        return [Row(t, self.state(t), read_metrics(self.run_dir(t))) for t in read_trials(self.path)]
+
+    def write_table(self) -> list[Row]:
+        """Writes ``table.md`` and ``table.csv``; returns the table."""
+        rows = self.rows()
+        known = {name for row in rows for name in row.metrics}
+        metrics = shown_metrics(rows, {name: goal for name, goal in self.metrics.items() if name in known})
+        write(self.path / "table.csv", to_csv(rows))
+        write(self.path / "table.md", to_markdown(rows, metrics))
+        return rows
+
+
+class _Run:
+    """The jobs of one trial, one after another."""
+
+    def __init__(self, trial: Trial, jobs: Sequence[Job], directory: Path, target: Target, patience: Patience):
+        self.trial = trial
+        self._jobs, self._directory, self._target, self._patience = jobs, directory, target, patience
+        self._locks = contextlib.ExitStack()
+        self._record: JobRecord | None = None
+
+    def look(self) -> str | None:
+        """Looks after the trial once; its last phase when it is over."""
+        for job in self._jobs:
+            record = self._hold(job)
+            state = record.state
+            if state is not None and state.phase == "succeeded" and record.kept("deleted"):
+                continue
+            try:
+                state = advance(record, self._target, self._patience)
+            except Unreachable as error:
+                show(f"{job.name}: {error} Asking again.")
+                return None
+            if not record.is_over or not record.kept("deleted"):
+                return None
+            if state.phase != "succeeded":
+                self._locks.close()
+                return state.phase
+        self._locks.close()
+        return "succeeded"
+
+    def last_line(self) -> str:
+        """What is known of how it ended."""
+        state = None if self._record is None else self._record.state
+        return state.detail.strip().rpartition("\n")[2] if state is not None else ""
+
+    def _hold(self, job: Job) -> JobRecord:
+        if self._record is None or self._record.job.name != job.name:
+            path = self._directory / job.name
+            record = JobRecord.load(path) if path.is_dir() else JobRecord.create(self._directory, job)
+            self._locks.enter_context(record.lock())
+            self._record = record
+        return self._record
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a sweep runs.
+
+    Attributes:
+        target: where.
+        options: of the target, as they were typed.
+        max_concurrent: trials at once.
+        retry_failed: whether trials that failed are tried again.
+        patience: how long to wait between looks.
+    """
+
+    target: Target
+    options: Mapping[str, str]
+    max_concurrent: int = 1
+    retry_failed: bool = False
+    patience: Patience = dataclasses.field(default_factory=Patience)
+
+    def __post_init__(self) -> None:
+        if self.max_concurrent < 1:
+            raise LaunchError(f"--max_concurrent is {self.max_concurrent}: expected at least 1.")
+
+
+def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
+    """Runs what is left of a sweep.
+
+    Args:
+        sweep: what to try.
+        path: of its directory.
+        settings: where, and how many at once.
+
+    Returns:
+        The table.
+
+    Raises:
+        LaunchError: for a binding that does not exist, another sweep's directory, or another launcher at work.
+    """
+    # Nothing is made before all names are known to exist.
+    known = {trial.name for trial in read_trials(path)}
+    check_trials(sweep, [t for t in _examples(sweep) if t.name not in known], str(path / TRIALS / "HASH"))
+    directory = SweepDirectory.open(path, sweep)
+    with hold(path / "lock", f"another launcher runs the sweep in {path}: wait for it."):
+        if settings.retry_failed:
+            _retry_failed(directory)
+        if sweep.search is None:
+            trials = sweep.trials()
+            for trial in trials:
+                add_trial(path, trial)
+            waiting = iter(trials)
+            _run_all(directory, lambda: next(waiting, None), lambda trial: None, settings)
+        else:
+            from clp_jax.launch.search import Searcher
+
+            searcher = Searcher(sweep, directory)
+            _run_all(directory, searcher.next_trial, searcher.tell, settings)
+        return directory.write_table()
+
+
+def _run_all(
+    directory: SweepDirectory,
+    next_trial: Callable[[], Trial | None],
+    tell: Callable[[Trial], None],
+    settings: Settings,
+) -> None:
+    """Runs trials, so many at once, until there are no more."""
+    active: list[_Run] = []
+    while True:
+        while len(active) < settings.max_concurrent:
+            trial = next_trial()
+            if trial is None:
+                break
+            add_trial(directory.path, trial)
+            run = _run(directory, trial, settings)
+            if run.look() is None:
+                show(f"{trial.name}: {trial}")
+                active.append(run)
+            else:
+                tell(trial)
+        if not active:
+            return
+        ended = [(run, phase) for run in active if (phase := run.look()) is not None]
+        for run, phase in ended:
+            active.remove(run)
+            show(f"{run.trial.name}: {phase}" + (f": {run.last_line()}" if phase != "succeeded" else ""))
+            tell(run.trial)
+        if ended:
+            directory.write_table()
+        else:
+            time.sleep(settings.patience.look)
+
+
+def _run(directory: SweepDirectory, trial: Trial, settings: Settings) -> _Run:
+    lines = command_lines(directory.commands, trial, str(directory.run_dir(trial)))
+    jobs = [
+        Job(
+            name=directory.job_name(trial, number),
+            command=("clp", *words),
+            target=settings.target.name,
+            options=settings.options,
+            run_dir=str(directory.run_dir(trial)),
+            directory=str(Path.cwd()),
+        )
+        for number, words in enumerate(lines)
+    ]
+    return _Run(trial, jobs, directory.path / JOBS, settings.target, settings.patience)
+
+
+def _retry_failed(directory: SweepDirectory) -> None:
+    for trial in read_trials(directory.path):
+        if directory.state(trial) in ("failed", "stopped"):
+            for number in range(len(directory.commands)):
+                path = directory.path / JOBS / directory.job_name(trial, number)
+                record = JobRecord.load(path) if path.is_dir() else None
+                if record is not None and record.is_over and record.state and record.state.phase != "succeeded":
+                    with record.lock():
+                        retry(record)
+
+
+def _examples(sweep: Sweep) -> Iterator[Trial]:
+    """Trials that bind all that the sweep binds."""
+    if sweep.search is None:
+        yield from sweep.trials()
+        return
+    for place in (0.0, 0.5):
+        yield from sweep.repeats({name: given.at(place) for name, given in sweep.search.ranges.items()})[:1]
