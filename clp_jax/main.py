@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -24,6 +25,12 @@ COMMANDS = {
     "score": "clp_jax.score.score",
     "convert": "clp_jax.convert.convert",
     "experiment": "clp_jax.experiment.experiment",
+}
+
+# Those that run commands elsewhere: they know command lines, and nothing of gin.
+LAUNCHING = {
+    "launch": "Runs a command elsewhere (TPUs, clusters, processes here), and looks after it.",
+    "jobs": "Lists, shows, stops and retries what was launched.",
 }
 
 PACKAGE = "clp_jax"
@@ -49,11 +56,12 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"clp_jax {__version__}")
         return 0
     command, *rest = words
-    if command not in COMMANDS or _entry_point(command) is None:
-        print(f"clp: error: there is no command {command!r}{suggest(command, _available())}.", file=sys.stderr)
+    if command not in LAUNCHING and (command not in COMMANDS or _entry_point(command) is None):
+        known = [*_available(), *LAUNCHING]
+        print(f"clp: error: there is no command {command!r}{suggest(command, known)}.", file=sys.stderr)
         return USER_ERROR
     try:
-        return _run(command, rest)
+        return _launch(command, rest) if command in LAUNCHING else _run(command, rest)
     except Exception as error:
         message, code = _explain(error)
         if message is None:
@@ -105,6 +113,16 @@ def _run(command: str, words: Sequence[str]) -> int:
     return 0
 
 
+def _launch(command: str, words: Sequence[str]) -> int:
+    """Gives a command line to `launch/`: a part of an installation, and next to the package in a checkout."""
+    beside = Path(__file__).parents[1] / "launch"
+    if importlib.util.find_spec("clp_jax.launch") is None and (beside / "__init__.py").is_file():
+        importlib.import_module("clp_jax").__path__.append(str(beside.parent))
+    if command == "jobs":
+        return importlib.import_module("clp_jax.launch.jobs").jobs(words)
+    return importlib.import_module("clp_jax.launch.command").launch(words, commands=_available())
+
+
 def _entry_point(command: str) -> EntryPoint | None:
     return EntryPoint.find(*COMMANDS[command].rsplit(".", 1))
 
@@ -124,6 +142,7 @@ def _overview() -> str:
         entry = _entry_point(command)
         if entry is not None:
             lines.append(f"  {command:<12}{entry.summary}")
+    lines += [f"  {command:<12}{summary}" for command, summary in LAUNCHING.items()]
     return "\n".join([*lines, "", "clp COMMAND --help tells more, also about the gin files given with it."])
 
 

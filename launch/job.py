@@ -20,9 +20,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Phase = Literal["queued", "starting", "running", "preempted", "succeeded", "failed", "stopped", "gone"]
-# A job in one of these is over; `clp jobs retry` begins it again.
-FINAL = ("succeeded", "failed", "stopped")
+# Of an attempt that goes on: asked for; there, its command not begun; running.
+Under = Literal["queued", "starting", "running"]
+# Of one that is over, while the job goes on with another: taken away; failed; asked for again by a person.
+Between = Literal["preempted", "broken", "retried"]
+# Of a job that is over; `clp jobs retry` begins it again.
+Final = Literal["succeeded", "failed", "stopped"]
+Phase = Under | Between | Final
+UNDER, BETWEEN, FINAL = get_args(Under), get_args(Between), get_args(Final)
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _DIRECTORY_VARIABLE, _DIRECTORY = "CLP_JOBS_DIR", "~/.clp/jobs"
@@ -30,6 +35,10 @@ _DIRECTORY_VARIABLE, _DIRECTORY = "CLP_JOBS_DIR", "~/.clp/jobs"
 
 class LaunchError(ValueError):
     """A job can't be launched or looked after; the message says what is wrong and what to do."""
+
+
+class Held(LaunchError):
+    """Another launcher looks after the job."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +111,16 @@ class JobRecord:
     job: Job
 
     @classmethod
-    def create(cls, jobs: Path, job: Job, gin_files: Mapping[str, bytes] | None = None) -> "JobRecord":
+    def create(
+        cls, jobs: Path, job: Job, gin_files: Mapping[str, bytes] | None = None, code: bytes | None = None
+    ) -> "JobRecord":
         """Writes the record of a new job, whole or not at all.
 
         Args:
             jobs: the directory of all jobs.
             job: what is asked.
             gin_files: contents by name.
+            code: the archive that workers get, where the target brings it to them.
 
         Raises:
             LaunchError: when there is a job of this name.
@@ -121,6 +133,8 @@ class JobRecord:
                 file = partial / "gin_files" / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
+            if code is not None:
+                (partial / "code.tar.gz").write_bytes(code)
             partial.chmod(0o755)
             # Fails where the name is taken: a directory is only renamed onto an empty one.
             os.rename(partial, jobs / job.name)
@@ -163,15 +177,20 @@ class JobRecord:
 
     @property
     def attempt(self) -> int:
-        """The number of the attempt that counts now; 0 before the first."""
+        """The number of the attempt that counts now."""
         state = self.state
-        return 0 if state is None else state.attempt
+        return 1 if state is None else state.attempt
 
     @property
     def is_over(self) -> bool:
         """Whether nothing more happens by itself."""
         state = self.state
         return state is not None and state.phase in FINAL
+
+    @property
+    def stop_request(self) -> Path:
+        """The file that asks whoever looks after the job to stop it."""
+        return self.path / "stop"
 
     @property
     def attempt_directory(self) -> Path:
@@ -211,14 +230,30 @@ class JobRecord:
         """Holds the job: one launcher at a time looks after it; the lock ends with the process.
 
         Raises:
-            LaunchError: when another launcher holds it.
+            Held: when another launcher holds it.
         """
+        with open(self.path / "lock", "a") as file:
+            # Whoever only asks whether it is held holds it for a moment.
+            until = time.monotonic() + 1.0
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > until:
+                        raise Held(f"another launcher looks after {self.job.name}: see clp jobs list.") from error
+                    time.sleep(0.05)
+            yield
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a launcher looks after the job now."""
         with open(self.path / "lock", "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise LaunchError(f"another launcher looks after {self.job.name!r}: see clp jobs status.") from error
-            yield
+            except BlockingIOError:
+                return True
+            return False
 
 
 def write(path: Path, text: str) -> None:
@@ -229,11 +264,6 @@ def write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def phases() -> tuple[str, ...]:
-    """All phases that a job may be in."""
-    return get_args(Phase)
 
 
 def jobs_directory() -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clp_jax.launch.exit_codes import KILLED, verdict
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.job import Job, JobRecord, LaunchError, write
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.options import option
 from clp_jax.launch.target import Run, Status, Step, Write
@@ -39,15 +39,19 @@ class Local:
     grace: float = option("seconds to save in, when the job is stopped", 30.0)
 
     name = "local"
+    ships_code = None
 
     def __post_init__(self) -> None:
         for name, value in (("processes", self.processes), ("devices_per_process", self.devices_per_process)):
             if value is not None and value < 1:
                 raise LaunchError(f"--{name} is {value}: expected at least 1.")
 
-    def check(self, record: JobRecord) -> None:
+    def compile_options(self) -> None:
+        """Nothing is rented."""
+
+    def check(self, job: Job) -> None:
         """Raises `LaunchError` where the command can't be found."""
-        command = local_command(record.job.command)
+        command = local_command(job.command)
         if shutil.which(command[0]) is None:
             raise LaunchError(f"there is no command {command[0]!r} on this machine.")
 
@@ -59,11 +63,15 @@ class Local:
         for step in self.dry_run(record):
             if isinstance(step, Write):
                 step.path.parent.mkdir(parents=True, exist_ok=True)
-                step.path.write_text(step.text)
+                write(step.path, step.text)
             else:
                 with open(step.words[-1] + ".out", "ab") as output:
                     subprocess.Popen(
-                        step.words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                        step.words,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
                     )
 
     def start(self, record: JobRecord) -> None:

@@ -18,7 +18,7 @@ def option(text: str, default: Any = dataclasses.MISSING) -> Any:
 
 
 def split(words: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
-    """Splits a command line into its places, its options (``--name=value``, ``--name value``, ``--name``), and the words after --.
+    """Splits words into places, options (``--name=value``; ``--name`` is true) and what comes after ``--``.
 
     Raises:
         LaunchError: for an option that is given twice.

@@ -3,9 +3,17 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from clp_jax.launch.job import JobRecord, Phase
+from clp_jax.launch.job import Job, JobRecord, LaunchError, Under
+
+
+class Unreachable(LaunchError):
+    """A call did not answer: nobody knows whether it did anything; the same may be asked again."""
+
+
+class Unavailable(LaunchError):
+    """There is no room at the moment (a zone out of stock): the same may be had later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Status:
         detail: more, in words.
     """
 
-    phase: Phase
+    phase: Under | Literal["preempted", "succeeded", "failed", "gone"]
     code: int | None = None
     detail: str = ""
 
@@ -56,15 +64,30 @@ Step = Write | Run
 
 
 class Target(Protocol):
-    """A place where jobs run. Every method speaks of the record's present attempt, and can be repeated safely."""
+    """A place where jobs run.
+
+    Every method speaks of the record's present attempt and can be repeated safely. Each may raise `Unreachable`.
+    """
 
     name: str
 
-    def check(self, record: JobRecord) -> None:
-        """Raises `LaunchError` for what can be known to be wrong; creates nothing."""
+    @property
+    def ships_code(self) -> str | None:
+        """The extra of the package that workers get with the code; empty for none; None where they have the code."""
+
+    def compile_options(self) -> Sequence[str] | None:
+        """What `clp compile` is asked, to know whether a run fits what would be rented; None where nothing is."""
+
+    def check(self, job: Job) -> None:
+        """Raises `LaunchError` for what can be known to be wrong of a job that is not there yet; creates nothing."""
 
     def submit(self, record: JobRecord) -> None:
-        """Asks for what the attempt needs, unless it is there already; does not wait for it."""
+        """Asks for what the attempt needs, unless it is there already; does not wait for it.
+
+        Raises:
+            Unavailable: when there is no room now.
+            LaunchError: when it is refused for good: a quota, a permission.
+        """
 
     def start(self, record: JobRecord) -> None:
         """Begins the command where `status` says ``starting``; nothing where submitting was all."""
