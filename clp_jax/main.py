@@ -31,6 +31,8 @@ COMMANDS = {
 LAUNCHING = {
     "launch": "Runs a command elsewhere (TPUs, clusters, processes here), and looks after it.",
     "jobs": "Lists, shows, stops and retries what was launched.",
+    "sweep": "Tries a command with many bindings and seeds; clp sweep report tells what came of it.",
+    "pipeline": "Runs the stages of a recipe that are not done, or whose inputs have changed.",
 }
 
 PACKAGE = "clp_jax"
@@ -118,9 +120,13 @@ def _launch(command: str, words: Sequence[str]) -> int:
     beside = Path(__file__).parents[1] / "launch"
     if importlib.util.find_spec("clp_jax.launch") is None and (beside / "__init__.py").is_file():
         importlib.import_module("clp_jax").__path__.append(str(beside.parent))
+    # A sweep file is Python of the user, and may import what is next to it.
+    sys.path.append(os.getcwd())
+    known = [*_available(), *LAUNCHING]
     if command == "jobs":
         return importlib.import_module("clp_jax.launch.jobs").jobs(words)
-    return importlib.import_module("clp_jax.launch.command").launch(words, commands=_available())
+    module = {"launch": "command", "sweep": "sweep_command", "pipeline": "pipeline_command"}[command]
+    return getattr(importlib.import_module(f"clp_jax.launch.{module}"), command)(words, commands=known)
 
 
 def _entry_point(command: str) -> EntryPoint | None:

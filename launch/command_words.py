@@ -2,13 +2,15 @@
 
 import re
 import shlex
+import shutil
 import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from clp_jax.launch.job import LaunchError
+from clp_jax.launch.local import local_command
+from clp_jax.launch.options import suggest
 
 
 def command_words(command: Any, where: str) -> tuple[str, ...]:
@@ -33,13 +35,31 @@ def command_words(command: Any, where: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+def program_words(words: Sequence[str], commands: Collection[str], where: str) -> tuple[str, ...]:
+    """The words that run a command: ``clp`` and one of its commands, or any other program.
+
+    Args:
+        words: of the command, without ``clp``.
+        commands: of `clp`.
+        where: the place, for the message.
+
+    Raises:
+        LaunchError: when there is no such program here.
+    """
+    if words[0] in commands:
+        return ("clp", *words)
+    if shutil.which(words[0]) is None:
+        raise LaunchError(f"{where}: there is no command {words[0]!r}{suggest(words[0], list(commands))}.")
+    return tuple(words)
+
+
 def resolved_config(words: Sequence[str], directory: str | Path = ".") -> str:
     """What ``clp WORDS --print_config`` prints: the whole configuration, with nothing run.
 
     Raises:
         LaunchError: with what the command says is wrong.
     """
-    line = [sys.executable, "-m", "clp_jax.main", *words, "--print_config"]
+    line = (*local_command(("clp", *words)), "--print_config")
     done = subprocess.run(line, cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [text for text in done.stderr.splitlines() if text.strip()] or [f"exit code {done.returncode}"]

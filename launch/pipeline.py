@@ -3,11 +3,11 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clp_jax.launch.command_words import command_words
+from clp_jax.launch.command_words import command_words, program_words
 from clp_jax.launch.job import LaunchError
 from clp_jax.launch.yaml_files import check_keys, read_yaml
 
@@ -20,7 +20,7 @@ class Stage:
 
     Attributes:
         name: of the stage.
-        command: its words, without ``clp``.
+        command: its words; ``clp`` stands for this package's command.
         outputs: files and directories that it leaves; relative to the working directory, or in a bucket.
         needs: stages that must be done before; their outputs are what this one is made of.
         inputs: more files and directories that it is made of.
@@ -80,12 +80,16 @@ def find_pipeline(name: str) -> Path:
     return found
 
 
-def read_pipeline(path: Path) -> Pipeline:
+def read_pipeline(path: Path, commands: Collection[str]) -> Pipeline:
     """Reads a pipeline.
 
+    Args:
+        path: of the file.
+        commands: of `clp`; a stage's command that begins with something else is any other program.
+
     Raises:
-        LaunchError: for unknown or missing keys, names that stand twice, needs that are no stages or go round, and outputs
-            of two stages.
+        LaunchError: for unknown or missing keys, names that stand twice, needs that are no stages or go round, outputs of
+            two stages, and commands that are not there.
     """
     content = read_yaml(path)
     try:
@@ -93,20 +97,25 @@ def read_pipeline(path: Path) -> Pipeline:
         name = _checked_name(content["name"], "the pipeline")
         if not isinstance(content["stages"], list) or not content["stages"]:
             raise LaunchError(f"stages: {content['stages']!r}: expected a list of stages.")
-        stages = [_stage(number, given) for number, given in enumerate(content["stages"], 1)]
+        stages = [_stage(number, given, commands) for number, given in enumerate(content["stages"], 1)]
         return Pipeline(name, _sorted(_checked(stages)))
     except ValueError as error:
         raise LaunchError(f"{path}: {error}") from None
 
 
-def _stage(number: int, given: Any) -> Stage:
+def _stage(number: int, given: Any, commands: Collection[str]) -> Stage:
     known = [field.name for field in dataclasses.fields(Stage)]
-    where = f"stage {given['name']}" if isinstance(given, dict) and isinstance(given.get("name"), str) else f"stage {number}"
+    where = (
+        f"stage {given['name']}"
+        if isinstance(given, dict) and isinstance(given.get("name"), str)
+        else f"stage {number}"
+    )
     check_keys(given, known, ["name", "command", "outputs"], where)
     outputs, needs, inputs = (_texts(given.get(key, []), f"{where}: {key}") for key in ("outputs", "needs", "inputs"))
     if not outputs:
         raise LaunchError(f"{where}: outputs: there are none: without them nobody knows whether it is done.")
-    command = command_words(given["command"], f"{where}: command")
+    words = command_words(given["command"], f"{where}: command")
+    command = program_words(words, commands, where)
     target = command_words(given["target"], f"{where}: target") if "target" in given else ()
     return Stage(_checked_name(given["name"], where), command, outputs, needs, inputs, target)
 

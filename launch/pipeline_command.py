@@ -1,7 +1,7 @@
 """`clp pipeline FILE`: runs the stages of a recipe that are not done."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from clp_jax.launch.job import LaunchError
@@ -20,11 +20,12 @@ class PipelineOptions:
     dry_run: bool = option("print what would be done about each stage, and do nothing", False)
 
 
-def pipeline(words: Sequence[str]) -> int:
+def pipeline(words: Sequence[str], commands: Collection[str]) -> int:
     """Runs `clp pipeline`.
 
     Args:
         words: what was typed after it.
+        commands: of `clp`, that a stage's command may begin with.
 
     Returns:
         The exit code: 0, 1 where a stage failed, 128 and a signal's number.
@@ -39,7 +40,7 @@ def pipeline(words: Sequence[str]) -> int:
     if len(places) > 1 or command:
         raise LaunchError(f"what is {[*places[1:], *command][0]!r}? clp pipeline FILE [--OPTION=VALUE] ...")
     options = build(PipelineOptions, given, "clp pipeline")
-    found = read_pipeline(find_pipeline(places[0]))
+    found = read_pipeline(find_pipeline(places[0]), commands)
     directory = Path(options.dir or f"runs/{found.name}/pipeline")
     if options.stages:
         found = found.only(options.stages)
@@ -53,4 +54,6 @@ def _usage() -> str:
     lines = ["clp pipeline: runs the stages of a recipe that are not done, or whose inputs have changed.", ""]
     lines += ["usage: clp pipeline FILE [--OPTION=VALUE] ...", "", "Options:", *describe(PipelineOptions)]
     examples = sorted(path.relative_to(shipped_files()).as_posix() for path in shipped_files().rglob("*.yaml"))
-    return "\n".join([*lines, "", f"Files that come with clp: {', '.join(examples)}. docs/sweeps.md tells what they say."])
+    return "\n".join(
+        [*lines, "", f"Files that come with clp: {', '.join(examples)}. docs/sweeps.md tells what they say."]
+    )

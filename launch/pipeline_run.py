@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.job import LaunchError
 from clp_jax.launch.lock import hold
 from clp_jax.launch.pipeline import Pipeline, Stage
+from clp_jax.launch.stage_job import StageJob, patience_for, stage_job, stage_target
 from clp_jax.launch.stage_process import StageProcess
 from clp_jax.launch.stage_state import Made, StageStates, config_of, made_of, missing_outputs, move_away
 
@@ -63,6 +64,9 @@ def run_pipeline(pipeline: Pipeline, directory: Path, max_concurrent: int = 1) -
     """
     if max_concurrent < 1:
         raise LaunchError(f"--max_concurrent is {max_concurrent}: expected at least 1.")
+    for stage in pipeline.stages.values():
+        if stage.target:
+            stage_target(stage).check(stage_job(pipeline.name, stage, ""))
     configs = _configs(pipeline)
     with hold(directory / ".lock", f"another process runs this pipeline in {directory}: wait for it."):
         return _Run(pipeline, directory, configs, max_concurrent).run()
@@ -79,8 +83,8 @@ def print_plan(pipeline: Pipeline, directory: Path) -> None:
             print(f"{stage.name}: nothing to do")
             continue
         would_run.add(stage.name)
-        launch = f"launch {shlex.join(stage.target)} -- " if stage.target else ""
-        print(f"{stage.name}: would run: {plan.reason}\n  $ clp {launch}{shlex.join(stage.command)}")
+        launch = f"clp launch {shlex.join(stage.target)} -- " if stage.target else ""
+        print(f"{stage.name}: would run: {plan.reason}\n  $ {launch}{shlex.join(stage.command)}")
 
 
 def plan_of(pipeline: Pipeline, stage: Stage, configs: Mapping[str, str], states: StageStates) -> Plan:
@@ -143,7 +147,7 @@ class _Run:
                 continue
             assert plan.made is not None
             moved = move_away(stage) if plan.is_new else []
-            show(f"{stage.name}: {plan.reason}: clp {shlex.join(stage.command)}")
+            show(f"{stage.name}: {plan.reason}: {shlex.join(stage.command)}")
             for path in moved:
                 show(f"{stage.name}: what it had made before is in {path}")
             self._states.write(stage, plan.made, done=False)
@@ -151,9 +155,9 @@ class _Run:
 
     def _begin(self, stage: Stage) -> Running:
         if stage.target:
-            from clp_jax.launch.stage_job import StageJob
-
-            return StageJob(self._pipeline.name, stage, self._directory)
+            target = stage_target(stage)
+            job = stage_job(self._pipeline.name, stage, self._states.identity(stage))
+            return StageJob(job, target, patience_for(target))
         return StageProcess(stage, self._directory, is_alone=self._max_concurrent == 1)
 
     def _look(self) -> bool:
@@ -198,7 +202,7 @@ def _configs(pipeline: Pipeline) -> dict[str, str]:
 def _signals() -> Iterator[list[signal.Signals]]:
     """Collects the signals that ask to end; the second of a kind acts as it would have without us."""
     received: list[signal.Signals] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def remember(number: int, frame: object) -> None:
         received.append(signal.Signals(number))
@@ -210,5 +214,5 @@ def _signals() -> Iterator[list[signal.Signals]]:
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)

@@ -1,6 +1,7 @@
 """Adaptive search through Optuna (the extra ``optuna``): it proposes bindings, and is told what came of them."""
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from clp_jax.launch.job import LaunchError
@@ -10,6 +11,8 @@ from clp_jax.launch.sweep_run import SweepDirectory
 from clp_jax.launch.sweep_table import Row, over_seeds, read_metrics
 
 JOURNAL = "search.journal"
+# Proposals for each different setting that is asked for, at most: small spaces have fewer.
+_MOST_REPEATS = 3
 
 
 class Searcher:
@@ -33,15 +36,23 @@ class Searcher:
         self._study = self._open()
         self._waiting: deque[Trial] = deque()
         self._open_settings: dict[str, tuple[int, dict[str, Trial]]] = {}
-        for frozen in self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,)):
-            self._propose(frozen.number, frozen.params)
+        states = self._optuna.trial.TrialState
+        for frozen in self._study.get_trials(states=(states.FAIL,)):
+            # What is tried again is proposed again: a study does not change what it was told.
+            if any(directory.state(t) == "retried" for t in sweep.repeats(self._bindings(frozen.params))):
+                self._study.enqueue_trial(frozen.params, skip_if_exists=False)
+                asked = self._ask()
+                self._propose(asked.number, asked.params)
+        for frozen in self._study.get_trials(states=(states.RUNNING,)):
+            if frozen.number not in [number for number, _ in self._open_settings.values()]:
+                self._propose(frozen.number, frozen.params)
 
     def next_trial(self) -> Trial | None:
         """The next trial to run; None where none is left, or none can be proposed before others end."""
         while not self._waiting:
-            if len(self._study.get_trials(deepcopy=False)) >= self._search.trials:
+            if self._is_enough():
                 return None
-            asked = self._study.ask({name: self._distribution(given) for name, given in self._search.ranges.items()})
+            asked = self._ask()
             self._propose(asked.number, asked.params)
         return self._waiting.popleft()
 
@@ -59,12 +70,23 @@ class Searcher:
         state = None if values is not None else self._optuna.trial.TrialState.FAIL
         self._study.tell(number, values, state)
 
-    def _propose(self, number: int, params: dict[str, Any]) -> None:
-        bindings = {
+    def _ask(self) -> Any:
+        return self._study.ask({name: self._distribution(given) for name, given in self._search.ranges.items()})
+
+    def _is_enough(self) -> bool:
+        """Whether there were enough different settings, or there are none left to find."""
+        asked = self._study.get_trials(deepcopy=False)
+        different = {self._sweep.repeats(self._bindings(each.params))[0].setting for each in asked}
+        return len(different) >= self._search.trials or len(asked) >= _MOST_REPEATS * self._search.trials
+
+    def _bindings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             name: given.values[params[name]] if given.kind == "choice" else _plain(params[name])
             for name, given in self._search.ranges.items()
         }
-        trials = self._sweep.repeats(bindings)
+
+    def _propose(self, number: int, params: dict[str, Any]) -> None:
+        trials = self._sweep.repeats(self._bindings(params))
         known = self._open_settings.get(trials[0].setting)
         if known is not None:
             # It runs already, under another number: this proposal learns nothing new.
@@ -106,13 +128,15 @@ class Searcher:
             load_if_exists=True,
         )
         described = {name: _described(given) for name, given in self._search.ranges.items()}
-        described |= {name: goal for name, goal in self._sweep.metrics.items()}
+        described |= self._sweep.metrics
         if study.user_attrs.setdefault("search", described) != described:
             raise LaunchError(f"{self._directory.path} holds a search of other ranges or metrics: give another --dir.")
         study.set_user_attr("search", described)
         # The sampler's own random numbers are not kept: those after a restart must be others than those before.
         seed = self._search.seed + 1000 * len(study.get_trials(deepcopy=False))
-        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, self._search.trials // 3)))
+        study.sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=min(10, max(2, self._search.trials // 3))
+        )
         return study
 
 

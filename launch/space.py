@@ -1,7 +1,7 @@
 """What a sweep tries: a space is a list of trials, a trial binds names of gin to values, and combinators make the lists.
 
-A value that is text is what would be typed after ``--gin.NAME=``, so ``@conditioning.full()`` and ``%ALPHA`` mean what they mean
-there; any other value is written as gin writes it.
+A value that is text is what would be typed after ``--gin.NAME=``, so ``@conditioning.full()`` and ``%ALPHA`` mean what they
+mean there; any other value is written as gin writes it.
 """
 
 import builtins

@@ -60,7 +60,7 @@ class StageProcess:
             return False
         sys.stdout.flush()
         self._process = subprocess.Popen(
-            local_command(("clp", *self._stage.command)),
+            local_command(self._stage.command),
             stdin=subprocess.DEVNULL,
             stdout=None if self._is_alone else subprocess.PIPE,
             stderr=None if self._is_alone else subprocess.STDOUT,

@@ -38,7 +38,9 @@ class Made:
             return "its command has changed"
         if self.config != earlier.config:
             return "its configuration has changed"
-        paths = [path for path in self.inputs | earlier.inputs if self.inputs.get(path) != earlier.inputs.get(path)]
+        paths = [
+            path for path in {**self.inputs, **earlier.inputs} if self.inputs.get(path) != earlier.inputs.get(path)
+        ]
         return f"{', '.join(paths)} {'has' if len(paths) == 1 else 'have'} changed" if paths else None
 
 
@@ -56,7 +58,9 @@ class StageStates:
             try:
                 self._stored = json.loads(self._path.read_text())
             except ValueError:
-                raise LaunchError(f"{self._path} is damaged: remove it, and every stage looks at what is there.") from None
+                raise LaunchError(
+                    f"{self._path} is damaged: remove it, and every stage looks at what is there."
+                ) from None
 
     def made(self, stage: Stage) -> Made | None:
         """What a stage was made of when its command last began."""
@@ -85,10 +89,11 @@ def config_of(stage: Stage) -> str:
     Raises:
         LaunchError: with what the command says is wrong.
     """
-    if stage.command[0] in _WITHOUT_CONFIG:
+    program, *words = stage.command
+    if program != "clp" or words[0] in _WITHOUT_CONFIG:
         return ""
     try:
-        return hashlib.sha256(resolved_config(stage.command).encode()).hexdigest()
+        return hashlib.sha256(resolved_config(words).encode()).hexdigest()
     except LaunchError as error:
         raise LaunchError(f"stage {stage.name}: {error}") from None
 
@@ -126,7 +131,9 @@ def move_away(stage: Stage) -> list[str]:
     moved = []
     for output in stage.outputs:
         if is_remote(output):
-            raise LaunchError(f"stage {stage.name}: {output} was made of other things: move it away, or give another path.")
+            raise LaunchError(
+                f"stage {stage.name}: {output} was made of other things: move it away, or give another path."
+            )
         path = Path(output)
         if os.path.lexists(path):
             number = next(n for n in range(1, 10**6) if not os.path.lexists(f"{path}.old-{n}"))

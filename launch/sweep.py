@@ -5,12 +5,12 @@ import hashlib
 import json
 import runpy
 from ast import literal_eval
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clp_jax.launch import space as spaces
-from clp_jax.launch.command_words import command_words, resolved_config
+from clp_jax.launch.command_words import command_words, program_words, resolved_config
 from clp_jax.launch.job import LaunchError
 from clp_jax.launch.yaml_files import check_keys, read_yaml
 
@@ -83,7 +83,7 @@ class Sweep:
         space: the trials; combinators of `clp_jax.launch.space` make it.
         search: the trials of an adaptive search instead.
         seeds: of every trial: so many from 0, or these; None leaves the command's own seed.
-        then: more commands, run one after another in the trial's run directory: they know ``{run_dir}`` and no bindings.
+        then: more commands, run one after another; they know ``{run_dir}`` and no bindings.
         metrics: ``minimize`` or ``maximize`` by name; the first one orders the table.
     """
 
@@ -99,7 +99,9 @@ class Sweep:
         if (self.space is None) == (self.search is None):
             raise LaunchError("a sweep has a space or a search: expected one of them.")
         if self.search is not None and not self.metrics:
-            raise LaunchError("search: what is best? Give metrics, as in metrics: {evaluation/loss: minimize}.")
+            raise LaunchError(
+                "search: what is best? Give metrics, as in metrics: {evaluation/cross_entropy: minimize}."
+            )
         for name, goal in self.metrics.items():
             if goal not in GOALS:
                 raise LaunchError(f"metrics: {name} is {goal!r}: expected minimize or maximize.")
@@ -116,7 +118,9 @@ class Sweep:
             return [None]
         given = list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
         if not given or any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32 for s in given):
-            raise LaunchError(f"seeds: {self.seeds!r}: expected their number, or a list of whole numbers in [0, 2**32).")
+            raise LaunchError(
+                f"seeds: {self.seeds!r}: expected their number, or a list of whole numbers in [0, 2**32)."
+            )
         return list(given)
 
     def trials(self) -> list[Trial]:
@@ -167,8 +171,14 @@ def gin_text(value: Any) -> str:
         return text
 
 
-def check_trials(sweep: Sweep, trials: Iterable[Trial], run_dir: str) -> None:
+def check_trials(sweep: Sweep, trials: Iterable[Trial], run_dir: str, commands: Collection[str]) -> None:
     """Resolves configurations that use every name and every kind of value, in processes that run nothing.
+
+    Args:
+        sweep: the sweep.
+        trials: of it.
+        run_dir: of a trial.
+        commands: of `clp`; what other programs make of their words, nobody knows before.
 
     Raises:
         LaunchError: with what the command says of a binding that does not exist or does not fit.
@@ -181,6 +191,8 @@ def check_trials(sweep: Sweep, trials: Iterable[Trial], run_dir: str) -> None:
         seen |= kinds
         lines = command_lines(sweep.commands(), trial, run_dir)
         for words in lines[: 1 if number else None]:
+            if program_words(words, commands, "command")[0] != "clp":
+                continue
             try:
                 resolved_config(words)
             except LaunchError as error:

@@ -18,6 +18,7 @@ _FRONT, _OTHERS = "#D55E00", "#8A8A8A"
 _LOGARITHMIC = 20.0
 _MOST_TICKS = 8
 _INSET = 0.04
+_BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
 
 
 class _Axis:
@@ -85,7 +86,9 @@ def plot_parallel(settings: Sequence[Setting], names: Sequence[str], metrics: Ma
     figure = Figure(figsize=(max(5.2, 1.9 * len(axes) + 1.2), 4.4), layout="constrained")
     panel = figure.add_subplot()
     low, high = min(values), max(values)
-    norm = matplotlib.colors.Normalize(low, high if high > low else low + 1)
+    is_log = next(axis.log for axis in axes if axis.name == colour_by)
+    scale_type = matplotlib.colors.LogNorm if is_log else matplotlib.colors.Normalize
+    norm = scale_type(low, high if high > low else low + 1)
     # The good end is dark, whichever it is.
     colours = matplotlib.colormaps[_COLOURS if goal == "maximize" else _COLOURS.removesuffix("_r")]
     for setting in sorted(done, key=lambda s: s is best):
@@ -93,11 +96,17 @@ def plot_parallel(settings: Sequence[Setting], names: Sequence[str], metrics: Ma
         heights = [axis.at(value) for axis, value in zip(axes, row, strict=True)]
         x, y = _curve(heights)
         is_best = setting is best
-        style = {"linewidth": 3.0 if is_best else 1.4, "alpha": 1.0 if is_best or len(done) <= 40 else 0.6}
-        panel.plot(x, y, color=colours(norm(setting.means[colour_by])), zorder=5 if is_best else 3, **style)
+        panel.plot(
+            x,
+            y,
+            color=colours(norm(setting.means[colour_by])),
+            linewidth=3.0 if is_best else 1.4,
+            alpha=1.0 if is_best or len(done) <= 40 else 0.6,
+            zorder=5 if is_best else 3,
+        )
     _draw_axes(panel, axes, metrics)
     title = f"{len(done)} settings" + (f"; the thick line has the best {_plain(colour_by)}" if goal else "")
-    panel.set_title(title, loc="left", fontsize=11, pad=32)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     scale = matplotlib.cm.ScalarMappable(norm, colours)
     figure.colorbar(scale, ax=panel, label=_plain(colour_by), fraction=0.04, pad=0.06)
     return figure
@@ -108,39 +117,44 @@ def plot_fronts(settings: Sequence[Setting], names: Sequence[str], metrics: Mapp
 
     Args:
         settings: over their seeds.
-        names: of the bindings, which label the front's points.
+        names: of the bindings, which stand beside the plot for the front's points.
         metrics: names and ``minimize``, ``maximize`` or nothing.
     """
     figures = {}
     for first, second in itertools.combinations([name for name, goal in metrics.items() if goal], 2):
-        done = [s for s in settings if first in s.means and second in s.means]
+        done = sorted((s for s in settings if first in s.means and second in s.means), key=lambda s: s.means[first])
         if not done:
             continue
-        front = on_front(done, {first: metrics[first], second: metrics[second]})
-        figure = Figure(figsize=(6.6, 4.8), layout="constrained")
+        members = on_front(done, {first: metrics[first], second: metrics[second]})
+        front = [setting for setting, is_member in zip(done, members, strict=True) if is_member]
+        others = [setting for setting, is_member in zip(done, members, strict=True) if not is_member]
+        figure = Figure(figsize=(9.2, 4.6), layout="constrained")
         panel = figure.add_subplot()
-        for members, colour, label in ((False, _OTHERS, "dominated"), (True, _FRONT, "Pareto front")):
-            chosen = [s for s, is_member in zip(done, front, strict=True) if is_member == members]
-            if chosen:
-                _points(panel, sorted(chosen, key=lambda s: s.means[first]), first, second, colour, label, members)
-        on_it = sorted((s for s, member in zip(done, front, strict=True) if member), key=lambda s: s.means[first])
-        if len(on_it) <= _MOST_TICKS:
-            _label_points(panel, on_it, names, first, second)
-        better = {"minimize": "lower is better", "maximize": "higher is better"}
-        panel.set_xlabel(f"{_plain(first)} ({better[metrics[first]]})")
-        panel.set_ylabel(f"{_plain(second)} ({better[metrics[second]]})")
+        _points(panel, others, first, second, _OTHERS, "dominated")
+        _points(panel, front, first, second, _FRONT, "Pareto front")
+        panel.set_xlabel(f"{_plain(first)} ({_BETTER[metrics[first]]})")
+        panel.set_ylabel(f"{_plain(second)} ({_BETTER[metrics[second]]})")
         panel.set_title("Means over seeds ± standard errors", loc="left", fontsize=11)
-        panel.margins(0.14)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
+        lines = []
+        for number, setting in enumerate(front, 1):
+            place = (setting.means[first], setting.means[second])
+            panel.annotate(str(number), place, textcoords="offset points", xytext=(6, 6), fontsize=9, weight="bold")
+            bound = [f"{_short(name)} = {_short(setting.bindings[name])}" for name in names if name in setting.bindings]
+            lines.append(f"{number}  " + "\n    ".join(bound))
+        panel.legend(
+            loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8,
+            title=_plain("\n".join(lines[:_MOST_TICKS])), title_fontsize=8, alignment="left",
+        )  # fmt: skip
         figures[f"front_{_file_name(first)}_{_file_name(second)}"] = figure
     return figures
 
 
-def _points(
-    panel: Any, chosen: Sequence[Setting], first: str, second: str, colour: str, label: str, joined: bool
-) -> None:
+def _points(panel: Any, chosen: Sequence[Setting], first: str, second: str, colour: str, label: str) -> None:
+    if not chosen:
+        return
+    is_front = colour == _FRONT
     panel.errorbar(
         [s.means[first] for s in chosen],
         [s.means[second] for s in chosen],
@@ -149,38 +163,32 @@ def _points(
         color=colour,
         marker="o",
         markersize=6,
-        linestyle="-" if joined else "none",
+        linestyle="-" if is_front else "none",
         linewidth=1.5,
         elinewidth=0.8,
         label=label,
-        zorder=4 if joined else 3,
+        zorder=4 if is_front else 3,
     )
-
-
-def _label_points(panel: Any, points: Sequence[Setting], names: Sequence[str], first: str, second: str) -> None:
-    for setting in points:
-        text = "\n".join(f"{name.rsplit('.', 1)[-1]} {_short(setting.bindings[name])}" for name in names if name in setting.bindings)
-        panel.annotate(
-            _plain(text), (setting.means[first], setting.means[second]), textcoords="offset points", xytext=(8, 5), fontsize=8
-        )
 
 
 def _draw_axes(panel: Any, axes: Sequence[_Axis], metrics: Mapping[str, str]) -> None:
     for x, axis in enumerate(axes):
         panel.axvline(x, color="#333333", linewidth=1.0, zorder=2)
         for y, text in axis.ticks():
-            panel.plot([x - 0.02, x], [y, y], color="#333333", linewidth=1.0, zorder=2)
+            # The last axis has room on its right, the others only between lines.
+            side = 1 if x == len(axes) - 1 else -1
+            panel.plot([x, x + 0.02 * side], [y, y], color="#333333", linewidth=1.0, zorder=2)
             panel.text(
-                x - 0.035, y, text, ha="right", va="center", fontsize=8, zorder=6,
+                x + 0.035 * side, y, text, ha="left" if side > 0 else "right", va="center", fontsize=8, zorder=6,
                 bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
             )  # fmt: skip
-        goal = {"minimize": "\nlower is better", "maximize": "\nhigher is better"}.get(metrics.get(axis.name, ""), "")
+        goal = f"\n{_BETTER[metrics[axis.name]]}" if metrics.get(axis.name) else ""
         scale = "\n(log)" if axis.log else ""
         panel.text(
             x, 1.02, f"{_plain(_short(axis.name))}{goal}{scale}", ha="center", va="bottom", fontsize=9,
             weight="bold" if axis.name in metrics else "normal",
         )  # fmt: skip
-    panel.set_xlim(-0.45, len(axes) - 0.75)
+    panel.set_xlim(-0.4, len(axes) - 0.65)
     panel.set_ylim(0, 1)
     panel.axis("off")
 

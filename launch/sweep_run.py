@@ -3,28 +3,33 @@
     DIR/sweep.json         the command, and the name that the sweep's jobs begin with
     DIR/trials.jsonl       one line for each trial: its hash, its bindings, its seed
     DIR/trials/HASH/       the run directory of a trial
-    DIR/jobs/NAME-HASH/    the record of its job
     DIR/table.md, .csv     states and metrics
+
+The record of a trial's job is where those of all jobs are, so `clp jobs` knows it.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from clp_jax.launch.calls import show
-from clp_jax.launch.job import Job, JobRecord, LaunchError, write
+from clp_jax.launch.code import code_version
+from clp_jax.launch.command import create
+from clp_jax.launch.command_words import program_words
+from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory, write
 from clp_jax.launch.lock import hold
 from clp_jax.launch.supervisor import Patience, advance, retry
 from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines
 from clp_jax.launch.sweep_table import Row, add_trial, read_metrics, read_trials, shown_metrics, to_csv, to_markdown
 from clp_jax.launch.target import Target, Unreachable
 
-SWEEP_FILE, JOBS, TRIALS = "sweep.json", "jobs", "trials"
+SWEEP_FILE, TRIALS = "sweep.json", "trials"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +65,8 @@ class SweepDirectory:
             raise LaunchError(f"{path / SWEEP_FILE} is damaged: expected what clp sweep wrote.") from None
 
     @classmethod
-    def open(cls, path: Path, sweep: Sweep) -> "SweepDirectory":
-        """Begins a sweep, or goes on with one of the same commands.
+    def of(cls, path: Path, sweep: Sweep) -> "SweepDirectory":
+        """The directory of a new sweep, or of one of the same commands; writes nothing.
 
         Raises:
             LaunchError: when the directory holds a sweep of other commands, or something else.
@@ -73,16 +78,17 @@ class SweepDirectory:
                 raise LaunchError(
                     f"{path} holds a sweep of other commands ({' '.join(found.commands[0])} ...): give another --dir."
                 )
-        else:
-            if path.is_dir() and any(path.iterdir()):
-                raise LaunchError(f"{path} is not empty and holds no sweep: give another --dir.")
-            begin = re.sub("[^a-z0-9]+", "-", path.absolute().name.lower()).strip("-")[:16].strip("-")
-            begin = begin if begin[:1].isalpha() else f"sweep-{begin}".strip("-")[:16].strip("-")
-            path.mkdir(parents=True, exist_ok=True)
-            found = cls(path, f"{begin}-{secrets.token_hex(2)}", commands, dict(sweep.metrics))
-        stored = {key: value for key, value in dataclasses.asdict(found).items() if key != "path"}
-        write(path / SWEEP_FILE, json.dumps(stored, indent=1) + "\n")
-        return found
+            return found
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise LaunchError(f"{path} is there and holds no sweep: give another --dir.")
+        begin = re.sub("[^a-z0-9]+", "-", f"sweep-{path.absolute().name}".lower())[:18].strip("-")
+        return cls(path, f"{begin}-{secrets.token_hex(2)}", commands, dict(sweep.metrics))
+
+    def write(self) -> None:
+        """Stores what `load` reads."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        stored = {key: value for key, value in dataclasses.asdict(self).items() if key != "path"}
+        write(self.path / SWEEP_FILE, json.dumps(stored, indent=1) + "\n")
 
     def run_dir(self, trial: Trial) -> Path:
         """Where a trial writes."""
@@ -95,7 +101,7 @@ class SweepDirectory:
     def state(self, trial: Trial) -> str:
         """``waiting``, or the phase of the job that the trial has come to."""
         for number in range(len(self.commands)):
-            path = self.path / JOBS / self.job_name(trial, number)
+            path = jobs_directory() / self.job_name(trial, number)
             state = JobRecord.load(path).state if path.is_dir() else None
             if state is None or state.phase != "succeeded":
                 return "waiting" if state is None else state.phase
@@ -118,9 +124,9 @@ class SweepDirectory:
 class _Run:
     """The jobs of one trial, one after another."""
 
-    def __init__(self, trial: Trial, jobs: Sequence[Job], directory: Path, target: Target, patience: Patience):
+    def __init__(self, trial: Trial, jobs: Sequence[Job], target: Target, patience: Patience):
         self.trial = trial
-        self._jobs, self._directory, self._target, self._patience = jobs, directory, target, patience
+        self._jobs, self._target, self._patience = jobs, target, patience
         self._locks = contextlib.ExitStack()
         self._record: JobRecord | None = None
 
@@ -151,8 +157,8 @@ class _Run:
 
     def _hold(self, job: Job) -> JobRecord:
         if self._record is None or self._record.job.name != job.name:
-            path = self._directory / job.name
-            record = JobRecord.load(path) if path.is_dir() else JobRecord.create(self._directory, job)
+            path = jobs_directory() / job.name
+            record = JobRecord.load(path) if path.is_dir() else create(jobs_directory(), job, self._target)
             self._locks.enter_context(record.lock())
             self._record = record
         return self._record
@@ -165,16 +171,20 @@ class Settings:
     Attributes:
         target: where.
         options: of the target, as they were typed.
+        commands: of `clp`; a command that begins with something else is any other program.
         max_concurrent: trials at once.
         retry_failed: whether trials that failed are tried again.
         patience: how long to wait between looks.
+        code_version: of the code that runs.
     """
 
     target: Target
     options: Mapping[str, str]
+    commands: Collection[str]
     max_concurrent: int = 1
     retry_failed: bool = False
     patience: Patience = dataclasses.field(default_factory=Patience)
+    code_version: str = dataclasses.field(default_factory=code_version)
 
     def __post_init__(self) -> None:
         if self.max_concurrent < 1:
@@ -195,11 +205,17 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
     Raises:
         LaunchError: for a binding that does not exist, another sweep's directory, or another launcher at work.
     """
+    directory = SweepDirectory.of(path, sweep)
     # Nothing is made before all names are known to exist.
     known = {trial.name for trial in read_trials(path)}
-    check_trials(sweep, [t for t in _examples(sweep) if t.name not in known], str(path / TRIALS / "HASH"))
-    directory = SweepDirectory.open(path, sweep)
-    with hold(path / "lock", f"another launcher runs the sweep in {path}: wait for it."):
+    check_trials(
+        sweep, [t for t in _examples(sweep) if t.name not in known], str(path / TRIALS / "HASH"), settings.commands
+    )
+    for trial in itertools.islice(_examples(sweep), 1):
+        for job in jobs_of(directory, trial, settings):
+            settings.target.check(job)
+    with hold(path / ".lock", f"another launcher runs the sweep in {path}: wait for it."):
+        directory.write()
         if settings.retry_failed:
             _retry_failed(directory)
         if sweep.search is None:
@@ -230,7 +246,7 @@ def _run_all(
             if trial is None:
                 break
             add_trial(directory.path, trial)
-            run = _run(directory, trial, settings)
+            run = _Run(trial, jobs_of(directory, trial, settings), settings.target, settings.patience)
             if run.look() is None:
                 show(f"{trial.name}: {trial}")
                 active.append(run)
@@ -249,27 +265,38 @@ def _run_all(
             time.sleep(settings.patience.look)
 
 
-def _run(directory: SweepDirectory, trial: Trial, settings: Settings) -> _Run:
+def jobs_of(directory: SweepDirectory, trial: Trial, settings: Settings) -> list[Job]:
+    """The jobs of a trial, one after another."""
     lines = command_lines(directory.commands, trial, str(directory.run_dir(trial)))
-    jobs = [
+    return [
         Job(
             name=directory.job_name(trial, number),
-            command=("clp", *words),
+            command=program_words(words, settings.commands, "command"),
             target=settings.target.name,
             options=settings.options,
             run_dir=str(directory.run_dir(trial)),
+            code_version=settings.code_version,
             directory=str(Path.cwd()),
         )
         for number, words in enumerate(lines)
     ]
-    return _Run(trial, jobs, directory.path / JOBS, settings.target, settings.patience)
+
+
+def preview(sweep: Sweep, path: Path, commands: Collection[str]) -> tuple[list[Trial], SweepDirectory]:
+    """The trials of a sweep, of a search the first that it may ask for, and where they would go; makes nothing.
+
+    Raises:
+        LaunchError: for a binding that does not exist, or another sweep's directory.
+    """
+    check_trials(sweep, _examples(sweep), str(path / TRIALS / "HASH"), commands)
+    return list(_examples(sweep)), SweepDirectory.of(path, sweep)
 
 
 def _retry_failed(directory: SweepDirectory) -> None:
     for trial in read_trials(directory.path):
         if directory.state(trial) in ("failed", "stopped"):
             for number in range(len(directory.commands)):
-                path = directory.path / JOBS / directory.job_name(trial, number)
+                path = jobs_directory() / directory.job_name(trial, number)
                 record = JobRecord.load(path) if path.is_dir() else None
                 if record is not None and record.is_over and record.state and record.state.phase != "succeeded":
                     with record.lock():

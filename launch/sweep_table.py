@@ -17,6 +17,7 @@ from clp_jax.launch.sweep import TRIALS_FILE, Trial
 METRICS_FILE, RESULTS_FILE = "metrics.jsonl", "results.json"
 # What says how a run was made or how fast it was, not how good it is.
 _NO_RESULTS = frozenset({"settings", "version", "wall_time"})
+_BETTER = {"minimize": "lower", "maximize": "higher"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def read_trials(directory: Path) -> list[Trial]:
 
 
 def read_metrics(run_dir: Path) -> dict[str, float]:
-    """The last value of each metric of a run, and the numbers of its results by their path, as in ``steerability/brevity/range``."""
+    """The last value of each metric of a run, and the numbers of its results by their path (``steerability/brevity/range``)."""
     found: dict[str, float] = {}
     path = run_dir / METRICS_FILE
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -114,7 +115,7 @@ def over_seeds(rows: Iterable[Row]) -> list[Setting]:
 
 
 def shown_metrics(rows: Sequence[Row], wanted: Mapping[str, str]) -> dict[str, str]:
-    """The metrics that tables and plots show, with ``minimize``, ``maximize`` or nothing: the wanted ones, or what was evaluated.
+    """The metrics that tables and plots show, and their goals where they have any: the wanted ones, or what was evaluated.
 
     Raises:
         LaunchError: when no trial has a wanted metric, with those that they have.
@@ -142,7 +143,9 @@ def ordered(settings: Sequence[Setting], metrics: Mapping[str, str]) -> list[Set
 def on_front(settings: Sequence[Setting], metrics: Mapping[str, str]) -> list[bool]:
     """Which settings no other is at least as good as in every metric with a goal, and better in one."""
     signs = {name: -1.0 if goal == "maximize" else 1.0 for name, goal in metrics.items() if goal}
-    costs = [[sign * s.means[n] for n, sign in signs.items()] if signs.keys() <= s.means.keys() else None for s in settings]
+    costs = [
+        [sign * s.means[n] for n, sign in signs.items()] if signs.keys() <= s.means.keys() else None for s in settings
+    ]
 
     def beats(a: list[float] | None, b: list[float]) -> bool:
         return a is not None and a != b and all(x <= y for x, y in zip(a, b, strict=True))
@@ -185,7 +188,7 @@ def to_markdown(rows: Sequence[Row], metrics: Mapping[str, str]) -> str:
     settings = ordered(over_seeds(rows), metrics)
     goals = [name for name, goal in metrics.items() if goal]
     front = on_front(settings, metrics) if len(goals) > 1 else []
-    heads = [f"{name} ({'lower' if goal == 'minimize' else 'higher'} is better)" if goal else name for name, goal in metrics.items()]
+    heads = [f"{name} ({_BETTER[goal]} is better)" if goal else name for name, goal in metrics.items()]
     lines = ["Means over seeds ± standard errors.", ""]
     lines += _table(
         [*names, "seeds", *heads, *(["front"] if front else [])],
