@@ -64,7 +64,7 @@ def log_uniform(low: float, high: float) -> Range:
     return Range("log_uniform", low, high)
 
 
-def integers(low: int, high: int) -> Range:
+def integers(low: float, high: float) -> Range:
     """Whole numbers, `high` included."""
     ends = _ends("integers", low, high)
     if any(end != int(end) for end in ends):
@@ -77,8 +77,8 @@ def choice(values: Sequence[Any]) -> Range:
     return Range("choice", values=tuple(_values("choice", values)))
 
 
-def grid(values: Mapping[str, Sequence[Any]]) -> Space:
-    """Every combination of the values of each name; the last name changes fastest."""
+def grid(values: Mapping[str, Any]) -> Space:
+    """Every combination of the values of each name, given as lists; the last name changes fastest."""
     if not values:
         raise ValueError("grid: it is empty: expected names and lists of values.")
     lists = [_values(f"grid: {check_name(name)}", given) for name, given in values.items()]

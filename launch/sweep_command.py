@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.command import print_plan
-from clp_jax.launch.job import JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.job import JobRecord, LaunchError
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.stage_job import patience_for
 from clp_jax.launch.sweep import GOALS, read_sweep
@@ -76,7 +76,7 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
             print(f"{trial.name}: {trial}")
         for job in jobs_of(directory, trials[0], settings):
             print(f"\nThe first one runs: {shlex.join(job.command)}")
-            print_plan(target, JobRecord(jobs_directory() / job.name, job))
+            print_plan(target, JobRecord(directory.jobs / job.name, job))
         return 0
     try:
         rows = run_sweep(found, path, settings)

@@ -41,12 +41,14 @@ class SweepDirectory:
         name: that the names of its jobs begin with.
         commands: of every trial, one after another.
         metrics: ``minimize`` or ``maximize`` by name.
+        jobs: the directory of its jobs' records.
     """
 
     path: Path
     name: str
     commands: tuple[tuple[str, ...], ...]
     metrics: Mapping[str, str]
+    jobs: Path
 
     @classmethod
     def load(cls, path: Path) -> "SweepDirectory":
@@ -58,7 +60,7 @@ class SweepDirectory:
         try:
             stored = json.loads((path / SWEEP_FILE).read_text())
             commands = tuple(tuple(words) for words in stored["commands"])
-            return cls(path, stored["name"], commands, stored["metrics"])
+            return cls(path, stored["name"], commands, stored["metrics"], Path(stored["jobs"]))
         except FileNotFoundError:
             raise LaunchError(f"{path} holds no sweep: there is no {SWEEP_FILE}.") from None
         except (ValueError, KeyError, TypeError):
@@ -81,13 +83,15 @@ class SweepDirectory:
             return found
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise LaunchError(f"{path} is there and holds no sweep: give another --dir.")
-        begin = re.sub("[^a-z0-9]+", "-", f"sweep-{path.absolute().name}".lower())[:18].strip("-")
-        return cls(path, f"{begin}-{secrets.token_hex(2)}", commands, dict(sweep.metrics))
+        begin = re.sub("[^a-z0-9]+", "-", path.absolute().name.lower()).strip("-")
+        begin = (begin if begin[:1].isalpha() else f"sweep-{begin}")[:18].strip("-")
+        return cls(path, f"{begin}-{secrets.token_hex(2)}", commands, dict(sweep.metrics), jobs_directory())
 
     def write(self) -> None:
         """Stores what `load` reads."""
         self.path.mkdir(parents=True, exist_ok=True)
-        stored = {key: value for key, value in dataclasses.asdict(self).items() if key != "path"}
+        stored = dataclasses.asdict(self) | {"jobs": str(self.jobs)}
+        del stored["path"]
         write(self.path / SWEEP_FILE, json.dumps(stored, indent=1) + "\n")
 
     def run_dir(self, trial: Trial) -> Path:
@@ -101,7 +105,7 @@ class SweepDirectory:
     def state(self, trial: Trial) -> str:
         """``waiting``, or the phase of the job that the trial has come to."""
         for number in range(len(self.commands)):
-            path = jobs_directory() / self.job_name(trial, number)
+            path = self.jobs / self.job_name(trial, number)
             state = JobRecord.load(path).state if path.is_dir() else None
             if state is None or state.phase != "succeeded":
                 return "waiting" if state is None else state.phase
@@ -124,9 +128,10 @@ class SweepDirectory:
 class _Run:
     """The jobs of one trial, one after another."""
 
-    def __init__(self, trial: Trial, jobs: Sequence[Job], target: Target, patience: Patience):
+    def __init__(self, trial: Trial, jobs: Sequence[Job], directory: SweepDirectory, settings: "Settings"):
         self.trial = trial
-        self._jobs, self._target, self._patience = jobs, target, patience
+        self._jobs, self._records = jobs, directory.jobs
+        self._target, self._patience = settings.target, settings.patience
         self._locks = contextlib.ExitStack()
         self._record: JobRecord | None = None
 
@@ -157,8 +162,8 @@ class _Run:
 
     def _hold(self, job: Job) -> JobRecord:
         if self._record is None or self._record.job.name != job.name:
-            path = jobs_directory() / job.name
-            record = JobRecord.load(path) if path.is_dir() else create(jobs_directory(), job, self._target)
+            path = self._records / job.name
+            record = JobRecord.load(path) if path.is_dir() else create(self._records, job, self._target)
             self._locks.enter_context(record.lock())
             self._record = record
         return self._record
@@ -246,7 +251,7 @@ def _run_all(
             if trial is None:
                 break
             add_trial(directory.path, trial)
-            run = _Run(trial, jobs_of(directory, trial, settings), settings.target, settings.patience)
+            run = _Run(trial, jobs_of(directory, trial, settings), directory, settings)
             if run.look() is None:
                 show(f"{trial.name}: {trial}")
                 active.append(run)
@@ -296,7 +301,7 @@ def _retry_failed(directory: SweepDirectory) -> None:
     for trial in read_trials(directory.path):
         if directory.state(trial) in ("failed", "stopped"):
             for number in range(len(directory.commands)):
-                path = jobs_directory() / directory.job_name(trial, number)
+                path = directory.jobs / directory.job_name(trial, number)
                 record = JobRecord.load(path) if path.is_dir() else None
                 if record is not None and record.is_over and record.state and record.state.phase != "succeeded":
                     with record.lock():

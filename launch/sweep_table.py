@@ -41,8 +41,8 @@ class Setting:
 
     Attributes:
         bindings: by name.
-        seeds: trials that have metrics.
-        means: of each metric over them.
+        seeds: trials that succeeded.
+        means: of each metric over those that have it.
         errors: standard errors of the means; none for a single trial.
     """
 
@@ -105,7 +105,7 @@ def over_seeds(rows: Iterable[Row]) -> list[Setting]:
         groups.setdefault(row.trial.setting, []).append(row)
     found = []
     for group in groups.values():
-        done = [row for row in group if row.metrics]
+        done = [row for row in group if row.state == "succeeded"]
         names = dict.fromkeys(name for row in done for name in row.metrics)
         values = {name: [row.metrics[name] for row in done if name in row.metrics] for name in names}
         means = {name: statistics.fmean(v) for name, v in values.items()}
