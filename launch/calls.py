@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from clp_jax.launch.job import LaunchError, write
 from clp_jax.launch.target import Run, Step, Unreachable, Write
@@ -16,6 +17,9 @@ _PASSING = re.compile(
     r"Unable to contact slurm controller|Socket timed out|TLS handshake|i/o timeout|503|kex_exchange",
     re.IGNORECASE,
 )
+
+# Seconds that no call is waited for longer.
+LONGEST = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +72,33 @@ def carry_out(steps: tuple[Step, ...] | list[Step]) -> None:
         if isinstance(step, Write):
             step.path.parent.mkdir(parents=True, exist_ok=True)
             write(step.path, step.text)
-        else:
+        elif isinstance(step, Run):
             call(step)
+
+
+def stream(run: Run) -> Iterator[str]:
+    """The lines that a command writes, as they come; it is ended when nobody wants more."""
+    try:
+        process = subprocess.Popen(
+            run.words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise LaunchError(
+            f"{run.words[0]} is not installed here, or not on the PATH: see docs/launching.md."
+        ) from error
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            yield line.rstrip("\n")
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
 
 
 def _call_once(run: Run) -> Called:
@@ -88,13 +117,13 @@ def _call_once(run: Run) -> Called:
             f"{run.words[0]} is not installed here, or not on the PATH: see docs/launching.md."
         ) from error
     try:
-        output, error_text = process.communicate(timeout=run.timeout)
+        output, error_text = process.communicate(timeout=min(run.timeout, LONGEST))
     except BaseException as stopped:
         # The tool may have begun others (gcloud begins ssh).
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(stopped, subprocess.TimeoutExpired):
-            raise Unreachable(f"{_short(run)} did not answer within {run.timeout:g} s.") from stopped
+            raise Unreachable(f"{_short(run)} did not answer within {min(run.timeout, LONGEST):g} s.") from stopped
         raise
     return Called(process.returncode, output, error_text)
 

@@ -19,7 +19,7 @@ from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.supervisor import Patience, supervise
-from clp_jax.launch.target import Run, Target, Write
+from clp_jax.launch.target import Note, Run, Target, Write
 from clp_jax.launch.targets import TARGETS, find_target
 
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
@@ -71,6 +71,7 @@ def launch(words: Sequence[str], commands: Collection[str]) -> int:
         return 0
     record = _existing(jobs, job)
     if record is None:
+        target.check_access(job)
         if not options.force:
             check_that_it_fits(target, job, commands)
         record = create(jobs, job, target)
@@ -181,6 +182,8 @@ def print_plan(target: Target, record: JobRecord) -> None:
     for step in target.dry_run(record):
         if isinstance(step, Write):
             print(f"# writes {step.path}\n{step.text.rstrip()}\n")
+        elif isinstance(step, Note):
+            print("".join(f"# {line}\n" for line in step.text.splitlines()))
         else:
             print(f"$ {shlex.join(step.words)}\n")
 

@@ -29,6 +29,7 @@ Final = Literal["succeeded", "failed", "stopped"]
 Phase = Under | Between | Final
 UNDER, BETWEEN, FINAL = get_args(Under), get_args(Between), get_args(Final)
 
+CODE = "code.tar.gz"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _DIRECTORY_VARIABLE, _DIRECTORY = "CLP_JOBS_DIR", "~/.clp/jobs"
 
@@ -134,7 +135,7 @@ class JobRecord:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
             if code is not None:
-                (partial / "code.tar.gz").write_bytes(code)
+                (partial / CODE).write_bytes(code)
             partial.chmod(0o755)
             # Fails where the name is taken: a directory is only renamed onto an empty one.
             os.rename(partial, jobs / job.name)
@@ -196,6 +197,12 @@ class JobRecord:
     def attempt_directory(self) -> Path:
         """What the target keeps of this attempt."""
         return self.path / "attempts" / str(self.attempt)
+
+    @property
+    def code(self) -> bytes:
+        """The archive that the workers get; empty where there is none."""
+        path = self.path / CODE
+        return path.read_bytes() if path.is_file() else b""
 
     @property
     def resource(self) -> str:

@@ -55,6 +55,9 @@ class Local:
         if shutil.which(command[0]) is None:
             raise LaunchError(f"there is no command {command[0]!r} on this machine.")
 
+    def check_access(self, job: Job) -> None:
+        """There is nobody to ask."""
+
     def submit(self, record: JobRecord) -> None:
         """Starts the processes, in a session of their own."""
         port = record.kept("port")
@@ -64,7 +67,7 @@ class Local:
             if isinstance(step, Write):
                 step.path.parent.mkdir(parents=True, exist_ok=True)
                 write(step.path, step.text)
-            else:
+            elif isinstance(step, Run):
                 with open(step.words[-1] + ".out", "ab") as output:
                     subprocess.Popen(
                         step.words,
@@ -116,7 +119,7 @@ class Local:
             here = self._directory(record, i)
             text = worker_script(
                 local_command(record.job.command),
-                directory=record.job.directory,
+                directory=shlex.quote(record.job.directory),
                 here=shlex.quote(str(here)),
                 environment=self._environment(record, i),
             )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from clp_jax.launch.job import Job, JobRecord, LaunchError, Under
 
@@ -60,9 +60,21 @@ class Run:
     attempts: int = 1
 
 
-Step = Write | Run
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """Something that a dry run tells, and a launch does not do.
+
+    Attributes:
+        text: lines.
+    """
+
+    text: str
 
 
+Step = Write | Run | Note
+
+
+@runtime_checkable
 class Target(Protocol):
     """A place where jobs run.
 
@@ -79,7 +91,10 @@ class Target(Protocol):
         """What `clp compile` is asked, to know whether a run fits what would be rented; None where nothing is."""
 
     def check(self, job: Job) -> None:
-        """Raises `LaunchError` for what can be known to be wrong of a job that is not there yet; creates nothing."""
+        """Raises `LaunchError` for what can be known to be wrong of a job to come; creates nothing, asks nobody."""
+
+    def check_access(self, job: Job) -> None:
+        """Raises `LaunchError` for what the other side would refuse: credentials, a name that is taken; creates nothing."""
 
     def submit(self, record: JobRecord) -> None:
         """Asks for what the attempt needs, unless it is there already; does not wait for it.

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 
+from clp_jax.launch.gke import Gke
 from clp_jax.launch.job import LaunchError
 from clp_jax.launch.local import Local
 from clp_jax.launch.options import build, suggest
+from clp_jax.launch.slurm import Slurm
 from clp_jax.launch.target import Target
+from clp_jax.launch.tpu_vm import TpuVm
 
-TARGETS: dict[str, type] = {"local": Local}
+TARGETS: dict[str, type] = {"local": Local, "tpu-vm": TpuVm, "gke": Gke, "slurm": Slurm}
 
 
 def find_target(name: str, options: Mapping[str, str]) -> Target:

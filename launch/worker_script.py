@@ -7,7 +7,12 @@ LOG, EXIT, CLAIM, PID = "log", "exit", "claimed", "pid"
 
 
 def worker_script(
-    command: Sequence[str], directory: str, here: str, environment: Mapping[str, str], setup: Sequence[str] = ()
+    command: Sequence[str],
+    directory: str,
+    here: str,
+    environment: Mapping[str, str],
+    setup: Sequence[str] = (),
+    keeps_log: bool = True,
 ) -> str:
     """A script that runs a command once.
 
@@ -16,29 +21,32 @@ def worker_script(
 
     Args:
         command: its words.
-        directory: to run it in.
-        here: where claim, log and exit code go; made if it is missing. May name shell variables that `setup` sets.
+        directory: to run it in; a piece of shell, quoted.
+        here: where claim, log and exit code go; made if it is missing. A piece of shell, quoted.
         environment: variables of the command; may be read in a listing of processes, so no secrets.
-        setup: lines of shell to run before.
+        setup: lines of shell to run before the command, in its directory's shell.
+        keeps_log: whether the output goes to the log, or where the script's own goes.
     """
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    redirection = f' >> "$here/{LOG}" 2>&1' if keeps_log else ""
     lines = [
         "#!/usr/bin/env bash",
         "set -u",
-        *setup,
         f"here={here}",
         'mkdir -p "$here"',
         f'mkdir "$here/{CLAIM}" 2>/dev/null || exit 0',
         f'echo $$ > "$here/{PID}"',
-        f"cd {shlex.quote(directory)} || exit 1",
+        f'finish() {{ echo "$1" > "$here/{EXIT}.new"; mv "$here/{EXIT}.new" "$here/{EXIT}"; exit "$1"; }}',
+        "child=",
+        # The setup may take minutes, and may be stopped too.
+        'trap \'if [ -z "$child" ]; then finish 143; fi; kill -TERM "$child" 2>/dev/null\' TERM INT',
+        *setup,
+        f"cd {directory} || finish 1",
         *exports,
-        f'{shlex.join(command)} >> "$here/{LOG}" 2>&1 &',
+        f"{shlex.join(command)}{redirection} &",
         "child=$!",
-        "trap 'kill -TERM \"$child\" 2>/dev/null' TERM INT",
-        # A trap interrupts `wait`; only a child that is gone is waited for.
+        # A trap interrupts `wait`; only a child that is gone has been waited for.
         'while true; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || break; done',
-        f'echo "$code" > "$here/{EXIT}.new"',
-        f'mv "$here/{EXIT}.new" "$here/{EXIT}"',
-        'exit "$code"',
+        'finish "$code"',
     ]
     return "\n".join(lines) + "\n"
