@@ -20,6 +20,7 @@ from clp_jax.launch.options import option
 from clp_jax.launch.target import Run, Status, Step, Write
 from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, PID, worker_script
 
+_BEGUN: list[subprocess.Popen] = []
 # Seconds that a script may take from its start to its claim.
 _STARTUP = 10.0
 
@@ -69,19 +70,22 @@ class Local:
                 write(step.path, step.text)
             elif isinstance(step, Run):
                 with open(step.words[-1] + ".out", "ab") as output:
-                    subprocess.Popen(
+                    _reap()
+                    process = subprocess.Popen(
                         step.words,
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
                         start_new_session=True,
                     )
+                    _BEGUN.append(process)
 
     def start(self, record: JobRecord) -> None:
         """Does nothing: submitting was all."""
 
     def status(self, record: JobRecord) -> Status:
         """Looks at exit codes and processes."""
+        _reap()
         workers = [self._directory(record, i) for i in range(self.processes)]
         if not any(path.is_dir() for path in workers):
             return Status("gone")
@@ -146,6 +150,11 @@ def local_command(command: Sequence[str]) -> tuple[str, ...]:
     """The words that run a command on this machine: ``clp`` is the package that launches."""
     first, *rest = command
     return (sys.executable, "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
+
+
+def _reap() -> None:
+    """Takes leave of scripts that this process began and that are over: a sweep begins many."""
+    _BEGUN[:] = [process for process in _BEGUN if process.poll() is None]
 
 
 def _free_port() -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.job import LaunchError
@@ -23,6 +23,7 @@ from clp_jax.launch.stage_state import Made, StageStates, config_of, made_of, mi
 _LOOK = 0.1
 
 
+@runtime_checkable
 class Running(Protocol):
     """The command of a stage, wherever it runs."""
 

@@ -133,7 +133,7 @@ class _Run:
         self._jobs, self._records = jobs, directory.jobs
         self._target, self._patience = settings.target, settings.patience
         self._locks = contextlib.ExitStack()
-        self._record: JobRecord | None = None
+        self._held: dict[str, JobRecord] = {}
 
     def look(self) -> str | None:
         """Looks after the trial once; its last phase when it is over."""
@@ -157,16 +157,16 @@ class _Run:
 
     def last_line(self) -> str:
         """What is known of how it ended."""
-        state = None if self._record is None else self._record.state
-        return state.detail.strip().rpartition("\n")[2] if state is not None else ""
+        states = [record.state for record in self._held.values()]
+        return states[-1].detail.strip().rpartition("\n")[2] if states and states[-1] else ""
 
     def _hold(self, job: Job) -> JobRecord:
-        if self._record is None or self._record.job.name != job.name:
+        if job.name not in self._held:
             path = self._records / job.name
             record = JobRecord.load(path) if path.is_dir() else create(self._records, job, self._target)
             self._locks.enter_context(record.lock())
-            self._record = record
-        return self._record
+            self._held[job.name] = record
+        return self._held[job.name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,6 +113,6 @@ def test_markdown():
         "| 1 | 2 | 4 ± 1 | 1.5 ± 0.5 |   |",
         r"| a\|b | 0 |  |  |   |",
     ]
-    assert lines[9] == "| trial | A | seed | state | loss | reward |"
-    assert lines[11] == f"| {ROWS[0].trial.name} | 1 | 0 | succeeded | 3 | 1 |"
-    assert lines[14] == f"| {ROWS[3].trial.name} | 2 | 1 | failed |  |  |"
+    assert lines[10] == "| trial | A | seed | state | loss | reward |"
+    assert lines[12] == f"| {ROWS[0].trial.name} | 1 | 0 | succeeded | 3 | 1 |"
+    assert lines[15] == f"| {ROWS[3].trial.name} | 2 | 1 | failed |  |  |"
