@@ -6,7 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from clp_jax.launch.job import LaunchError, write
 from clp_jax.launch.target import Run, Step, Unreachable, Write
@@ -74,6 +75,18 @@ def carry_out(steps: tuple[Step, ...] | list[Step]) -> None:
             write(step.path, step.text)
         elif isinstance(step, Run):
             call(step)
+
+
+def begin(words: Sequence[str], output: Path) -> None:
+    """Starts a command that outlives this process, with a process group of its own.
+
+    Args:
+        words: of the command.
+        output: a file that gets what it writes.
+    """
+    # The shell ends at once: what it began is nobody's child here.
+    script = 'set -m; output="$1"; shift; "$@" >> "$output" 2>&1 < /dev/null &'
+    subprocess.run(("bash", "-c", script, "bash", str(output), *words), start_new_session=True, check=True)
 
 
 def stream(run: Run) -> Iterator[str]:

@@ -7,12 +7,12 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from clp_jax.launch.calls import call, show
+from clp_jax.launch.calls import begin, call, show
 from clp_jax.launch.code import archive, code_version
 from clp_jax.launch.gin_files import files_of
 from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
@@ -23,6 +23,8 @@ from clp_jax.launch.target import Note, Run, Target, Write
 from clp_jax.launch.targets import TARGETS, find_target
 
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
+# An archive, as text.
+_LONG = re.compile(r"[A-Za-z0-9+/=]{2000,}")
 _PROGRAM_SECONDS = 600.0
 
 
@@ -67,7 +69,7 @@ def launch(words: Sequence[str], commands: Collection[str]) -> int:
     target.check(job)
     jobs = jobs_directory()
     if options.dry_run:
-        print_plan(target, JobRecord(jobs / job.name, job))
+        print_plan(target, job, jobs)
         return 0
     record = _existing(jobs, job)
     if record is None:
@@ -164,7 +166,7 @@ def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> N
     asked = target.compile_options()
     if asked is None or job.command[:2] != ("clp", "train") or "compile" not in commands:
         return
-    if importlib.util.find_spec("libtpu") is None:
+    if not _has_compiler():
         show("The extra `aot` is not installed: whether this fits the slice is not known before it runs.")
         return
     words = [word for word in job.command[2:] if not word.startswith("--debug")]
@@ -177,15 +179,18 @@ def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> N
         )
 
 
-def print_plan(target: Target, record: JobRecord) -> None:
-    """Prints the exact files and commands of a launch."""
-    for step in target.dry_run(record):
-        if isinstance(step, Write):
-            print(f"# writes {step.path}\n{step.text.rstrip()}\n")
-        elif isinstance(step, Note):
-            print("".join(f"# {line}\n" for line in step.text.splitlines()))
-        else:
-            print(f"$ {shlex.join(step.words)}\n")
+def print_plan(target: Target, job: Job, jobs: Path) -> None:
+    """Prints the exact files and commands of a launch; what is too long to read is cut, and counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = create(Path(folder), job, target)
+        for step in target.dry_run(record):
+            if isinstance(step, Write):
+                text = f"# writes {step.path}\n{step.text.rstrip()}\n"
+            elif isinstance(step, Note):
+                text = "".join(f"# {line}\n" for line in step.text.splitlines())
+            else:
+                text = f"$ {shlex.join(step.words)}\n"
+            print(_LONG.sub(_cut, text.replace(folder, str(jobs))))
 
 
 def look_after(records: Sequence[JobRecord], detach: bool, patience: Patience) -> int:
@@ -227,6 +232,14 @@ def usage(target: str | None) -> str:
     return "\n".join([*lines, "", "clp jobs shows, stops and retries jobs."])
 
 
+def _has_compiler() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _cut(word: re.Match[str]) -> str:
+    return f"{word[0][:40]}... ({len(word[0])} characters)"
+
+
 def _existing(jobs: Path, job: Job) -> JobRecord | None:
     """The record of the same job, if there is one: a launcher that is started again goes on with it."""
     if not (jobs / job.name).is_dir():
@@ -246,12 +259,6 @@ def _existing(jobs: Path, job: Job) -> JobRecord | None:
 
 
 def _in_background(record: JobRecord, patience: Patience) -> None:
-    with open(record.path / "launcher.log", "ab") as log:
-        subprocess.Popen(
-            [sys.executable, "-m", "clp_jax.main", "jobs", "watch", record.job.name, f"--look={patience.look}"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    words = ("-m", "clp_jax.main", "jobs", "watch", record.job.name, f"--look={patience.look}")
+    begin((sys.executable, *words), record.path / "launcher.log")
     show(f"{record.job.name} is looked after in the background: clp jobs status {record.job.name}")

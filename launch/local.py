@@ -13,16 +13,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from clp_jax.launch.calls import begin, call
 from clp_jax.launch.exit_codes import KILLED, verdict
 from clp_jax.launch.job import Job, JobRecord, LaunchError, write
 from clp_jax.launch.log_files import read_logs
+from clp_jax.launch.namespaces import Namespaces, check_namespaces
 from clp_jax.launch.options import option
 from clp_jax.launch.target import Run, Status, Step, Write
 from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, PID, worker_script
 
-_BEGUN: list[subprocess.Popen] = []
 # Seconds that a script may take from its start to its claim.
 _STARTUP = 10.0
+_SCRIPT = "run.sh"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Local:
     Attributes:
         processes: how many.
         devices_per_process: virtual CPU devices of each; None leaves devices as they are.
+        namespaces: whether each has a network namespace.
         grace: seconds between asking processes to end and ending them.
     """
 
     processes: int = option("processes that train together", 1)
     devices_per_process: int | None = option("virtual CPU devices of each process", None)
+    namespaces: bool = option("Linux: each process in a network namespace, with an address of its own", False)
     grace: float = option("seconds to save in, when the job is stopped", 30.0)
 
     name = "local"
@@ -57,35 +61,30 @@ class Local:
             raise LaunchError(f"there is no command {command[0]!r} on this machine.")
 
     def check_access(self, job: Job) -> None:
-        """There is nobody to ask."""
+        """Raises `LaunchError` where network namespaces are asked for and not permitted."""
+        if self.namespaces:
+            check_namespaces(self.processes)
 
     def submit(self, record: JobRecord) -> None:
         """Starts the processes, in a session of their own."""
-        port = record.kept("port")
-        if port is None:
-            record.keep("port", port := _free_port())
+        if record.kept("port") is None:
+            record.keep("port", _free_port())
         for step in self.dry_run(record):
             if isinstance(step, Write):
                 step.path.parent.mkdir(parents=True, exist_ok=True)
                 write(step.path, step.text)
+            elif isinstance(step, Run) and step.words[-1].endswith(_SCRIPT):
+                begin(step.words, Path(step.words[-1] + ".out"))
             elif isinstance(step, Run):
-                with open(step.words[-1] + ".out", "ab") as output:
-                    _reap()
-                    process = subprocess.Popen(
-                        step.words,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                    )
-                    _BEGUN.append(process)
+                made = call(step, may_fail=True)
+                if made.code and "exists" not in made.error:
+                    raise LaunchError(f"{' '.join(step.words)}: {made.error.strip()}")
 
     def start(self, record: JobRecord) -> None:
         """Does nothing: submitting was all."""
 
     def status(self, record: JobRecord) -> Status:
         """Looks at exit codes and processes."""
-        _reap()
         workers = [self._directory(record, i) for i in range(self.processes)]
         if not any(path.is_dir() for path in workers):
             return Status("gone")
@@ -103,7 +102,7 @@ class Local:
         for path in workers:
             _signal(path, signal.SIGTERM)
         until = time.monotonic() + self.grace
-        while any(_is_alive(path) for path in workers) and time.monotonic() < until:
+        while any(_processes(path)[1] for path in workers) and time.monotonic() < until:
             time.sleep(0.05)
         for path in workers:
             _signal(path, signal.SIGKILL)
@@ -115,10 +114,12 @@ class Local:
             path = self._directory(record, i)
             if path.is_dir():
                 (path / CLAIM).mkdir(exist_ok=True)
+        if self.namespaces:
+            self._networks(record).delete()
 
     def dry_run(self, record: JobRecord) -> Sequence[Step]:
         """One script and one command for each process."""
-        steps: list[Step] = []
+        steps: list[Step] = [*self._networks(record).create()] if self.namespaces else []
         for i in range(self.processes):
             here = self._directory(record, i)
             text = worker_script(
@@ -127,20 +128,25 @@ class Local:
                 here=shlex.quote(str(here)),
                 environment=self._environment(record, i),
             )
-            steps += [Write(here / "run.sh", text), Run(("bash", str(here / "run.sh")))]
+            enter = self._networks(record).enter(i) if self.namespaces else ()
+            steps += [Write(here / _SCRIPT, text), Run((*enter, "bash", str(here / _SCRIPT)))]
         return steps
 
     def _environment(self, record: JobRecord, index: int) -> dict[str, str]:
         found = {"PYTHONUNBUFFERED": "1"}
         if self.processes > 1:
+            host = self._networks(record).address(0) if self.namespaces else "127.0.0.1"
             found |= {
-                "CLP_COORDINATOR_ADDRESS": f"127.0.0.1:{record.kept('port') or 'PORT'}",
+                "CLP_COORDINATOR_ADDRESS": f"{host}:{record.kept('port') or 'PORT'}",
                 "CLP_NUM_PROCESSES": str(self.processes),
                 "CLP_PROCESS_ID": str(index),
             }
         if self.devices_per_process is not None:
             found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices_per_process)}
         return found
+
+    def _networks(self, record: JobRecord) -> Namespaces:
+        return Namespaces(f"{record.path}/{record.resource}", self.processes)
 
     def _directory(self, record: JobRecord, index: int) -> Path:
         return record.attempt_directory / f"worker-{index}"
@@ -150,11 +156,6 @@ def local_command(command: Sequence[str]) -> tuple[str, ...]:
     """The words that run a command on this machine: ``clp`` is the package that launches."""
     first, *rest = command
     return (sys.executable, "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
-
-
-def _reap() -> None:
-    """Takes leave of scripts that this process began and that are over: a sweep begins many."""
-    _BEGUN[:] = [process for process in _BEGUN if process.poll() is None]
 
 
 def _free_port() -> int:
@@ -169,7 +170,7 @@ def _exit_code(here: Path) -> int | None:
         if (here / CLAIM).is_dir():
             is_over = not _is_alive(here) and not _is_young(here / CLAIM)
         else:
-            is_over = not _is_young(here / "run.sh")
+            is_over = not _is_young(here / _SCRIPT)
         # It may have ended between the two looks.
         if not is_over:
             return None
@@ -180,22 +181,30 @@ def _is_young(path: Path) -> bool:
     return path.exists() and time.time() - path.stat().st_mtime < _STARTUP
 
 
-def _script_id(here: Path) -> int | None:
-    """The process of a worker's script, where it lives: its number may have gone to another process since."""
-    text = (here / PID).read_text().strip() if (here / PID).is_file() else ""
-    if not text:
-        return None
-    words = subprocess.run(("ps", "-o", "args=", "-p", text), capture_output=True, text=True, check=False).stdout
-    return int(text) if str(here / "run.sh") in words else None
+def _processes(here: Path) -> tuple[bool, bool]:
+    """Whether a worker's script lives, and whether anything does that it began: a process group that has its number."""
+    number = (here / PID).read_text().strip() if (here / PID).is_file() else ""
+    if not number:
+        return False, False
+    words = ("ps", "-A", "-ww", "-o", "pid=,pgid=,stat=,args=")
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [line.split(None, 3) for line in lines]
+    group = {row[0]: row[-1] for row in rows if row[1] == number and not row[2].startswith("Z")}
+    leader = group.get(number)
+    # The number may have gone to another process since; it can't while the group has members.
+    is_ours = leader is None or str(here / _SCRIPT) in leader
+    return leader is not None and is_ours, bool(group) and is_ours
 
 
 def _is_alive(here: Path) -> bool:
-    return _script_id(here) is not None
+    return _processes(here)[0]
 
 
 def _signal(here: Path, number: int) -> None:
-    """Sends a signal to a worker's script and all that it began."""
-    process = _script_id(here)
-    if process is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process, number)
+    """Sends a signal to a worker: SIGTERM to its script, which passes it on once; SIGKILL to all that it began."""
+    script, group = _processes(here)
+    with contextlib.suppress(ProcessLookupError):
+        if script and number == signal.SIGTERM:
+            os.kill(int((here / PID).read_text()), number)
+        elif group:
+            os.killpg(int((here / PID).read_text()), number)

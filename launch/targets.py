@@ -9,8 +9,9 @@ from clp_jax.launch.options import build, suggest
 from clp_jax.launch.slurm import Slurm
 from clp_jax.launch.target import Target
 from clp_jax.launch.tpu_vm import TpuVm
+from clp_jax.launch.xmanager import XManager
 
-TARGETS: dict[str, type] = {"local": Local, "tpu-vm": TpuVm, "gke": Gke, "slurm": Slurm}
+TARGETS: dict[str, type] = {"local": Local, "tpu-vm": TpuVm, "gke": Gke, "slurm": Slurm, "xmanager": XManager}
 
 
 def find_target(name: str, options: Mapping[str, str]) -> Target:

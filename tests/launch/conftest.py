@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from clp_jax.launch import calls
 from clp_jax.launch.code import archive
 from clp_jax.launch.job import Job, JobRecord

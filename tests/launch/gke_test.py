@@ -6,14 +6,13 @@ import json
 import tarfile
 
 import pytest
-from kubernetes_fields import unknown_fields
-
 from clp_jax.launch import calls
 from clp_jax.launch.job import JobRecord, LaunchError
 from clp_jax.launch.jobset import manifest
 from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Note, Run, Write
 from clp_jax.launch.targets import find_target
+from kubernetes_fields import unknown_fields
 
 from .conftest import AWKWARD, QUICK, phases
 
@@ -35,7 +34,9 @@ def written(record, target):
     return json.loads(write.text)
 
 
-@pytest.mark.parametrize("options", [ONE_HOST, TWO_HOSTS, ALL, {**ONE_HOST, "provision": "reserved", "reservation": "r"}])
+@pytest.mark.parametrize(
+    "options", [ONE_HOST, TWO_HOSTS, ALL, {**ONE_HOST, "provision": "reserved", "reservation": "r"}]
+)
 def test_the_manifest_has_only_what_kubernetes_knows(world, options):
     record, target = world.record("gke", options, words=(AWKWARD,))
     assert unknown_fields(written(record, target)) == []
@@ -45,7 +46,10 @@ def test_the_manifest_has_only_what_kubernetes_knows(world, options):
     ("change", "wrong"),
     [
         (lambda job: job["spec"].update(replicatedJob=[]), "items[1].spec.replicatedJob: no such field"),
-        (lambda job: job["spec"]["replicatedJobs"][0].update(replicas="2"), "items[1].spec.replicatedJobs[0].replicas: '2' is no int"),
+        (
+            lambda job: job["spec"]["replicatedJobs"][0].update(replicas="2"),
+            "items[1].spec.replicatedJobs[0].replicas: '2' is no int",
+        ),
         (lambda job: job["metadata"].pop("name"), "items[1].metadata.name: missing"),
     ],
 )
@@ -72,16 +76,26 @@ def test_slices_hosts_and_rights_are_in_the_manifest(world):
         "cloud.google.com/gke-spot": "true",
     }
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"}
-    assert (pod["serviceAccountName"], pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("trainer", "Never", 60)
+    assert (pod["serviceAccountName"], pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == (
+        "trainer",
+        "Never",
+        60,
+    )
     assert jobset["spec"]["network"]["subdomain"] == jobset["metadata"]["name"] == config["metadata"]["name"] == "job-1"
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(config["binaryData"]["code.tar.gz"]))) as tar:
-        assert {"work/my.gin", "clp_jax/main.py", "clp_jax/launch/gke.py", "requirements.txt", "constraints.txt"} <= set(
-            tar.getnames()
-        )
+        assert {
+            "work/my.gin",
+            "clp_jax/main.py",
+            "clp_jax/launch/gke.py",
+            "requirements.txt",
+            "constraints.txt",
+        } <= set(tar.getnames())
 
 
 def test_a_job_from_the_manifest_to_the_end(world):
-    record, target = world.record("gke", {**TWO_HOSTS, "num_slices": "2", "secrets": "WANDB_API_KEY=wandb/key"}, words=(AWKWARD,))
+    record, target = world.record(
+        "gke", {**TWO_HOSTS, "num_slices": "2", "secrets": "WANDB_API_KEY=wandb/key"}, words=(AWKWARD,)
+    )
     assert world.run(record, target).phase == "succeeded"
     assert phases(record) == ["queued", "running", "succeeded"]
     assert world.state["created"] == ["job-1"] and world.state["jobsets"] == {}

@@ -1,7 +1,9 @@
 """SLURM, against a queue that runs what is submitted."""
 
-import pytest
+import os
+import subprocess
 
+import pytest
 from clp_jax.launch import calls
 from clp_jax.launch.job import JobRecord, LaunchError
 from clp_jax.launch.supervisor import advance
@@ -30,7 +32,9 @@ def test_a_job_from_the_queue_to_the_end(world):
     assert world.state["created"] == ["job-1"]
     assert [run["words"] for run in world.runs] == [[AWKWARD, "b"]] * 2
     assert sorted(run["CLP_PROCESS_ID"] for run in world.runs) == ["0", "1"]
-    assert {(run["CLP_COORDINATOR_ADDRESS"], run["CLP_NUM_PROCESSES"]) for run in world.runs} == {("127.0.0.1:20100", "2")}
+    assert {(run["CLP_COORDINATOR_ADDRESS"], run["CLP_NUM_PROCESSES"]) for run in world.runs} == {
+        ("127.0.0.1:20100", "2")
+    }
     assert {run["folder"] for run in world.runs} == {record.job.directory}
     (sbatch,) = world.calls("sbatch")
     assert {"--partition=gpu queue", "--time=1:00:00", "--gpus-per-node=8", "--dependency=singleton"} <= set(sbatch)
@@ -91,9 +95,7 @@ def test_slurm_requeues_the_same_attempt(world):
     record.append("queued", attempt=1)
     target.submit(record)
     task = record.attempt_directory / "task.sh"
-    environment = {**__import__("os").environ, "SLURM_PROCID": "0"}
-    import subprocess
-
+    environment = {**os.environ, "SLURM_PROCID": "0"}
     for count in ("0", "0", "1"):
         subprocess.run(["bash", str(task)], env=environment | {"SLURM_RESTART_COUNT": count}, check=True)
     # Twice the same: once. Requeued: again.

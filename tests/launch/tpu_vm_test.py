@@ -1,7 +1,8 @@
 """TPU VMs, against a `gcloud` that keeps queued resources and runs what SSH asks for in bash."""
 
-import pytest
+import os
 
+import pytest
 from clp_jax.launch import calls
 from clp_jax.launch.job import JobRecord, LaunchError
 from clp_jax.launch.supervisor import advance, retry
@@ -22,7 +23,11 @@ def actions(world):
 def test_a_job_from_the_request_to_the_end(world):
     record, target = world.record("tpu-vm", SPOT, words=(AWKWARD, "--steps=3"))
     assert world.run(record, target).phase == "succeeded"
-    assert phases(record) == ["queued", "starting", "running", "succeeded"] or phases(record) == ["queued", "starting", "succeeded"]
+    assert phases(record) == ["queued", "starting", "running", "succeeded"] or phases(record) == [
+        "queued",
+        "starting",
+        "succeeded",
+    ]
     assert actions(world) == [("create", "job-1"), ("delete", "job-1")]
     assert world.state["resources"] == {}
     assert len(world.runs) == 4
@@ -60,7 +65,10 @@ def test_a_spot_node_disappears(world):
         advance(record, target, QUICK)
     world.trouble("preempt")
     assert world.run(record, target).phase == "succeeded"
-    assert phases(record)[-4:] in (["queued", "starting", "running", "succeeded"], ["preempted", "queued", "starting", "succeeded"])
+    assert phases(record)[-4:] in (
+        ["queued", "starting", "running", "succeeded"],
+        ["preempted", "queued", "starting", "succeeded"],
+    )
     assert "preempted" in phases(record)
     assert actions(world) == [("create", "job-1"), ("delete", "job-1"), ("create", "job-2"), ("delete", "job-2")]
     assert world.state["resources"] == {}
@@ -76,7 +84,7 @@ def test_a_worker_fails_and_the_others_are_ended(world):
     assert len(world.runs) == 8
     for run in world.runs:
         with pytest.raises(ProcessLookupError):
-            __import__("os").kill(run["pid"], 0)
+            os.kill(run["pid"], 0)
 
 
 def test_two_slices_are_one_queued_resource(world):
@@ -131,7 +139,7 @@ def test_ssh_that_is_refused_for_a_while(world):
 
 
 def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
-    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    record, _ = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
     looks = 0
     while not (record.is_over and record.kept("deleted")):
         # Each look is by a launcher that knows the disk alone.
@@ -219,7 +227,10 @@ def test_a_dry_run_is_what_is_done(world):
         ({"topology": "v9:4x4"}, "--topology is 'v9:4x4': expected a chip (v5e, v5p, v6e)"),
         ({"topology": "v5e:3x4"}, "--topology is 'v5e:3x4': v5e comes as 1x1, 2x2"),
         ({"topology": "v5p:4x8x4"}, "multiples of 4 in rising order"),
-        ({"topology": "v5p:4x4x16", "zone": "us-east5-a"}, "TPU VMs are asked for by their number of chips, and 256 come in"),
+        (
+            {"topology": "v5p:4x4x16", "zone": "us-east5-a"},
+            "TPU VMs are asked for by their number of chips, and 256 come in",
+        ),
         ({"zone": "us-east9-z"}, "--zone is 'us-east9-z': v5e is known to be in us-central1-a"),
         ({"num_slices": "0"}, "--num_slices is 0: expected at least 1."),
         ({"provision": "free"}, "--provision is 'free': expected on-demand or spot or reserved."),
@@ -248,7 +259,9 @@ def test_access_is_checked_before_anything_is_created(world):
         target.check_access(record.job)
     record.append("queued", attempt=1)
     target.submit(record)
-    with pytest.raises(LaunchError, match="there is a queued resource job-1 in us-west4-a already: give another --name"):
+    with pytest.raises(
+        LaunchError, match="there is a queued resource job-1 in us-west4-a already: give another --name"
+    ):
         target.check_access(record.job)
 
 

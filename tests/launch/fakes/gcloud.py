@@ -6,6 +6,7 @@ Queued resources become active after some looks at them. A worker is a folder, i
 ``preempt`` (at the next describe), ``delete`` (timeout).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,29 +28,38 @@ def take_away(found):
     for node in found["nodes"]:
         for home in homes(node):
             for pid in home.glob("clp/*/state/pid"):
-                try:
+                with contextlib.suppress(ProcessLookupError, ValueError):
                     os.killpg(int(pid.read_text()), signal.SIGKILL)
-                except (ProcessLookupError, ValueError):
-                    pass
         shutil.rmtree(WORLD / "nodes" / node, ignore_errors=True)
 
 
 def create(name, words):
     problem = trouble("create")
     if problem == "quota":
-        fail("ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: Quota limit "
-             "'TPUV5sLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone us-west4-a.")
+        fail(
+            "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: Quota limit "
+            "'TPUV5sLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone us-west4-a."
+        )
     if problem == "stockout":
-        fail("ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: There is no more capacity in the zone.")
+        fail(
+            "ERROR: (gcloud.compute.tpus.queued-resources.create) RESOURCE_EXHAUSTED: There is no more capacity in the zone."
+        )
     if problem == "timeout_before":
         hang()
     count = flag(words, "node-count")
     nodes = [f"{flag(words, 'node-prefix')}-{i}" for i in range(int(count))] if count else [flag(words, "node-id")]
     with world() as state:
         if name in state.setdefault("resources", {}):
-            fail(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource '{name}' already exists")
+            fail(
+                f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: Resource '{name}' already exists"
+            )
         hosts = HOSTS[flag(words, "accelerator-type")]
-        state["resources"][name] = {"looks": trouble("lookups") or 1, "state": "ACCEPTED", "nodes": nodes, "hosts": hosts}
+        state["resources"][name] = {
+            "looks": trouble("lookups") or 1,
+            "state": "ACCEPTED",
+            "nodes": nodes,
+            "hosts": hosts,
+        }
         state["created"] = [*state.get("created", []), name]
     if problem == "timeout_after":
         hang()
@@ -96,8 +106,15 @@ def ssh(node, words):
         program = home / "bin" / "hostname"
         program.write_text(f"#!/bin/sh\necho {node}-{home.name}\n")
         program.chmod(0o755)
-        environment = {"HOME": str(home), "PATH": f"{home / 'bin'}:{os.environ['PATH']}", "FAKES": str(WORLD), "WORKER": home.name}
-        done = subprocess.run(["bash", "-c", flag(words, "command")], cwd=home, env=environment, capture_output=True, text=True)
+        environment = {
+            "HOME": str(home),
+            "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
+            "FAKES": str(WORLD),
+            "WORKER": home.name,
+        }
+        done = subprocess.run(
+            ["bash", "-c", flag(words, "command")], cwd=home, env=environment, capture_output=True, text=True
+        )
         sys.stdout.write(done.stdout)
         sys.stderr.write(done.stderr)
         codes.append(done.returncode)
@@ -128,7 +145,9 @@ def main():
     elif words[:2] == ["secrets", "versions"]:
         print("the-secret-value")
     elif words[:2] == ["storage", "cp"]:
-        source, target = (str(WORLD / "buckets" / w.removeprefix("gs://")) if w.startswith("gs://") else w for w in words[2:4])
+        source, target = (
+            str(WORLD / "buckets" / w.removeprefix("gs://")) if w.startswith("gs://") else w for w in words[2:4]
+        )
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         shutil.copy(source, target)
     elif words[:2] == ["storage", "buckets"]:
@@ -141,7 +160,9 @@ def main():
         print("\n".join(f"{words[2]}{entry.name}/" for entry in folder.iterdir()))
     elif words[2] == "queued-resources":
         action, name = words[3:5]
-        {"create": lambda: create(name, words), "describe": lambda: describe(name), "delete": lambda: delete(name)}[action]()
+        {"create": lambda: create(name, words), "describe": lambda: describe(name), "delete": lambda: delete(name)}[
+            action
+        ]()
     elif words[2:4] == ["tpu-vm", "ssh"]:
         ssh(words[4], words)
     elif words[2:4] == ["tpu-vm", "scp"]:

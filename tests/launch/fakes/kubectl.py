@@ -4,6 +4,8 @@
 Troubles: ``schedule`` (more looks), ``evict`` (at the next look), ``apply`` (quota, timeout), ``rights``.
 """
 
+import base64
+import contextlib
 import json
 import os
 import shutil
@@ -12,18 +14,6 @@ import subprocess
 import sys
 
 from state import WORLD, fail, flag, hang, log_call, trouble, world
-
-
-def alive(pid):
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def begin(name, found):
@@ -40,15 +30,18 @@ def begin(name, found):
                 # The mount of the ConfigMap, in a folder where a container has one of its own.
                 (home / "files" / file).write_text(text.replace("/clp/files", str(home / "files")))
             for file, text in config["binaryData"].items():
-                import base64
-
                 (home / "files" / file).write_bytes(base64.b64decode(text))
-            environment = {"HOME": str(home), "PATH": os.environ["PATH"], "FAKES": str(WORLD), "JOB_COMPLETION_INDEX": str(index)}
+            environment = {
+                "HOME": str(home),
+                "PATH": os.environ["PATH"],
+                "FAKES": str(WORLD),
+                "JOB_COMPLETION_INDEX": str(index),
+            }
             for entry in container["env"]:
                 source = entry["valueFrom"]
                 label = source.get("fieldRef", {}).get("fieldPath") == "metadata.labels['jobset.sigs.k8s.io/job-index']"
                 environment[entry["name"]] = str(job) if label else "the-secret-value"
-            runner = f'bash {home}/files/run.sh; echo $? > {home}/code.new; mv {home}/code.new {home}/code'
+            runner = f"bash {home}/files/run.sh; echo $? > {home}/code.new; mv {home}/code.new {home}/code"
             with open(home / "log", "w") as log:
                 process = subprocess.Popen(
                     ["bash", "-c", runner], cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -59,10 +52,8 @@ def begin(name, found):
 def end(name):
     for home in WORLD.glob(f"pods/{name}-slice-*"):
         for pid in (home / "pid").read_text().split():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         shutil.rmtree(home)
 
 
@@ -78,7 +69,11 @@ def look(name, found):
             os.killpg(int((home / "pid").read_text()), signal.SIGKILL)
             (home / "code").write_text("137")
         found["phase"] = "Failed"
-    codes = [int((home / "code").read_text()) for home in sorted(WORLD.glob(f"pods/{name}-slice-*")) if (home / "code").is_file()]
+    codes = [
+        int((home / "code").read_text())
+        for home in sorted(WORLD.glob(f"pods/{name}-slice-*"))
+        if (home / "code").is_file()
+    ]
     spec = found["jobset"]["spec"]["replicatedJobs"][0]
     if found["phase"] == "Running" and any(codes):
         found["phase"] = "Failed"
@@ -97,7 +92,11 @@ def pods(name, found):
             conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}]
         yield {
             "metadata": {"name": home.name},
-            "status": {"phase": phase, "conditions": conditions, "containerStatuses": [{"name": "main", "state": state}]},
+            "status": {
+                "phase": phase,
+                "conditions": conditions,
+                "containerStatuses": [{"name": "main", "state": state}],
+            },
         }
 
 
@@ -106,8 +105,10 @@ def apply(words):
     if problem == "timeout":
         hang()
     if problem == "quota":
-        fail('Error from server (Forbidden): error when creating "manifest.json": jobsets.jobset.x-k8s.io "x" is forbidden: '
-             "exceeded quota: tpus")
+        fail(
+            'Error from server (Forbidden): error when creating "manifest.json": jobsets.jobset.x-k8s.io "x" is forbidden: '
+            "exceeded quota: tpus"
+        )
     with open(flag(words, "filename")) as file:
         config, jobset = json.load(file)["items"]
     if "--dry-run=server" in words:
@@ -128,7 +129,9 @@ def get(kind, words):
             if found is None:
                 return
             look(words[0], found)
-            over = [{"type": found["phase"], "status": "True", "message": "jobset failed due to one or more job failures"}]
+            over = [
+                {"type": found["phase"], "status": "True", "message": "jobset failed due to one or more job failures"}
+            ]
             print(json.dumps({"status": {"conditions": over if found["phase"] in ("Failed", "Completed") else []}}))
         else:
             name = flag(words, "selector").partition("=")[2]

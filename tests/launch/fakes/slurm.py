@@ -5,6 +5,7 @@ Troubles: ``sbatch`` (refused, timeout_before, timeout_after), ``pending`` (more
 look), ``no_accounts``.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,17 +22,20 @@ def begin(job):
     runner = f'bash "$0"; echo $? > {ended}.new; mv {ended}.new {ended}'
     with open(job["output"], "a") as log:
         process = subprocess.Popen(
-            ["bash", "-c", runner, job["script"]], cwd=job["chdir"], env=environment, stdout=log, stderr=log, start_new_session=True
+            ["bash", "-c", runner, job["script"]],
+            cwd=job["chdir"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     job["pid"] = process.pid
 
 
 def kill(job):
     if "pid" in job:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(job["pid"], signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def look(job):
@@ -87,7 +91,8 @@ def main():
     elif tool == "srun":
         command = words[1:]
         tasks = [
-            subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(i)}) for i in range(int(os.environ["SLURM_NTASKS"]))
+            subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(i)})
+            for i in range(int(os.environ["SLURM_NTASKS"]))
         ]
         sys.exit(max(task.wait() for task in tasks))
     else:
