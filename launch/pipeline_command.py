@@ -17,6 +17,7 @@ class PipelineOptions:
     stages: tuple[str, ...] = option("these alone, and what they need: A,B", ())
     max_concurrent: int = option("stages at once, where their needs allow", 1)
     dir: str | None = option("of the pipeline's own files; by default runs/NAME/pipeline", None)
+    force: bool = option("run what clp compile says does not fit, or what it can't look at", False)
     dry_run: bool = option("print what would be done about each stage, and do nothing", False)
 
 
@@ -47,7 +48,7 @@ def pipeline(words: Sequence[str], commands: Collection[str]) -> int:
     if options.dry_run:
         print_plan(found, directory)
         return 0
-    return run_pipeline(found, directory, options.max_concurrent)
+    return run_pipeline(found, directory, commands, options.max_concurrent, options.force)
 
 
 def _usage() -> str:

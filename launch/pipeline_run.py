@@ -7,12 +7,13 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from clp_jax.launch.calls import show
+from clp_jax.launch.command import check_before_creating
 from clp_jax.launch.job import LaunchError
 from clp_jax.launch.lock import hold
 from clp_jax.launch.pipeline import Pipeline, Stage
@@ -49,13 +50,17 @@ class Plan:
     is_new: bool = False
 
 
-def run_pipeline(pipeline: Pipeline, directory: Path, max_concurrent: int = 1) -> int:
+def run_pipeline(
+    pipeline: Pipeline, directory: Path, commands: Collection[str], max_concurrent: int = 1, force: bool = False
+) -> int:
     """Runs what is left to do.
 
     Args:
         pipeline: the stages.
         directory: of the pipeline's own files.
+        commands: of `clp`.
         max_concurrent: stages at once.
+        force: whether what does not fit its slice runs all the same.
 
     Returns:
         The exit code: 0, 1 where a stage failed, 128 and the signal's number where one came.
@@ -67,7 +72,7 @@ def run_pipeline(pipeline: Pipeline, directory: Path, max_concurrent: int = 1) -
         raise LaunchError(f"--max_concurrent is {max_concurrent}: expected at least 1.")
     for stage in pipeline.stages.values():
         if stage.target:
-            stage_target(stage).check(stage_job(pipeline.name, stage, ""))
+            check_before_creating(stage_target(stage), stage_job(pipeline.name, stage, ""), commands, force)
     configs = _configs(pipeline)
     with hold(directory / ".lock", f"another process runs this pipeline in {directory}: wait for it."):
         return _Run(pipeline, directory, configs, max_concurrent).run()

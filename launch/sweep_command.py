@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.command import print_plan
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.job import LaunchError
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.stage_job import patience_for
 from clp_jax.launch.sweep import GOALS, read_sweep
@@ -27,6 +27,7 @@ class SweepOptions:
     dir: str | None = option("where the sweep goes; by default runs/sweeps/ and the name of the file", None)
     max_concurrent: int = option("trials at once", 1)
     retry_failed: bool = option("try trials that failed again", False)
+    force: bool = option("run what clp compile says does not fit, or what it can't look at", False)
     dry_run: bool = option("print the trials and what launches the first one, and do nothing", False)
 
 
@@ -69,14 +70,16 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
     found = read_sweep(Path(options.file))
     path = Path(options.dir or Path("runs/sweeps") / Path(options.file).stem)
     patience = patience_for(target)
-    settings = Settings(target, target_options, commands, options.max_concurrent, options.retry_failed, patience)
+    settings = Settings(
+        target, target_options, commands, options.max_concurrent, options.retry_failed, options.force, patience
+    )
     if options.dry_run:
         trials, directory = preview(found, path, commands)
         for trial in trials:
             print(f"{trial.name}: {trial}")
         for job in jobs_of(directory, trials[0], settings):
             print(f"\nThe first one runs: {shlex.join(job.command)}")
-            print_plan(target, JobRecord(directory.jobs / job.name, job))
+            print_plan(target, job, directory.jobs)
         return 0
     try:
         rows = run_sweep(found, path, settings)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.code import code_version
-from clp_jax.launch.command import create
+from clp_jax.launch.command import check_before_creating, create
 from clp_jax.launch.command_words import program_words
 from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory, write
 from clp_jax.launch.lock import hold
@@ -179,6 +179,7 @@ class Settings:
         commands: of `clp`; a command that begins with something else is any other program.
         max_concurrent: trials at once.
         retry_failed: whether trials that failed are tried again.
+        force: whether what does not fit its slice runs all the same.
         patience: how long to wait between looks.
         code_version: of the code that runs.
     """
@@ -188,6 +189,7 @@ class Settings:
     commands: Collection[str]
     max_concurrent: int = 1
     retry_failed: bool = False
+    force: bool = False
     patience: Patience = dataclasses.field(default_factory=Patience)
     code_version: str = dataclasses.field(default_factory=code_version)
 
@@ -218,7 +220,7 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
     )
     for trial in itertools.islice(_examples(sweep), 1):
         for job in jobs_of(directory, trial, settings):
-            settings.target.check(job)
+            check_before_creating(settings.target, job, settings.commands, settings.force)
     with hold(path / ".lock", f"another launcher runs the sweep in {path}: wait for it."):
         directory.write()
         if settings.retry_failed:

@@ -12,7 +12,21 @@ from clp_jax.main import main
 SIZES = {
     "embed_dim": 16, "mlp_dim": 32, "num_heads": 2, "head_dim": 8, "num_encoder_layers": 1, "num_decoder_layers": 1,
 }  # fmt: skip
-WORDS = "Return Copy Open Sort array file list string model graph table index shape path each".split()
+WORDS = [
+    "Return",
+    "Copy",
+    "Open",
+    "Sort",
+    "array",
+    "file",
+    "list",
+    "string",
+    "model",
+    "graph",
+    "table",
+    "index",
+    "path",
+]
 TRAIN = " ".join(
     [
         "train --gin_file=examples/pydoc_sft.gin --gin.DATA_DIR=data --gin.NUM_STEPS=2 --gin.WARMUP_STEPS=1",
@@ -79,7 +93,8 @@ def test_a_pipeline_of_real_commands_runs_once(capfd):
     capfd.readouterr()
     assert main(["pipeline", "tiny.yaml"]) == 0
     assert capfd.readouterr().err.splitlines() == [
-        f"{name}: nothing to do: {output}" for name, output in (("prepare", "data"), ("sft", "sft"), ("sample", "sft/out.jsonl"))
+        f"{name}: nothing to do: {output}"
+        for name, output in (("prepare", "data"), ("sft", "sft"), ("sample", "sft/out.jsonl"))
     ]
     assert {path: path.stat().st_mtime_ns for path in times} == times
 

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-
 from clp_jax.launch.pipeline import find_pipeline, read_pipeline, shipped_files
+
 from clp_jax.main import COMMANDS, main
 
 STAGE = "- {name: a, command: train --gin_file=x.gin, outputs: [out]}\n"
@@ -44,10 +44,16 @@ stages:
         ("name: p\nstages: []", "stages: []: expected a list of stages"),
         ("name: p\nstages: [3]", "stage 1: 3: expected name"),
         ("name: p\nstage: []\nstages: []", "unknown key 'stage' (did you mean stages?)"),
-        ("name: p\nstages:\n" + STAGE.replace("outputs", "output"), "stage a: unknown key 'output' (did you mean outputs?)"),
+        (
+            "name: p\nstages:\n" + STAGE.replace("outputs", "output"),
+            "stage a: unknown key 'output' (did you mean outputs?)",
+        ),
         ("name: p\nstages:\n" + STAGE.replace("[out]", "[]"), "stage a: outputs: there are none"),
         ("name: p\nstages:\n" + STAGE.replace("[out]", "out"), "stage a: outputs: 'out': expected a list of text"),
-        ("name: p\nstages:\n" + STAGE.replace("train", "trian"), "stage a: there is no command 'trian' (did you mean train?)"),
+        (
+            "name: p\nstages:\n" + STAGE.replace("train", "trian"),
+            "stage a: there is no command 'trian' (did you mean train?)",
+        ),
         ("name: p\nstages:\n" + STAGE.replace("train --gin_file=x.gin", "''"), "stage a: command: it is empty"),
         ("name: p\nstages:\n" + STAGE + STAGE, "two stages are called a"),
         ("name: p\nstages:\n" + STAGE + STAGE.replace("name: a", "name: b"), "stages a and b have the same output out"),
@@ -65,9 +71,9 @@ stages:
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, text, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         read(tmp_path, text)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "p.yaml"))
 
 

@@ -26,7 +26,9 @@ def _home(tmp_path, monkeypatch):
 
 
 def run(sweep, **settings):
-    return run_sweep(sweep, Path("sweep"), Settings(find_target("local", {}), {}, ["train"], patience=QUICK, **settings))
+    return run_sweep(
+        sweep, Path("sweep"), Settings(find_target("local", {}), {}, ["train"], patience=QUICK, **settings)
+    )
 
 
 def study():

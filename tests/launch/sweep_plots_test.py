@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from clp_jax.launch.sweep_plots import plot_fronts, plot_parallel
 from clp_jax.launch.sweep_table import Setting
 

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-
 from clp_jax.launch import space
 from clp_jax.launch.job import all_records
 from clp_jax.launch.supervisor import Patience
 from clp_jax.launch.sweep import Sweep
 from clp_jax.launch.sweep_run import Settings, SweepDirectory, run_sweep
 from clp_jax.launch.targets import find_target
+
 from clp_jax.main import main
 
 PROGRAM = Path(__file__).parents[1] / "fixtures" / "trial_program.py"
@@ -31,7 +31,9 @@ def _home(tmp_path, monkeypatch):
 
 
 def run(sweep, **settings):
-    return run_sweep(sweep, Path("sweep"), Settings(find_target("local", {}), {}, ["train"], patience=QUICK, **settings))
+    return run_sweep(
+        sweep, Path("sweep"), Settings(find_target("local", {}), {}, ["train"], patience=QUICK, **settings)
+    )
 
 
 def notes():

@@ -7,7 +7,6 @@ import json
 import math
 
 import pytest
-
 from clp_jax.launch.sweep import Trial
 from clp_jax.launch.sweep_table import (
     Row,
@@ -30,7 +29,12 @@ def row(a, seed, state="succeeded", **metrics):
     return Row(Trial({"A": a}, seed), state, {name: float(value) for name, value in metrics.items()})
 
 
-ROWS = [row("1", 0, loss=3, reward=1), row("1", 1, loss=5, reward=2), row("2", 0, loss=1, reward=7), row("2", 1, "failed")]
+ROWS = [
+    row("1", 0, loss=3, reward=1),
+    row("1", 1, loss=5, reward=2),
+    row("2", 0, loss=1, reward=7),
+    row("2", 1, "failed"),
+]
 
 
 def test_the_last_value_of_each_metric(tmp_path):
@@ -74,7 +78,9 @@ def test_the_best_first():
 
 def test_fronts_against_the_definition():
     points = [(1, 1), (2, 3), (3, 2), (2, 2), (1, 1), (0, 0)]
-    settings = [Setting({"A": str(i)}, 1, {"loss": -float(x), "reward": float(y)}, {}) for i, (x, y) in enumerate(points)]
+    settings = [
+        Setting({"A": str(i)}, 1, {"loss": -float(x), "reward": float(y)}, {}) for i, (x, y) in enumerate(points)
+    ]
 
     def dominated(p):
         return any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)
@@ -86,7 +92,10 @@ def test_fronts_against_the_definition():
 
 
 def test_what_is_shown():
-    rows = [row("1", 0, loss=1, step=2) , Row(Trial({}), "succeeded", {"evaluation/x": 1.0, "hypervolume": 2.0, "loss": 1.0})]
+    rows = [
+        row("1", 0, loss=1, step=2),
+        Row(Trial({}), "succeeded", {"evaluation/x": 1.0, "hypervolume": 2.0, "loss": 1.0}),
+    ]
     assert shown_metrics(rows, {}) == {"hypervolume": "", "evaluation/x": ""}
     assert shown_metrics(rows[:1], {}) == {"loss": ""}
     assert shown_metrics([], GOALS) == GOALS
