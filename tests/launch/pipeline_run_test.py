@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_what_has_changed_runs_again_and_only_that(capfd):
     Path("out/one").write_text("mine")
     assert run() == (0, ["two"])
     assert Path("out/two").read_text() == "mine"
-    write(TWO, ONE, more="--seconds=0")
+    write(TWO, ONE, more="--together=1")
     # The command of one has changed, and what it makes is as it was before mine.
     assert run() == (0, ["one", "two"])
     assert "its command has changed" in capfd.readouterr().err
@@ -76,7 +77,7 @@ def test_what_has_changed_runs_again_and_only_that(capfd):
 
 def test_the_same_outputs_end_the_changes(capfd):
     run()
-    write(TWO, ONE, more="--seconds=0")
+    write(TWO, ONE, more="--together=1")
     assert run() == (0, ["one"])
 
 
@@ -116,11 +117,11 @@ def test_an_output_that_is_not_there_after_all(capfd):
 
 
 def test_independent_stages_run_at_once_when_asked(capfd):
-    write(ONE, THREE, more="--seconds=0.5")
+    write(ONE, THREE, more="--together=2")
     assert run("--max_concurrent=2")[0] == 0
     assert [line.split()[0] for line in notes()] == ["begin", "begin", "end", "end"]
     assert "[one] made out/one" in capfd.readouterr().err
-    write(ONE, THREE, more="--seconds=0.1")
+    write(ONE, THREE)
     assert run()[0] == 0
     assert [line.split()[0] for line in notes()] == ["begin", "end"] * 2
 
@@ -141,11 +142,12 @@ def wait_for(condition):
 
 
 def test_killed_in_the_middle_it_waits_for_what_it_left_running(capfd):
-    write(TWO, ONE, more="--seconds=3")
+    write(TWO, ONE, more="--until=go")
     process = launcher()
     wait_for(notes)
     process.kill()
     process.wait()
+    threading.Timer(5.0, Path("go").touch).start()
     assert main(["pipeline", "p.yaml"]) == 0
     assert "one: it still runs, begun by a pipeline that is gone: waiting for it" in capfd.readouterr().err
     # Never two at a time: the second look at one begins when the first has ended.
@@ -154,22 +156,23 @@ def test_killed_in_the_middle_it_waits_for_what_it_left_running(capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_end_it_ends_its_stage(number):
-    write(TWO, ONE, more="--seconds=60")
+    write(TWO, ONE, more="--until=never")
     process = launcher()
     wait_for(notes)
     process.send_signal(number)
-    assert process.wait(timeout=30) == 128 + number
+    assert process.wait(timeout=60) == 128 + number
     write(TWO, ONE)
     assert run() == (0, ["one", "two"])
 
 
 def test_a_second_pipeline_does_not_run(capfd):
-    write(ONE, more="--seconds=2")
+    write(ONE, more="--until=go")
     process = launcher()
     wait_for(notes)
     assert main(["pipeline", "p.yaml"]) == 2
     assert "another process runs this pipeline in runs/toy/pipeline: wait for it." in capfd.readouterr().err
-    assert process.wait(timeout=30) == 0
+    Path("go").touch()
+    assert process.wait(timeout=60) == 0
 
 
 def test_a_stage_on_a_target(capfd):

@@ -53,7 +53,7 @@ def most_at_once():
 
 
 def test_every_trial_runs_once_and_so_many_at_once():
-    sweep = Sweep(f"{COMMAND} --seconds=0.3", space.grid({"A": [1, 2, 3]}), seeds=2, metrics=METRICS)
+    sweep = Sweep(f"{COMMAND} --together=3", space.grid({"A": [1, 2, 3]}), seeds=2, metrics=METRICS)
     rows = run(sweep, max_concurrent=3)
     assert [row.state for row in rows] == ["succeeded"] * 6
     assert [(row.trial.bindings["A"], row.trial.seed, row.metrics["loss"]) for row in rows] == [
@@ -65,7 +65,7 @@ def test_every_trial_runs_once_and_so_many_at_once():
     # Once more, and with a value and a seed more: what is done is not done again.
     run(sweep)
     assert len(begun()) == 6
-    grown = Sweep(f"{COMMAND} --seconds=0.3", space.grid({"A": [1, 2, 3, 4]}), seeds=3, metrics=METRICS)
+    grown = Sweep(f"{COMMAND} --together=3", space.grid({"A": [1, 2, 3, 4]}), seeds=3, metrics=METRICS)
     assert len(run(grown, max_concurrent=3)) == 12
     assert len(begun()) == len(set(begun())) == 12
     assert "| 3 | 3 | 1 ± 0.58 |" in Path("sweep/table.md").read_text()
@@ -108,7 +108,7 @@ def test_a_sweep_goes_on_after_its_launcher_was_killed():
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     before = len(begun())
-    assert 2 <= before < 6
+    assert 1 <= before < 6
     assert main(words) == 0
     assert len(begun()) == len(set(begun())) == 6
     assert all(record.state.attempt == 1 for record in all_records(Path("jobs")))
