@@ -52,6 +52,7 @@ class StageProcess:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
             self._process.wait()
+        self._lock.close()
 
     def _try_to_begin(self) -> bool:
         try:

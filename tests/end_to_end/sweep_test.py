@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ metrics:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A directory with text, and the files of a pipeline and of a sweep."""
+    """A directory with text, the files of a pipeline and of a sweep, and what the pipeline made."""
     directory = tmp_path_factory.mktemp("home")
     rng = np.random.default_rng(0)
     lines = [
@@ -77,6 +78,12 @@ def home(tmp_path_factory) -> Path:
     (directory / "prompts.jsonl").write_text(lines[0])
     (directory / "tiny.yaml").write_text(PIPELINE)
     (directory / "sweep.yaml").write_text(SWEEP)
+    before = Path.cwd()
+    os.chdir(directory)
+    try:
+        assert main(["pipeline", "tiny.yaml"]) == 0
+    finally:
+        os.chdir(before)
     return directory
 
 
@@ -87,7 +94,6 @@ def _at_home(home, monkeypatch):
 
 
 def test_a_pipeline_of_real_commands_runs_once(capfd):
-    assert main(["pipeline", "tiny.yaml"]) == 0
     assert json.loads(Path("sft/out.jsonl").read_text())["line"] == 1
     times = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file() and path.name != ".lock"}
     capfd.readouterr()
