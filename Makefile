@@ -30,9 +30,10 @@ policy: $(INSTALLED)
 quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own documentation: 10 minutes on 2 cores.
 	$(CLP) pipeline examples/pydoc.yaml
 
-test: $(INSTALLED) ## All tests; those that need several devices in processes of their own.
+test: $(INSTALLED) ## All tests; those that need several devices, or processes, by themselves.
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest tests/multi_device
+	$(BIN)/python -m pytest tests/multi_process
 
 lint: $(INSTALLED) ## Style.
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clp_jax.gin_utils.files import ConfigError, suggest
+from clp_jax.processes import FLAGS as PROCESS_FLAGS
 
 GIN_FLAGS = {
     "gin_file": "a gin file; repeatable, later files win",
@@ -27,6 +28,8 @@ SWITCHES = {
     "print_config": "print the resolved configuration, and stop",
 }
 HIDDEN = ("config_text",)
+# Commands that several processes run together.
+SPANNING = ("train",)
 
 _ELEMENTARY = {"str", "int", "float", "bool", "None", "Path", "PathLike"}
 _SEQUENCES = {"Sequence", "list", "tuple", "Iterable", "Collection"}
@@ -100,7 +103,12 @@ class EntryPoint:
         prose, _, sections = docstring.partition("\nArgs:\n")
         summary, _, description = re.split(r"\n(?:Returns|Raises):", prose)[0].strip().partition("\n\n")
         texts = _argument_texts(sections)
-        arguments = [Argument(a.arg, a.annotation, None, texts.get(a.arg, ""), True) for a in node.args.args]
+        places = node.args.args
+        defaults = [*[None] * (len(places) - len(node.args.defaults)), *(ast.unparse(d) for d in node.args.defaults)]
+        arguments = [
+            Argument(a.arg, a.annotation, default, texts.get(a.arg, ""), True)
+            for a, default in zip(places, defaults, strict=True)
+        ]
         arguments += [
             Argument(a.arg, a.annotation, None if default is None else ast.unparse(default), texts.get(a.arg, ""))
             for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
@@ -125,6 +133,7 @@ class Invocation:
         gin_bindings: ``NAME=VALUE``, in order.
         search_paths: for gin files.
         switches: those of `SWITCHES` that were given.
+        processes: those of `PROCESS_FLAGS` that were given.
     """
 
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -132,6 +141,7 @@ class Invocation:
     gin_bindings: list[str] = dataclasses.field(default_factory=list)
     search_paths: list[str] = dataclasses.field(default_factory=list)
     switches: set[str] = dataclasses.field(default_factory=set)
+    processes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def parse(words: Sequence[str], entry: EntryPoint) -> Invocation:
@@ -167,8 +177,9 @@ def parse(words: Sequence[str], entry: EntryPoint) -> Invocation:
         if negated is not None and _is_boolean(negated) and not equals:
             invocation.arguments[negated.name] = False
             continue
-        if name not in flags and name not in GIN_FLAGS:
-            known = [*flags, *GIN_FLAGS, *SWITCHES]
+        others = PROCESS_FLAGS if entry.function in SPANNING else {}
+        if name not in flags and name not in GIN_FLAGS and name not in others:
+            known = [*flags, *GIN_FLAGS, *SWITCHES, *others]
             raise ConfigError(f"there is no flag --{name}{suggest(name, known)}. Macros are set with --gin.NAME=VALUE.")
         if not equals:
             if name in flags and _is_boolean(flags[name]):
@@ -204,7 +215,11 @@ def convert(text: str, argument: Argument) -> Any:
 def usage(command: str, entry: EntryPoint) -> str:
     """The help of a command."""
     lines = [f"clp {command}: {entry.summary}", ""]
-    places = [argument.name.upper() for argument in entry.arguments if argument.is_positional]
+    places = [
+        argument.name.upper() if argument.default is None else f"[{argument.name.upper()}]"
+        for argument in entry.arguments
+        if argument.is_positional
+    ]
     if places:
         lines += [f"usage: clp {command} {' '.join(places)} [--NAME=VALUE] ...", ""]
     if entry.description:
@@ -217,6 +232,9 @@ def usage(command: str, entry: EntryPoint) -> str:
         lines += textwrap.wrap(argument.text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
     lines += ["", "Gin:", "  --gin.NAME=VALUE  sets a macro, or an argument of anything the gin files use; repeatable"]
     lines += [f"  --{name}  {text}" for name, text in GIN_FLAGS.items()]
+    if entry.function in SPANNING:
+        lines += ["", "Several processes, where TPU VMs, GKE and SLURM do not tell:"]
+        lines += [f"  --{name}  {text}" for name, text in PROCESS_FLAGS.items()]
     lines += ["", "Also:", *(f"  --{name}  {text}" for name, text in SWITCHES.items())]
     return "\n".join(lines)
 
@@ -228,6 +246,8 @@ def _store(invocation: Invocation, name: str, value: str, flags: dict[str, Argum
         invocation.gin_bindings.append(value)
     elif name == "gin_search_paths":
         invocation.search_paths += [path for path in value.split(",") if path]
+    elif name in PROCESS_FLAGS and name not in flags:
+        invocation.processes[name] = value
     else:
         invocation.arguments[name] = convert(value, flags[name])
 

@@ -1,4 +1,10 @@
-"""`clp convert`: policies from and to the checkpoints of Hugging Face and T5X."""
+"""`clp convert`: policies from and to the checkpoints of Hugging Face and T5X.
+
+The memory that it takes is that of the largest array and a fifth of it, whatever the size of the policy. An array of clp is a
+parameter of all layers, stacked; of the other formats, of one layer. More is held in these cases only: the tensor in the file's
+type while it is rounded to another; the optimizer's state; all components of a steerable policy while they are mixed; and twice
+more of an array that training saved in one chunk, while it is read.
+"""
 
 import dataclasses
 import functools
@@ -7,22 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from clp_jax.array_types import Params
 from clp_jax.data.vocabulary import DIRECTORY_NAME, FILE_NAME, Vocabulary
-from clp_jax.interop import huggingface, t5x
+from clp_jax.interop import huggingface, links, t5x
 from clp_jax.interop.model_card import model_card
 from clp_jax.models.conditioning import PromptConditioning
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import to_json
-from clp_jax.training.checkpoints import load_params, save_params
+from clp_jax.training.adafactor_slots import load_slots, save_slots
 from clp_jax.training.policies import load_policy
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
+from clp_jax.training.streamed_params import open_params, write_params
 
 FORMATS = ("hf", "t5x", "clp")
 _DTYPES = {"hf": ("float32", "bfloat16", "float16"), "t5x": ("float32", "bfloat16"), "clp": ("float32", "bfloat16")}
@@ -34,8 +39,6 @@ _USED_BY = {
     "scanned": (":t5x",),
     "max_shard_gb": (":hf",),
 }
-# Of T5X, beside the checkpoints of a converted policy.
-OPTIMIZER = "adafactor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Converted:
 
     Attributes:
         config: what it is made of.
-        params: its ordinary parameters.
+        params: its ordinary parameters, as lazy arrays but where they were mixed.
         origin: plain JSON that says what it came from first, and what of that we don't model.
         tokenizer: a file or a directory of its tokenizer, to be carried along; None without one.
         step: updates behind it.
@@ -79,8 +82,8 @@ def convert(
     """Converts a policy between formats; nothing is downloaded, and no pickle is ever opened.
 
     Formats are ``hf:DIR`` (Hugging Face: config.json and safetensors), ``t5x:DIR`` (a checkpoint_N of T5X, or the original
-    T5's of Mesh TensorFlow) and ``clp:DIR`` (a run directory; written, one that `sample`, `score` and `train` take). Tensors
-    are read and written one at a time. The tokenizer's files travel along.
+    T5's of Mesh TensorFlow) and ``clp:DIR`` (a run directory; written, one that `sample`, `score` and `train` take). The
+    tokenizer's files travel along.
 
     Args:
         source: where the policy is, as FORMAT:DIR.
@@ -95,7 +98,8 @@ def convert(
             NAME=VALUE,NAME=VALUE.
         layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr; the default) or ``orbax``.
         scanned: whether a T5X checkpoint is written with its layers stacked, for scalable T5.
-        optimizer: whether Adafactor's state is carried between T5X and clp too.
+        optimizer: whether Adafactor's state is carried between T5X and clp too; `train` goes on from it where the policy is
+            its initial checkpoint and Adafactor its optimizer.
         max_shard_gb: of one file of safetensors, in 10^9 bytes; 5 by default.
 
     Raises:
@@ -156,7 +160,7 @@ def convert(
             card=card(library="t5x"),
         )
     else:
-        _write_clp(target_place, found if dtype is None else _cast(found, dtype))
+        _write_clp(target_place, found, dtype)
     if target_kind != "clp" and found.tokenizer is not None:
         _carry(found.tokenizer, target_place)
     console.print(f"{target}: written.")
@@ -170,7 +174,7 @@ def _parse(name: str, text: str) -> tuple[str, Path]:
 
 
 def _read_hf(place: Path, dtype: str | None, overrides: Mapping[str, Any] | None) -> Converted:
-    found = huggingface.read(place, dtype=_own_dtype(dtype), overrides=overrides)
+    found = huggingface.open_checkpoint(place, dtype=_own_dtype(dtype), overrides=overrides)
     if found.left_out:
         print(f"{place}: {len(found.left_out)} tensors of other parts (images) were left out.")
     provenance = (f"From the Hugging Face checkpoint `{place.name}` ({found.origin['model_type']}).",)
@@ -180,14 +184,14 @@ def _read_hf(place: Path, dtype: str | None, overrides: Mapping[str, Any] | None
 def _read_t5x(
     place: Path, dtype: str | None, step: int | None, overrides: Mapping[str, Any] | None, optimizer: bool
 ) -> Converted:
-    found = t5x.read(place, step=step, dtype=_own_dtype(dtype), overrides=overrides, optimizer=optimizer)
+    found = t5x.open_checkpoint(place, step=step, dtype=_own_dtype(dtype), overrides=overrides, optimizer=optimizer)
     provenance = (f"From the T5X checkpoint `{place.name}` at step {found.step}.",)
     tokenizer = _tokenizer(place)
     return Converted(found.config, found.params, found.origin, tokenizer, found.step, provenance, found.slots)
 
 
 def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimizer: bool) -> Converted:
-    loaded = load_policy(place)
+    loaded = load_policy(place, open_params)
     params, mixed = loaded.params, tuple[str, ...]()
     if isinstance(loaded.conditioning, PromptConditioning):
         raise ValueError(
@@ -196,7 +200,8 @@ def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimi
         )
     if loaded.objectives:
         preference = loaded.preference(weights, alpha)
-        params, point = loaded.steerable().at(preference), np.asarray(preference.weights)
+        held = dataclasses.replace(loaded, params=links.loaded(params))
+        params, point = held.steerable().at(preference), np.asarray(preference.weights)
         named = ", ".join(f"{name} {value:.4g}" for name, value in zip(loaded.objectives, point, strict=True))
         mixed = (f"Mixed at the reward weights {named}.",)
     elif weights is not None:
@@ -207,7 +212,7 @@ def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimi
     return Converted(loaded.policy.config, params, dict(loaded.origin), tokenizer, loaded.step, provenance, slots)
 
 
-def _write_clp(place: Path, found: Converted) -> None:
+def _write_clp(place: Path, found: Converted, dtype: str | None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     fingerprint = None
     if found.tokenizer is not None:
@@ -216,28 +221,21 @@ def _write_clp(place: Path, found: Converted) -> None:
         fingerprint = vocabulary.fingerprint
     description = {
         "stage": "converted",
-        "model": to_json(found.config),
+        "model": to_json(found.config if dtype is None else dataclasses.replace(found.config, param_dtype=dtype)),
         "vocabulary": fingerprint,
         "origin": found.origin,
         "provenance": list(found.provenance),
     }
     if found.slots is not None:
-        trees = {field.name: getattr(found.slots, field.name) for field in dataclasses.fields(found.slots)}
-        save_params(place / OPTIMIZER, trees | {"count": np.asarray(found.slots.count)}, {}, found.step)
-    save_params(place / CHECKPOINTS_DIRECTORY / str(found.step), found.params, description, found.step)
+        save_slots(place, found.slots)
+    write_params(place / CHECKPOINTS_DIRECTORY / str(found.step), found.params, description, found.step, dtype)
 
 
 def _read_slots(place: Path) -> t5x.AdafactorSlots:
-    if not (place / OPTIMIZER).is_dir():
+    found = load_slots(place)
+    if found is None:
         raise ValueError(f"{place} has no state of T5X's optimizer: convert it with --optimizer, or leave it out here.")
-    trees, _, _ = load_params(place / OPTIMIZER)
-    return t5x.AdafactorSlots(**trees | {"count": int(trees["count"])})
-
-
-def _cast(found: Converted, dtype: str) -> Converted:
-    config = dataclasses.replace(found.config, param_dtype=dtype)
-    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found.params)
-    return dataclasses.replace(found, config=config, params=params)
+    return found
 
 
 def _own_dtype(dtype: str | None) -> str:

@@ -22,7 +22,7 @@ from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.score import score
 from clp_jax.sampling.steering import Steerable
-from clp_jax.training.checkpoints import find_checkpoint
+from clp_jax.training.checkpoints import find_intact
 from clp_jax.training.experience import reward_inputs
 from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_per_weight, load_policy, load_soup
 from clp_jax.training.progress import Progress
@@ -81,8 +81,9 @@ def evaluate(
     Raises:
         ValueError: for rewards other than the run's, an unknown method, or weights that are not on the simplex.
     """
-    paths = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
+    given = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
     _check_settings(method, alpha, num_prompts, batch_size, seed)
+    paths = [str(find_intact(path)) for path in given]  # Training may go on meanwhile.
     loaded, steerable = _load(method, paths, alpha_min, weights)
     statistics = _check_rewards(paths[0], loaded, rewards)
     check_alpha(loaded.conditioning, alpha)
@@ -94,7 +95,7 @@ def evaluate(
     data = _data(data_dir, split, min(batch_size, num_prompts), loaded)
     config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
     settings = {
-        "checkpoints": [str(find_checkpoint(path)) for path in paths],
+        "checkpoints": paths,
         "name": name,
         "rewards": fingerprints(rewards),
         "data": data.manifest.fingerprint,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clp_jax import __version__
-from clp_jax.command_line import EntryPoint, Invocation, parse, usage
+from clp_jax import __version__, processes
+from clp_jax.command_line import SPANNING, EntryPoint, Invocation, parse, usage
 from clp_jax.gin_utils.files import ConfigError, Header, SearchPath, all_files, bindings, read_file, suggest
 
 # In the order they are used.
@@ -24,6 +24,7 @@ COMMANDS = {
     "sample": "clp_jax.sample.sample",
     "score": "clp_jax.score.score",
     "convert": "clp_jax.convert.convert",
+    "checkpoints": "clp_jax.checkpoints.checkpoints",
     "experiment": "clp_jax.experiment.experiment",
 }
 
@@ -48,7 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
         words: what was typed after `clp`; this process's own by default.
 
     Returns:
-        The exit code: 0, 1 for a failure of the machine (a full disk), 2 for a mistake of the user.
+        The exit code: 0, 1 for a failure of the machine (a full disk), 2 for a mistake of the user, and
+        `clp_jax.processes.RESTARTABLE` for what goes on when the same command is started again.
     """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -63,20 +65,29 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"clp: error: there is no command {command!r}{suggest(command, known)}.", file=sys.stderr)
         return USER_ERROR
     try:
-        return _launch(command, rest) if command in LAUNCHING else _run(command, rest)
+        if command in LAUNCHING:
+            return _launch(command, rest)
+        return processes.leave(_run(command, rest))
+    except SystemExit as stop:
+        processes.leave(stop.code if isinstance(stop.code, int) else FAILURE)
+        raise
     except Exception as error:
+        processes.await_verdict(error)
         message, code = _explain(error)
         if message is None:
             message, code = _in_code_of_the_user(error), USER_ERROR
         if message is None or "--debug" in rest:
+            if processes.count() > 1:
+                traceback.print_exc()
+                return processes.leave(FAILURE, f"{type(error).__name__}: {error}")
             raise
         print(f"clp {command}: error: {message}", file=sys.stderr)
-        return code
+        return processes.leave(code, message)
     except KeyboardInterrupt:
         if "--debug" in rest:
             raise
         print(f"clp {command}: interrupted.", file=sys.stderr)
-        return 128 + 2
+        return processes.leave(128 + 2, "interrupted")
 
 
 def _run(command: str, words: Sequence[str]) -> int:
@@ -97,6 +108,10 @@ def _run(command: str, words: Sequence[str]) -> int:
 
     for name in invocation.gin_files:
         read_file(name, SearchPath(invocation.search_paths))  # Finds slips before JAX is imported.
+    if command in SPANNING and "print_config" not in invocation.switches:
+        others = processes.find_processes(invocation.processes, os.environ)
+        if others is not None:
+            processes.start(others)
     function = getattr(importlib.import_module(entry.module), entry.function)
     configuration = configure(
         function,
@@ -180,6 +195,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     """One line for what a user can mend, and None for what only a programmer can."""
     if isinstance(error, ConfigError):
         return str(error), USER_ERROR
+    if isinstance(error, processes.ProcessError) and error.restartable:
+        return str(error), processes.RESTARTABLE
     # Gin adds where a call was configured, with addresses.
     text = re.sub(r"\n\s*In call to configurable .*", "", str(error))
     if isinstance(error, OSError):

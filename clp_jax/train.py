@@ -9,8 +9,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from clp_jax.partitioning import Rules
-from clp_jax.training.checkpoints import Checkpoints, KeepBest
+from clp_jax import processes
+from clp_jax.host_rows import meet
+from clp_jax.partitioning import Rules, make_mesh
+from clp_jax.training.adafactor_slots import take_over
+from clp_jax.training.checkpoint_steps import KeepBest, Retention
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.learner import Learner
 from clp_jax.training.loop import Cadence, TrainLoop
 from clp_jax.training.metrics import MetricWriter, read_metrics
@@ -19,6 +23,8 @@ from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import RunDirectory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
+from clp_jax.training.train_state import TrainState
+from clp_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +53,19 @@ def train(
     evaluate_every: int | None = None,
     checkpoint_every: int | None = None,
     keep_checkpoints: int = 2,
+    keep_every: int | None = None,
     keep_best: KeepBest | None = None,
     accumulation: int = 1,
     ema_decay: float | None = None,
     mesh: Mesh | None = None,
     rules: Rules = Rules(),
+    watchdog_seconds: float | None = 1800.0,
     config_text: str = "",
 ) -> TrainResult:
     """Trains a stage, or goes on where an earlier call in the same run directory was.
 
     A resumed run is the uninterrupted one, bit for bit. A complete run returns at once. SIGTERM and Ctrl-C save first.
+    Several processes call it together, each with a part of the mesh, in one run directory that all of them see.
 
     Args:
         run_dir: where everything goes; see `clp_jax.training.run_directory`.
@@ -68,31 +77,35 @@ def train(
         evaluate_every: steps between evaluations; None evaluates at the end.
         checkpoint_every: steps between checkpoints; None saves at the end, and when the process is asked to stop.
         keep_checkpoints: the last so many are kept.
+        keep_every: those whose step is a multiple of it are kept too; None keeps no others.
         keep_best: the best one is kept too, by this metric.
         accumulation: micro-batches of a batch, one after another.
         ema_decay: of a moving average of the parameters, which is then evaluated and served; None keeps none.
         mesh: all devices, data-parallel, by default.
         rules: maps logical axes to mesh axes.
+        watchdog_seconds: without a step after which the process shows what it is doing, and ends; None waits for ever.
         config_text: the resolved configuration, stored in the run directory; another one is refused there.
 
     Raises:
         RunDirectoryError: when the run directory can't be used.
         CheckpointError: when a checkpoint can't be written or read.
         NonFiniteLossError: when the loss is NaN or infinite.
-        SystemExit: after a signal, with the code that shells give it, once the state is saved.
+        SystemExit: after a signal, once the state is saved: `clp_jax.processes.RESTARTABLE`, or 130 after Ctrl-C.
     """
+    retention = Retention(keep_checkpoints, keep_every, keep_best)
     cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
-    directory = open_run_directory(run_dir, config_text)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(directory.lock())
-        done = directory.latest_step() or 0
-        if done >= num_steps and directory.description() is not None:
+        directory, done, described = _enter(run_dir, config_text, stack)
+        if done >= num_steps and described:
             _say(f"{directory.path} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
             return _result(directory, done)
-        directory.write_config(config_text)
+        if processes.is_main():
+            directory.write_config(config_text)
         stop = stack.enter_context(StopSignal())
+        watchdog = stack.enter_context(Watchdog(watchdog_seconds))
+        mesh = meet(make_mesh() if mesh is None else mesh)
         setup = stage.setup(directory.path, seed)
         learner = Learner(
             setup.loss_fn,
@@ -105,18 +118,11 @@ def train(
             ema_decay=ema_decay,
         )
         description = _describe(directory, setup)
-        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, keep_checkpoints, keep_best))
-        start = checkpoints.latest_step() or 0
-        if start:
-            state, position = checkpoints.restore(learner.abstract_state(setup.params))
-            setup.source.restore(position)
-        else:
-            state = learner.init_state(setup.params, seed)
+        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
+        state = _first_state(checkpoints, learner, setup, seed)
+        start = int(state.step)
         name = str(description["stage"])
-        writer = stack.enter_context(MetricWriter(directory, name, start))
-        progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch))
-        if start:
-            progress.message(f"going on from step {start}")
+        writer, progress = _reports(stack, directory, setup, name, start, num_steps)
         loop = TrainLoop(
             learner=learner,
             setup=setup,
@@ -127,14 +133,54 @@ def train(
             checkpoints=checkpoints,
             description=description | {"config": config_text},
             stop=stop,
+            watchdog=watchdog,
         )
         with learner.activate():  # Rollouts and evaluations follow the mesh, too.
             state = loop.run(state)
     step = int(state.step)
     if step < num_steps and stop.received is not None:
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
-        raise SystemExit(128 + stop.received)
+        raise SystemExit(stop.exit_code)
     return _say_held_out(name, _result(directory, step))
+
+
+def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitStack) -> tuple[RunDirectory, int, bool]:
+    """The run directory, locked, its last step, and whether it says what it is: process 0 enters it for all."""
+
+    def enter() -> list[Any]:
+        directory = open_run_directory(run_dir, config_text)
+        stack.enter_context(directory.lock())
+        return [str(directory.path), directory.latest_step() or 0, directory.description() is not None]
+
+    path, done, described = processes.decide("run directory", enter)
+    return RunDirectory(Path(path)), done, described
+
+
+def _reports(
+    stack: contextlib.ExitStack, directory: RunDirectory, setup: StageSetup, name: str, start: int, num_steps: int
+) -> tuple[MetricWriter | None, Progress]:
+    """Where metrics go, and what the user sees: of process 0 alone."""
+    writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
+    shown = sys.stderr if processes.is_main() else open(os.devnull, "w")  # noqa: SIM115 - closed with the process
+    progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=shown))
+    if start:
+        progress.message(f"going on from step {start}")
+    return writer, progress
+
+
+def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:
+    """The newest intact checkpoint's, or a new one."""
+    if checkpoints.latest_step() is not None:
+        state, position = checkpoints.restore(learner.abstract_state(setup.params))
+        setup.source.restore(position)
+        return state
+    fresh = learner.init_state(setup.params, seed)
+    if setup.slots is None:
+        return fresh
+    state = take_over(fresh, setup.slots)
+    taken = "are left: the optimizer is another" if state is fresh else "are gone on from"
+    _say(f"the {setup.slots.count} updates of the initial checkpoint's Adafactor {taken}.")
+    return state
 
 
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:
@@ -148,9 +194,13 @@ def _describe(directory: RunDirectory, setup: StageSetup) -> dict[str, Any]:
     description = setup.describe()
     if "stage" not in description:
         raise ValueError(f"the stage's description has no 'stage', only {sorted(description)}.")
-    directory.write_description(description)
-    if setup.vocabulary is not None:
-        setup.vocabulary.save(directory.path)
+
+    def write() -> None:
+        directory.write_description(description)
+        if setup.vocabulary is not None:
+            setup.vocabulary.save(directory.path)
+
+    processes.decide("description", write)
     return description
 
 
@@ -160,4 +210,5 @@ def _result(directory: RunDirectory, step: int) -> TrainResult:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if processes.is_main():
+        print(text, file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ def call(run: Run, may_fail: bool = False) -> Called:
     raise Unreachable(f"{_short(run)} can't reach the other side: {_reason(done)}")
 
 
-def carry_out(steps: tuple[Step, ...] | list[Step]) -> None:
+def carry_out(steps: Sequence[Step]) -> None:
     """Writes the files and runs the commands of a plan, in order.
 
     Raises:

@@ -35,7 +35,7 @@ def source_files() -> dict[str, bytes]:
     root = checkout()
     if root is None:
         return {f"clp_jax/{name}": content for name, content in _tree(_HERE.parent).items()}
-    found = {}
+    found: dict[str, bytes] = {}
     for folder, place in _FOLDERS.items():
         found |= {f"{place}/{name}": content for name, content in _tree(root / folder).items()}
     return found

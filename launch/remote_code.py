@@ -19,7 +19,8 @@ def unpack(archive: str, folder: str) -> list[str]:
     return [
         f"mkdir -p {folder}",
         f"cd {folder} || finish 1",
-        f"mkdir -p code && tar -xzf {archive} -C code || finish 75",
+        "mkdir -p code",
+        f"tar -xzf {archive} -C code || finish 75",
         'export PYTHONPATH="$PWD/code" PYTHONUNBUFFERED=1',
     ]
 

@@ -1,8 +1,10 @@
 """The whole path of a run on a toy stage: resuming to the bit, refusals, signals, NaN, full disks."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from failing_disks import no_file_longer_than
 
+from clp_jax.processes import RESTARTABLE
 from clp_jax.train import train
-from clp_jax.training.checkpoints import CheckpointError, KeepBest, load_params
+from clp_jax.training.checkpoint_steps import KeepBest
+from clp_jax.training.checkpoints import CheckpointError, load_params
 from clp_jax.training.loop import NonFiniteLossError
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.optimizers import Adafactor, AdamW
@@ -137,7 +142,7 @@ def stored(path, step):
     folder = path / "checkpoints" / str(step)
     items = [name for name in ("params", "ema", "training") if (folder / name).is_dir()]
     trees = {name: ocp.PyTreeCheckpointHandler().restore(folder / name) for name in items}
-    return jax.tree.map(np.asarray, trees) | {"run": json.loads((folder / "run" / "metadata").read_text())}
+    return jax.tree.map(np.asarray, trees) | {"run": json.loads((folder / "run.json").read_text())}
 
 
 def assert_same_run(a, b, step):
@@ -196,7 +201,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path / "stopped", 10, Toy(hook=ask_to_stop))
-    assert stopped.value.code == 128 + signal.SIGTERM
+    assert stopped.value.code == RESTARTABLE == 75
     assert "stopped by SIGTERM after step 5 of 10. Run the same command again to go on." in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     second = Toy()
@@ -273,22 +278,45 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     assert step == 2 and np.isfinite(params["w"]).all()
 
 
-def test_a_save_that_fails_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
+def test_a_save_that_fails_stops_the_run_and_loses_nothing(tmp_path):
+    width = 1 << 17
+    with contextlib.ExitStack() as limits:
 
-    plain = ocp.JsonCheckpointHandler._save_fn
+        def limit_later(step, run_dir):
+            if step == 4:  # A real failure of the operating system, in whatever thread and library.
+                limits.enter_context(no_file_longer_than(width))
 
-    async def full_later(self, item, directory):
-        if item.get("step", 0) > 3:
-            raise OSError(28, "No space left on device")
-        return await plain(self, item, directory)
-
-    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", full_later)
-    with pytest.raises(CheckpointError, match="checkpoint of step 6 .*the disk is full. Step 3 is intact"):
-        run(tmp_path, 100)
+        with pytest.raises(CheckpointError, match="checkpoint of step 6 .*File too large.*Step 3 is intact"):
+            run(tmp_path, 100, Toy(width=width, hook=limit_later))
     assert load_params(tmp_path)[2] == 3
-    monkeypatch.undo()
-    assert run(tmp_path, 10).step == 10
+    assert run(tmp_path, 10, Toy(width=width)).step == 10
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_is_the_same_to_the_bit(tmp_path, capsys):
+    run(tmp_path / "whole", 10)
+    run(tmp_path / "damaged", 7)
+    for step in ("7", "6"):
+        file = tmp_path / "damaged" / "checkpoints" / step / "training" / "_METADATA"
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        CheckpointError, match=r"no intact checkpoint, only damaged ones:\n  6.damaged: training/_METADATA has"
+    ):
+        run(tmp_path / "damaged", 10)
+    assert len(lines(tmp_path / "damaged")) == 7  # What the user had is as it was.
+    shutil.rmtree(tmp_path / "damaged")
+    run(tmp_path / "damaged", 7, keep_checkpoints=3)
+    file = tmp_path / "damaged" / "checkpoints" / "7" / "params" / "_METADATA"
+    file.write_bytes(file.read_bytes()[:-1])
+    capsys.readouterr()
+    second = Toy()
+    run(tmp_path / "damaged", 10, second)
+    said = capsys.readouterr().err
+    assert "checkpoints/7 is damaged: params/_METADATA has" in said and "going on from step 6" in said
+    assert second.consumed == [24, 28, 32, 36]
+    assert lines(tmp_path / "damaged")[-1] == lines(tmp_path / "whole")[-1]
+    one, other = stored(tmp_path / "damaged", 10), stored(tmp_path / "whole", 10)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_the_checkpoint_alone_says_what_it_is(tmp_path):
@@ -349,7 +377,7 @@ def test_the_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(tmp_path
 
 SCRIPT = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/fixtures"]
 import train_test
 def hook(step, run_dir):
     if step == 3:
@@ -370,7 +398,7 @@ def test_a_process_that_is_killed_goes_on(tmp_path, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     if number == signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM
+        assert process.returncode == RESTARTABLE
         assert "stopped by SIGTERM" in err and "Traceback" not in err
     step = load_params(tmp_path)[2]
     assert run(tmp_path, step + 2).step == step + 2

@@ -16,7 +16,7 @@ class Batch:
         inputs: ``int32[B, S]``.
         input_segments: ``int32[B, S]``, 1, 2, ... for the examples of a row.
         input_positions: ``int32[B, S]``, from 0 within each example.
-        decoder_inputs: ``int32[B, T]``, the targets shifted right within each example.
+        decoder_inputs: ``int32[B, T]``, the targets shifted right within each example, behind the policy's start.
         targets: ``int32[B, T]``.
         target_segments: ``int32[B, T]``.
         target_positions: ``int32[B, T]``.

@@ -58,7 +58,9 @@ def lay_out(
     return tokens, segments, positions
 
 
-def shift_right(tokens: Int[np.ndarray, "*b T"], positions: Int[np.ndarray, "*b T"]) -> Int[np.ndarray, "*b T"]:
-    """Decoder inputs: every token one place later, 0 at the start of each example."""
+def shift_right(
+    tokens: Int[np.ndarray, "*b T"], positions: Int[np.ndarray, "*b T"], start_id: int
+) -> Int[np.ndarray, "*b T"]:
+    """Decoder inputs: every token one place later, the policy's `start_id` at the start of each example."""
     shifted = np.roll(tokens, 1, axis=-1)
-    return np.where(positions == 0, 0, shifted)
+    return np.where(positions == 0, start_id, shifted)

@@ -1,7 +1,8 @@
 """Disk to device: prepared records by random access through Grain, without TensorFlow.
 
 The position in the data is one number, the global index of the next example. The order is a function of the seed and
-that number alone: resuming costs nothing and is exact, whatever the number of hosts.
+that number alone: resuming costs nothing and is exact, whatever the number of processes. Each of them reads only the rows
+of a global batch that its devices hold.
 """
 
 import functools
@@ -15,6 +16,7 @@ from clp_jax.data import packing, records
 from clp_jax.data.batch import Batch, PromptBatch
 from clp_jax.data.manifest import Manifest
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.host_rows import row_indices
 
 # (records, their ids, lengths by feature, padding) -> a batch. An id of -1 stands for an empty row.
 Converter: TypeAlias = Callable[[Sequence[dict[str, np.ndarray]], np.ndarray, dict[str, int], int], Any]
@@ -30,13 +32,12 @@ class DataSource:
         converter: turns records into a batch: `sequence_batch`, `prompt_batch`.
         seed: decides the order; every epoch has its own.
         shuffle: read in the order on disk when False.
-        shard_index: this host's number.
-        shard_count: hosts; each reads its slice of every global batch.
+        rows: from the size of a global batch to the places in it that this process reads, ascending.
         pad_id: what fills prompts up, a policy's; None takes the vocabulary's.
 
     Raises:
         FileNotFoundError: when the directory is not prepared.
-        ValueError: when a shard is damaged, or the batch does not divide among the hosts.
+        ValueError: when a shard is damaged, or a batch has no examples.
     """
 
     def __init__(
@@ -48,14 +49,13 @@ class DataSource:
         converter: Converter,
         seed: int = 0,
         shuffle: bool = True,
-        shard_index: int = 0,
-        shard_count: int = 1,
+        rows: Callable[[int], np.ndarray] = row_indices,
         pad_id: int | None = None,
     ):
         self.manifest = Manifest.load(directory)
         self.manifest.verify(directory, split)
-        if batch_size < 1 or batch_size % shard_count:
-            raise ValueError(f"batch_size is {batch_size}: expected a positive multiple of the {shard_count} hosts.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: expected at least 1.")
         vocabulary = Vocabulary.load(directory)
         found = vocabulary.fingerprint
         if found != self.manifest.vocabulary_fingerprint:
@@ -72,7 +72,7 @@ class DataSource:
         self._converter = converter
         self._seed = seed
         self._shuffle = shuffle
-        self._slice = slice(shard_index * batch_size // shard_count, (shard_index + 1) * batch_size // shard_count)
+        self._rows = rows
 
     @functools.cached_property
     def _records(self) -> Any:
@@ -82,9 +82,11 @@ class DataSource:
 
     def example_ids(self, start: int, count: int) -> np.ndarray:
         """Record numbers of the global example indices from `start` on; each epoch has every record once."""
+        return self._ids_at(np.arange(start, start + count, dtype=np.int64))
+
+    def _ids_at(self, index: np.ndarray) -> np.ndarray:
         from grain.experimental import index_shuffle
 
-        index = np.arange(start, start + count, dtype=np.int64)
         epochs, within = index // self.size, index % self.size
         if not self._shuffle:
             return within.astype(np.int32)
@@ -96,8 +98,8 @@ class DataSource:
         return np.asarray(shuffled, np.int32)
 
     def next(self) -> Any:
-        """This host's part of the next global batch."""
-        ids = self.example_ids(self.position, self.batch_size)[self._slice]
+        """This process's part of the next global batch."""
+        ids = self._ids_at(self.position + self._rows(self.batch_size))
         self.position += self.batch_size
         return self._read(ids)
 
@@ -112,10 +114,10 @@ class DataSource:
         total = self.size if max_examples is None else min(self.size, max_examples)
         for start in range(0, total, self.batch_size):
             ids = np.arange(start, start + self.batch_size, dtype=np.int32)
-            yield self._read(np.where(ids < total, ids, -1)[self._slice])
+            yield self._read(np.where(ids < total, ids, -1)[self._rows(self.batch_size)])
 
     def _read(self, ids: np.ndarray) -> Any:
-        wanted = [int(i) for i in ids if i >= 0]  # None on a host whose part of a last batch is filled up.
+        wanted = [int(i) for i in ids if i >= 0]  # None where this part of a last batch is filled up.
         try:
             raw = iter(self._records.__getitems__(wanted) if wanted else ())
             rows = [records.decode(next(raw)) if i >= 0 else {} for i in ids]
@@ -127,16 +129,24 @@ class DataSource:
 
 
 def sequence_batch(
-    rows: Sequence[dict[str, np.ndarray]], ids: np.ndarray, lengths: dict[str, int], pad_id: int = 0
+    rows: Sequence[dict[str, np.ndarray]],
+    ids: np.ndarray,
+    lengths: dict[str, int],
+    pad_id: int = 0,
+    *,
+    start_id: int = 0,
 ) -> Batch:
-    """Rows as a `Batch`, packed or not; segments tell padding, whatever its token is."""
+    """Rows as a `Batch`, packed or not; segments tell padding, whatever its token is.
+
+    Targets are decoded from the policy's `start_id` on; decoders start with the prompt's last token, whatever it is.
+    """
     laid = {name: _lay_out(rows, name, length) for name, length in lengths.items()}
     targets, segments, positions = laid["targets"]
     return Batch(
         inputs=laid["inputs"][0],
         input_segments=laid["inputs"][1],
         input_positions=laid["inputs"][2],
-        decoder_inputs=packing.shift_right(targets, positions),
+        decoder_inputs=packing.shift_right(targets, positions, start_id),
         targets=targets,
         target_segments=segments,
         target_positions=positions,

@@ -246,6 +246,10 @@ class SentencePieceVocabulary(Vocabulary):
     A model without a start of text is read as T5's: prompts end with an end. One with a start is read as a decoder's:
     prompts begin with it. ``config.json`` and ``tokenizer_config.json`` of a Hugging Face directory may say otherwise.
 
+    Ids and texts are SentencePiece's own, with which the models were trained. Hugging Face's tokenizers of such a file alone
+    may differ: those of transformers 5 leave out the space before a text of Mistral's and Mixtral's, and before texts of
+    Llama's that begin with one. Of a run of bytes that is not UTF-8, they replace every byte, SentencePiece the wrong ones.
+
     Args:
         path: a model file, or a directory with one.
 

@@ -12,7 +12,7 @@ from clp_jax.interop import safetensors_files
 from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.hf_decoders import GEMMA3
 from clp_jax.interop.hf_families import config_json, family_for, family_named, same
-from clp_jax.interop.links import check_tree, fill, specs, tensors
+from clp_jax.interop.links import check_tree, loaded, opened, specs, write_tensors
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
 
@@ -42,7 +42,7 @@ class Imported:
 
     Attributes:
         config: of the policy.
-        params: numpy arrays.
+        params: numpy arrays, or lazy ones (`clp_jax.interop.arrays.LazyArray`).
         origin: what the policy came from, plain JSON: ``format``, ``model_type``, ``config``, ``generation_config``.
         text_files: tokenizer and generation settings, to be carried along.
         left_out: names of tensors of a larger model that the policy has no part for (images).
@@ -56,7 +56,15 @@ class Imported:
 
 
 def read(directory: Path | str, *, dtype: str = "float32", overrides: Mapping[str, Any] | None = None) -> Imported:
-    """Reads a checkpoint, one tensor at a time.
+    """`open_checkpoint` with its parameters as numpy arrays, read one tensor at a time."""
+    found = open_checkpoint(directory, dtype=dtype, overrides=overrides)
+    return dataclasses.replace(found, params=loaded(found.params))
+
+
+def open_checkpoint(
+    directory: Path | str, *, dtype: str = "float32", overrides: Mapping[str, Any] | None = None
+) -> Imported:
+    """Opens a checkpoint, whose parameters are read when asked for.
 
     Args:
         directory: with ``config.json`` and ``model.safetensors``, or several with an index.
@@ -83,7 +91,7 @@ def read(directory: Path | str, *, dtype: str = "float32", overrides: Mapping[st
     family = family_named(text.get("model_type"))
     config = family.config(text, generation, source.keys())
     config = dataclasses.replace(config, **{"param_dtype": dtype, **(overrides or {})})
-    params = fill(
+    params = opened(
         family.links(config),
         source,
         Policy(config).abstract(),
@@ -114,7 +122,7 @@ def write(
     Args:
         directory: new; appears whole at the end.
         config: of the policy.
-        params: numpy or JAX arrays.
+        params: numpy, JAX or lazy arrays.
         origin: as `read` gave it, where the policy came from Hugging Face: its family, and settings we don't model.
         files: copied as they are, such as `Imported.text_files`.
         dtype: of the tensors, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None takes the origin's, or the parameters'.
@@ -138,8 +146,7 @@ def write(
     with safetensors_files.open_writer(
         Path(directory), specs(links, chosen), max_shard_bytes=max_shard_bytes
     ) as writer:
-        for name, tensor in tensors(links, params, chosen):
-            writer.write(name, tensor)
+        write_tensors(links, params, writer.write)
         _write_json(writer.directory / CONFIG, found)
         for file in files:
             (writer.directory / file.name).write_bytes(file.read_bytes())

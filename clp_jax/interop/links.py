@@ -1,18 +1,20 @@
 """Foreign tensors and the pieces of a policy's parameters that they are: both ways, one tensor at a time.
 
-Reading allocates the parameters once and fills them; writing makes the foreign form of one piece after another. Neither
-holds more than that and the tensor at hand.
+Read parameters stay in their files until a leaf, or a piece of one, is asked for; writing makes the foreign form of one piece
+after another. From one foreign format to another, the tensor at hand is all that is held.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.array_types import Params
-from clp_jax.interop.arrays import ArraySpec, Source, is_float, some
+from clp_jax.array_types import ArrayLike, Params
+from clp_jax.interop.arrays import ArraySpec, LazyArray, Source, is_float, some
+from clp_jax.interop.regions import Region, shape_of
 from clp_jax.interop.slots import Slot, flatten, unflatten
 from clp_jax.models.policy import check_parameters
 
@@ -72,7 +74,7 @@ def link(slots: Iterable[Slot], names: Mapping[str, str], transposed: Sequence[s
     return links
 
 
-def fill(
+def opened(
     links: Sequence[Link],
     source: Source,
     abstract: Params,
@@ -82,39 +84,60 @@ def fill(
     ignored: str | None = None,
     where: str,
 ) -> Params:
-    """Parameters read from foreign tensors; besides them, at most one tensor is held.
+    """Parameters that are read from foreign tensors when asked for.
 
     Args:
         links: one for each tensor.
         source: tensors by name.
         abstract: shapes of the parameters (`clp_jax.models.policy.Policy.abstract`).
         dtype: of the parameters, ``"float32"`` or ``"bfloat16"``.
-        aliases: names of further tensors that repeat another: what they repeat. They are compared.
+        aliases: names of further tensors that repeat another: what they repeat. They are compared, a part at a time.
         ignored: a pattern of names that hold no parameters.
         where: the file or directory, for messages.
 
     Returns:
-        A tree of numpy arrays.
+        A tree of `LazyArray`; reading one, or a part, holds that and one tensor at most.
 
     Raises:
         ValueError: when a tensor is missing, unknown, misshapen, of integers, or is no copy of what it should repeat.
     """
     aliases = {name: target for name, target in (aliases or {}).items() if name in source}
     check(links, source, {*aliases}, ignored, where)
-    leaves = {path: np.empty(leaf.shape, jnp.dtype(dtype)) for path, leaf in flatten(abstract)}
-    by_name = {each.name: each for each in links}
-    for name in source:  # In the order of the file.
-        if name in by_name:
-            each = by_name[name]
-            leaves[each.path][each.index] = _piece(source[name].read(), each)
     for name, target in aliases.items():
-        each = by_name[target]
-        if not _repeats(_piece(source[name].read(), each), leaves[each.path][each.index]):
+        if not _repeats(source[name], source[target], jnp.dtype(dtype)):
             raise ValueError(
                 f"{where}: {name!r} differs from {target!r}, which it should repeat: expected equal tensors. Where a head is "
                 "not tied to the embedding, config.json says tie_word_embeddings: false."
             )
-    return unflatten(leaves)
+    pieces: dict[tuple[str, ...], dict[tuple[int, ...], Link]] = {}
+    for each in links:
+        pieces.setdefault(each.path, {})[each.index] = each
+    return unflatten(
+        {
+            path: LazyArray(leaf.shape, jnp.dtype(dtype), functools.partial(_fill, pieces[path], source))
+            for path, leaf in flatten(abstract)
+        }
+    )
+
+
+def _fill(pieces: Mapping[tuple[int, ...], Link], source: Source, out: np.ndarray, region: Region) -> None:
+    """Puts a region of a leaf into an array, one tensor after another; in its own type a tensor is held nowhere else."""
+    depth = len(next(iter(pieces)))
+    leading, inner = region[:depth], region[depth:]
+    for at in np.ndindex(*shape_of(leading)):
+        each = pieces[tuple(s.start + i for s, i in zip(leading, at, strict=True))]
+        order = each.order or tuple(range(len(inner)))
+        place, part = out[(*at, ...)].transpose(order), tuple(inner[axis] for axis in order)
+        tensor = source[each.name]
+        if tensor.dtype == out.dtype:
+            tensor.fill(place, part)
+        else:
+            place[...] = tensor.read(part)
+
+
+def loaded(params: Params) -> Params:
+    """The same parameters as numpy arrays, read one after another."""
+    return unflatten({path: leaf.read() for path, leaf in flatten(params)})
 
 
 def check(links: Sequence[Link], source: Source, known: set[str], ignored: str | None, where: str) -> None:
@@ -155,19 +178,25 @@ def specs(links: Sequence[Link], dtype: str) -> dict[str, ArraySpec]:
     return {each.name: ArraySpec(each.shape, jnp.dtype(dtype)) for each in links}
 
 
-def tensors(links: Sequence[Link], params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Foreign tensors of a policy's parameters, one after another.
+def write_tensors(links: Sequence[Link], params: Params, write: Callable[[str, np.ndarray], None]) -> None:
+    """Gives a policy's parameters to a writer as foreign tensors, one after another.
 
     Args:
         links: one for each tensor.
-        params: numpy or JAX arrays.
-        dtype: of the tensors.
+        params: numpy, JAX or lazy arrays.
+        write: takes names and tensors, of the parameters' type and in any order of memory (`ArrayWriter.write`).
     """
     leaves = dict(flatten(params))
     for each in links:
-        part = np.asarray(leaves[each.path][each.index])
-        part = part if each.order is None else part.transpose(each.order)
-        yield each.name, np.ascontiguousarray(part.astype(jnp.dtype(dtype), copy=False))
+        # Without a name of their own: a tensor that has one is held while the next is read.
+        write(each.name, part_of(leaves[each.path], each.index).transpose(each.order or range(len(each.shape))))
+
+
+def part_of(leaf: ArrayLike | LazyArray, index: tuple[int, ...]) -> np.ndarray:
+    """What stands at an index of a leaf's leading axes; nothing else of a lazy one is read."""
+    if not isinstance(leaf, LazyArray):
+        return np.asarray(leaf[index])
+    return leaf.read(tuple(slice(i, i + 1) for i in index)).reshape(leaf.shape[len(index) :])
 
 
 def check_tree(abstract: Params, params: Params) -> None:
@@ -175,13 +204,10 @@ def check_tree(abstract: Params, params: Params) -> None:
     check_parameters(abstract, params)
 
 
-def _piece(tensor: np.ndarray, each: Link) -> np.ndarray:
-    if each.order is None:
-        return tensor
-    return tensor.transpose(np.argsort(each.order))
-
-
-def _repeats(tensor: np.ndarray, piece: np.ndarray) -> bool:
-    """Whether a tensor, in the type of the piece, is equal to it; compared in blocks, so that no copy is made."""
-    starts = range(0, len(piece), _ROWS)
-    return all(np.array_equal(tensor[i : i + _ROWS].astype(piece.dtype), piece[i : i + _ROWS]) for i in starts)
+def _repeats(tensor: LazyArray, original: LazyArray, dtype: np.dtype) -> bool:
+    """Whether tensors are equal in a type; compared in blocks of rows, so that neither is held."""
+    if tensor.shape != original.shape:
+        return False
+    starts = [(slice(i, min(i + _ROWS, tensor.shape[0])),) for i in range(0, tensor.shape[0], _ROWS)]
+    parts = ((tensor.read(rows).astype(dtype), original.read(rows).astype(dtype)) for rows in starts)
+    return all(np.array_equal(part, repeated) for part, repeated in parts)

@@ -1,7 +1,7 @@
 """T5X checkpoints of encoder-decoders, read as a policy and written from one, with Adafactor's state where it is wanted."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +9,14 @@ import numpy as np
 
 from clp_jax.array_types import Params
 from clp_jax.interop import t5x_files
-from clp_jax.interop.arrays import ArraySpec, Source
-from clp_jax.interop.links import Link, check_tree, fill, specs, tensors
-from clp_jax.interop.slots import flatten, unflatten
+from clp_jax.interop.arrays import ArraySpec
+from clp_jax.interop.links import check_tree, loaded, opened, specs, write_tensors
 from clp_jax.interop.t5x_names import infer, is_scanned, links
+from clp_jax.interop.t5x_slots import AdafactorSlots, read_slots, written_slots
 from clp_jax.models.config import ModelConfig, T5Config
 from clp_jax.models.policy import Policy
 
 SCAN_AXIS = 1
-_KINDS = ("v_row", "v_col", "v")
-_UNUSED = (1,)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdafactorSlots:
-    """What T5's Adafactor keeps, as `clp_jax.training.optimizers.FactoredState` holds it; trees of numpy arrays.
-
-    Attributes:
-        count: updates so far.
-        v_row: means of squared gradients over the larger dimension, which keeps its place with size 1.
-        v_col: means over the smaller dimension.
-        v: whole second moments. Slots that are not used are zeros of shape ``[1]``.
-    """
-
-    count: int
-    v_row: Params
-    v_col: Params
-    v: Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +25,7 @@ class Imported:
 
     Attributes:
         config: of the policy.
-        params: numpy arrays.
+        params: numpy arrays, or lazy ones (`clp_jax.interop.arrays.LazyArray`).
         step: of training.
         origin: what the policy came from, plain JSON: ``format``, ``form``, ``step``, ``scan_axis``.
         slots: the optimizer's; None where they were not asked for.
@@ -68,7 +49,21 @@ def read(
     scan_axis: int = SCAN_AXIS,
     optimizer: bool = False,
 ) -> Imported:
-    """Reads a checkpoint of any form, one tensor at a time.
+    """`open_checkpoint` with its parameters as numpy arrays, read one tensor at a time."""
+    found = open_checkpoint(path, step=step, dtype=dtype, overrides=overrides, scan_axis=scan_axis, optimizer=optimizer)
+    return dataclasses.replace(found, params=loaded(found.params))
+
+
+def open_checkpoint(
+    path: Path | str,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    overrides: Mapping[str, Any] | None = None,
+    scan_axis: int = SCAN_AXIS,
+    optimizer: bool = False,
+) -> Imported:
+    """Opens a checkpoint of any form, whose parameters are read when asked for.
 
     Args:
         path: of ``checkpoint_STEP``, or of a directory that holds some, or of a TensorFlow bundle.
@@ -76,7 +71,7 @@ def read(
         dtype: of the parameters, ``"float32"`` or ``"bfloat16"``.
         overrides: fields of the configuration that shapes don't tell, by name (`clp_jax.interop.t5x_names.infer`).
         scan_axis: where scanned layers are stacked in T5X's tensors.
-        optimizer: whether to read Adafactor's state too.
+        optimizer: whether to read Adafactor's state too, at once.
 
     Raises:
         FileNotFoundError: when there is no such checkpoint.
@@ -88,8 +83,8 @@ def read(
     shapes = {name: array.shape for name, array in checkpoint.parameters.items()}
     config = infer(shapes, {"param_dtype": dtype, **(overrides or {})}, scan_axis)
     found, abstract = links(config, axis), Policy(config).abstract()
-    params = fill(found, checkpoint.parameters, abstract, config.param_dtype, where=str(path))
-    slots = _read_slots(found, checkpoint.slots, abstract, checkpoint.step, axis) if optimizer else None
+    params = opened(found, checkpoint.parameters, abstract, config.param_dtype, where=str(path))
+    slots = read_slots(found, checkpoint.slots, Policy(config), checkpoint.step) if optimizer else None
     origin = {"format": "t5x", "form": checkpoint.form, "step": checkpoint.step, "scan_axis": axis}
     return Imported(config, params, checkpoint.step, origin, slots, tuple(checkpoint.mutables))
 
@@ -113,9 +108,10 @@ def write(
     Args:
         directory: that will hold ``checkpoint_STEP``.
         config: of the policy.
-        params: numpy or JAX arrays.
+        params: numpy, JAX or lazy arrays.
         step: of training.
-        slots: of Adafactor, with ``slots.count`` equal to the step; None writes no optimizer state.
+        slots: of Adafactor, with ``slots.count`` equal to the step; None writes no optimizer state. They are factored or not as
+            they come; T5X factors kernels of experts and of scanned layers whatever their size, and others from 128 on.
         scanned: whether layers are stacked (T5X's scalable T5) or single.
         scan_axis: where they are stacked.
         layout: ``"legacy"`` (msgpack and zarr) or ``"orbax"``.
@@ -136,80 +132,13 @@ def write(
     axis = scan_axis if scanned else None
     found = links(config, axis)
     stored = dtype or config.param_dtype
-    written = dict(_written_slots(found, slots, axis)) if slots is not None else {}
+    written = dict(written_slots(found, slots, Policy(config))) if slots is not None else {}
     slot_specs = {name: ArraySpec(array.shape, array.dtype) for name, array in written.items()}
     options: dict[str, Any] = {"form": layout, "chunk_bytes": chunk_bytes}
     with t5x_files.open_writer(directory, step, specs(found, stored), slot_specs or None, **options) as writer:
-        for name, tensor in tensors(found, params, stored):
-            writer.write(name, tensor)
+        write_tensors(found, params, writer.write)
         for name, array in written.items():
             writer.write_slot(name, np.ascontiguousarray(array))
     if card is not None:
         (directory / "README.md").write_text(card, "utf-8")
     return directory / f"checkpoint_{step}"
-
-
-def _read_slots(found: list[Link], source: Source, abstract: Params, step: int, axis: int | None) -> AdafactorSlots:
-    """Slots of every layer, stacked as the parameters are: factoring is per layer there and here."""
-    _check_layout(axis)
-    leaves = dict(flatten(abstract))
-    trees: dict[str, dict[tuple[str, ...], np.ndarray]] = {kind: {} for kind in _KINDS}
-    for each in found:
-        momentum = source.get(f"{each.name}/m")
-        if momentum is not None and momentum.shape != _UNUSED:
-            raise ValueError(f"{each.name}/m has shape {momentum.shape}: Adafactor with momentum can't be carried on.")
-        for kind in _KINDS:
-            name, tree = f"{each.name}/{kind}", trees[kind]
-            if name not in source:
-                raise ValueError(f"the checkpoint has no {name!r}: expected Adafactor's state; read it without.")
-            array, kept = source[name], _kept(each.shape, kind)
-            if array.shape == _UNUSED and each.shape != _UNUSED:
-                tree.setdefault(each.path, np.zeros(_UNUSED, np.float32))
-                continue
-            stacked = leaves[each.path].shape[: len(each.index)]
-            leaf = tree.setdefault(each.path, np.empty((*stacked, *kept), np.float32))
-            if array.shape != _without_ones(each.shape, kept) or leaf.shape != (*stacked, *kept):
-                raise ValueError(
-                    f"{name} has shape {array.shape}: expected {_without_ones(each.shape, kept)}, or {_UNUSED} in all layers."
-                )
-            leaf[each.index] = array.read().reshape(kept)
-    return AdafactorSlots(step, *(unflatten(trees[kind]) for kind in _KINDS))
-
-
-def _written_slots(found: list[Link], slots: AdafactorSlots, axis: int | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Slots that are used, layer by layer."""
-    _check_layout(axis)
-    for kind in _KINDS:
-        leaves = dict(flatten(getattr(slots, kind)))
-        for each in found:
-            leaf = leaves[each.path]
-            if leaf.shape == _UNUSED and each.shape != _UNUSED:
-                continue
-            part = np.asarray(leaf[each.index])
-            if part.shape != _kept(each.shape, kind):
-                raise ValueError(
-                    f"slot {kind} of {each.name} has shape {part.shape}: expected {_kept(each.shape, kind)}."
-                )
-            yield f"{each.name}/{kind}", part.reshape(_without_ones(each.shape, part.shape))
-
-
-def _check_layout(axis: int | None) -> None:
-    if axis is not None:
-        raise ValueError(
-            "Adafactor's state of scanned layers can't be carried: T5X factors it otherwise; leave it out."
-        )
-
-
-def _kept(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    """Shape of a slot of one parameter, with size 1 where it is averaged."""
-    if kind == "v" or len(shape) < 2:
-        return shape
-    # The two largest dimensions, the smaller first; of equals the first is the smaller.
-    small, large = (int(axis) for axis in np.argsort(shape, kind="stable")[-2:])
-    averaged = large if kind == "v_row" else small
-    return tuple(1 if axis == averaged else n for axis, n in enumerate(shape))
-
-
-def _without_ones(shape: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
-    """The slot's shape as T5X stores it: without what is averaged."""
-    return tuple(n for whole, n in zip(shape, kept, strict=True) if n == whole)

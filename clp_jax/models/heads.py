@@ -99,7 +99,7 @@ class Scorer(nnx.Module):
         """One float32 number a row.
 
         Args:
-            tokens: a document and a completion, padded with 0.
+            tokens: a document and a completion; what pads them is not read.
             kinds: 1 on the document, 2 on the completion, 0 on padding; both see each other, only the completion is
                 pooled, so that its score is about it.
             dropout_key: None turns dropout off.

@@ -11,7 +11,8 @@ from flax import nnx
 from clp_jax.array_types import Array, Float, Int
 from clp_jax.models.config import LayerKind
 from clp_jax.models.transformer import KeysValues, Stack, View, layers_of
-from clp_jax.nn.attention import Keys, Quantized, Sight, look, quantize
+from clp_jax.nn.attention import look
+from clp_jax.nn.attention_dense import Keys, Quantized, Sight, quantize
 from clp_jax.nn.kv_cache import Cache, LayerCache
 from clp_jax.nn.stack import cut, depth, scan_layers
 from clp_jax.nn.visibility import Pattern, Places

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
+from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
 from clp_jax.models.config import PaLMConfig
 from clp_jax.models.incremental import decode_step, init_cache, loop_weights
 from clp_jax.models.language_model import Decoded, Encoded, LanguageModel, in_order, make_head
@@ -67,6 +67,7 @@ class PaLM(LanguageModel):
         encoded: Encoded,
         segments: Int[Array, "R T"] | None = None,
         *,
+        present: Bool[Array, "R T"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Decoded:
         """States before the head, of completions given whole.
@@ -75,7 +76,8 @@ class PaLM(LanguageModel):
             decoder_inputs: the completions, shifted right; the first token of each is that of `first_tokens`, whatever
                 it is here.
             encoded: the prompts; with ``n = R/B > 1`` each serves ``n`` consecutive rows.
-            segments: packed examples; by default everything is one example, with its padding at the end.
+            segments: packed examples; by default every row is one, with its padding at the end.
+            present: which tokens experts make room for; by default all of any segment.
             dropout_key: None is evaluation.
         """
         batch = encoded.tokens.shape[0]
@@ -92,7 +94,9 @@ class PaLM(LanguageModel):
         positions = jnp.maximum(last, 0) + since.reshape(batch, -1)
         queries = Places(positions, segments.reshape(batch, -1))
         prefix = Prefix(encoded.content, self._without_last(encoded, ends), queries)
-        ran = self.decoder(self.embed(tokens), in_order(segments), prefix=prefix, dropout_key=dropout_key)
+        ran = self.decoder(
+            self.embed(tokens), in_order(segments), prefix=prefix, present=present, dropout_key=dropout_key
+        )
         return Decoded(ran.states, _joined(encoded.routing, ran.routing))
 
     def first_tokens(self, encoded: Encoded) -> Int[Array, "B"]:

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from clp_jax.array_types import Array, Float, Int, PRNGKeyArray
+from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
 from clp_jax.models.config import T5Config
 from clp_jax.models.incremental import decode_step, init_cache, loop_weights
 from clp_jax.models.language_model import Decoded, Encoded, LanguageModel, in_order, make_head
@@ -53,6 +53,7 @@ class T5(LanguageModel):
         encoded: Encoded,
         segments: Int[Array, "R T"] | None = None,
         *,
+        present: Bool[Array, "R T"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Decoded:
         """States before the head, of completions given whole.
@@ -60,7 +61,8 @@ class T5(LanguageModel):
         Args:
             decoder_inputs: the completions, shifted right.
             encoded: the prompts; with ``n = R/B > 1`` each serves ``n`` consecutive rows.
-            segments: packed examples; by default everything is one example, with its padding at the end.
+            segments: packed examples; by default every row is one, with its padding at the end.
+            present: which tokens experts make room for; by default all of any segment.
             dropout_key: None is evaluation.
         """
         prompts, unpacked = encoded.places, segments is None
@@ -73,6 +75,7 @@ class T5(LanguageModel):
             self.embed(decoder_inputs),
             in_order(segments),
             cross=(encoded.content, look(self._cross_pattern(), queries, prompts, unpacked=unpacked)),
+            present=present,
             dropout_key=dropout_key,
             unpacked=unpacked,
         )

@@ -11,7 +11,8 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
 from clp_jax.models.config import LayerKind, ModelConfig, period_of
-from clp_jax.nn.attention import Attention, Keys, Quantized, Sight, look
+from clp_jax.nn.attention import Attention, look
+from clp_jax.nn.attention_dense import Keys, Quantized, Sight
 from clp_jax.nn.linear import dropout
 from clp_jax.nn.mlp import MLP
 from clp_jax.nn.moe import MoE
@@ -241,6 +242,7 @@ class Stack(nnx.Module):
         *,
         prefix: Prefix | None = None,
         cross: tuple[Float[Array, "B S D"], Sight] | None = None,
+        present: Bool[Array, "R T"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
         keep: bool = False,
         causal: bool | None = None,
@@ -253,6 +255,7 @@ class Stack(nnx.Module):
             places: where they stand.
             prefix: keys and values of prompts that the tokens see too.
             cross: an encoder's states, and how they are seen.
+            present: which tokens experts make room for; by default all that are no padding.
             dropout_key: None is evaluation.
             keep: whether keys and values are kept.
             causal: whether later tokens are hidden; None does as the stack was built.
@@ -261,7 +264,7 @@ class Stack(nnx.Module):
         config = self.config
         causal = self.causal if causal is None else causal
         views = [self._view(kind, places, prefix, causal, unpacked) for kind in self.kinds[: self.period]]
-        present = places.segments > 0
+        present = places.segments > 0 if present is None else present
         x = dropout(x, config.dropout_rate, dropout_key, salt=1)
         kept, routings = [], []
         for run, periods in enumerate(self.runs()):

@@ -11,18 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int, PRNGKeyArray, Shaped
-from clp_jax.nn.attention_reference import (
-    MASKED,
-    cap_logits,
-    check_bias,
-    check_heads,
-    group_heads,
-    pair_logits,
-    scale_query,
-    sum_examples,
-    ungroup_heads,
-    weigh_values,
-)
+from clp_jax.nn.attention_dense import MASKED, cap_logits, check_bias, check_heads, scale_query, sum_examples
 from clp_jax.nn.linear import dropout
 from clp_jax.nn.visibility import Pattern, Places, position_bias, visible
 
@@ -88,7 +77,7 @@ def blockwise_attention(
         dropout_rate=0.0 if dropout_key is None else dropout_rate,
     )
     rows, columns = -length % plan.rows, -keys_length % plan.columns
-    grouped = group_heads(scale_query(query, pattern), key.shape[1])
+    grouped = _group_heads(scale_query(query, pattern), key.shape[1])
     out = _attend(
         plan,
         _pad(grouped, rows, 3),
@@ -99,7 +88,7 @@ def blockwise_attention(
         _as_pair(pad_places(keys, columns)),
         dropout_key if plan.dropout_rate else None,
     )
-    return ungroup_heads(out[:, :, :, :length])
+    return _ungroup_heads(out[:, :, :, :length])
 
 
 def check_aligned(aligned: bool, length: int, keys_length: int) -> None:
@@ -207,7 +196,7 @@ def _forward(plan: _Plan, inputs: _Inputs) -> tuple[Float[Array, "B G n T H"], F
             shrink = jnp.exp(largest - larger)
             total = total * shrink + weights.sum(axis=-1)
             weights = _drop(plan, inputs.dropout_key, row, column, weights).astype(value.dtype)
-            return larger, total, out * shrink[..., None] + weigh_values(weights, value)
+            return larger, total, out * shrink[..., None] + _weigh_values(weights, value)
 
         shape = query.shape[:-1]
         start = (jnp.full(shape, FLOOR), jnp.zeros(shape), jnp.zeros(query.shape))
@@ -235,13 +224,13 @@ def _backward(plan: _Plan, inputs: _Inputs, gradient, log_z, common) -> tuple[Ar
             weights = jnp.exp(logits - log_z_block[..., None])
             dropped = _drop(plan, inputs.dropout_key, row, column, weights)
             to_value = _add_block(to_value, _key_sums(dropped, gradient_block), column)
-            to_weights = _drop(plan, inputs.dropout_key, row, column, pair_logits(gradient_block, value))
+            to_weights = _drop(plan, inputs.dropout_key, row, column, _pair_logits(gradient_block, value))
             to_logits = weights * (to_weights - common_block[..., None])
             if inputs.table is not None:
                 to_table = to_table + _table_gradient(plan, inputs.table, to_logits, queries, keys)
             to_products = (to_logits * _slope(plan, query, key)).astype(query.dtype)
             to_key = _add_block(to_key, _key_sums(to_products, query), column)
-            return to_query + weigh_values(to_products, key), to_key, to_value, to_table
+            return to_query + _weigh_values(to_products, key), to_key, to_value, to_table
 
         to_query, *carry = jax.lax.fori_loop(*plan.key_blocks(row), key_block, (jnp.zeros(query.shape), *carry))
         return tuple(carry), to_query
@@ -252,10 +241,36 @@ def _backward(plan: _Plan, inputs: _Inputs, gradient, log_z, common) -> tuple[Ar
     return _join(to_query), to_key, to_value, to_table
 
 
+def _group_heads(query: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B G n T H"]:
+    """Heads first, those that share a key head together; batch and heads stay apart, so that both stay sharded."""
+    batch, length, _, size = query.shape
+    return jnp.swapaxes(query, 1, 2).reshape(batch, num_kv_heads, -1, length, size)
+
+
+def _ungroup_heads(x: Float[Array, "B G n T H"]) -> Float[Array, "B T N H"]:
+    """Undoes `_group_heads`."""
+    return jnp.swapaxes(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
+
+
+def _pair_logits(query: Float[Array, "B G n T H"], key: Float[Array, "B G S H"]) -> Float[Array, "B G n T S"]:
+    """Products of all pairs, float32; the heads of a group are rows of one product, so keys are not repeated."""
+    batch, groups, shared, length, size = query.shape
+    rows = query.reshape(batch, groups, shared * length, size)
+    logits = jnp.matmul(rows, jnp.swapaxes(key, -1, -2), preferred_element_type=jnp.float32)
+    return logits.reshape(batch, groups, shared, length, -1)
+
+
+def _weigh_values(weights: Float[Array, "B G n T S"], value: Float[Array, "B G S H"]) -> Float[Array, "B G n T H"]:
+    """Sums of values, float32."""
+    batch, groups, shared, length, _ = weights.shape
+    out = jnp.matmul(weights.reshape(batch, groups, shared * length, -1), value, preferred_element_type=jnp.float32)
+    return out.reshape(batch, groups, shared, length, -1)
+
+
 def _logits(plan: _Plan, query, key, table, queries: Places, keys: Places) -> Float[Array, "B G n T S"]:
     """Logits of a block, masked."""
     pattern = plan.pattern
-    logits = cap_logits(pair_logits(query, key), pattern.cap)
+    logits = cap_logits(_pair_logits(query, key), pattern.cap)
     if pattern.buckets is not None:
         bias = position_bias(pattern.buckets, table, queries, keys)
         logits = logits + bias.reshape(bias.shape[0], *logits.shape[1:3], *bias.shape[2:])
@@ -265,7 +280,7 @@ def _logits(plan: _Plan, query, key, table, queries: Places, keys: Places) -> Fl
 def _slope(plan: _Plan, query, key) -> Float[Array, "B G n T S"] | float:
     """The derivative of the cap."""
     cap = plan.pattern.cap
-    return 1.0 if cap is None else 1 - jnp.square(jnp.tanh(pair_logits(query, key) / cap))
+    return 1.0 if cap is None else 1 - jnp.square(jnp.tanh(_pair_logits(query, key) / cap))
 
 
 def _table_gradient(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, PRNGKeyArray
 from clp_jax.nn.attention_blockwise import blockwise_attention, check_aligned
+from clp_jax.nn.attention_dense import check_bias, check_heads, reference_attention
 from clp_jax.nn.attention_pallas import pallas_attention
-from clp_jax.nn.attention_reference import check_bias, check_heads, reference_attention
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import activation_sharding
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from clp_jax.array_types import Array, Bool, Float, Int
 from clp_jax.nn.attention_blockwise import FLOOR, pad_places
-from clp_jax.nn.attention_reference import MASKED, cap_logits, check_bias, check_heads, scale_query
+from clp_jax.nn.attention_dense import MASKED, cap_logits, check_bias, check_heads, scale_query
 from clp_jax.nn.position import relative_position_bucket
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import activation_sharding

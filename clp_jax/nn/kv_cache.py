@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from clp_jax.array_types import Array, Float, Int
-from clp_jax.nn.attention import Quantized
+from clp_jax.nn.attention_dense import Quantized
 from clp_jax.nn.visibility import Places
 
 

@@ -4,6 +4,10 @@ A router is a frozen dataclass of plain values. Given the probabilities of a gro
 the experts' input, the token it holds and the weight of its output. Everything here is a pure function of one group;
 `clp_jax.nn.moe` maps it over groups.
 
+What a token gets never depends on padding: a router with a capacity has rows for all tokens of a group, because shapes are
+static, and uses as many as the valid ones are worth, in training and in evaluation. flaxformer counts padding: where half of
+a group is padding, its experts have twice the room. To have as much here, give twice the factor, or a `fixed_capacity`.
+
 * `TokenChoice`: each token takes its k best experts while they have room (Switch, arXiv 2101.03961; GShard, 2006.16668;
   ST-MoE, 2202.08906).
 * `ExpertChoice`: each expert takes its best tokens (arXiv 2202.09368).
@@ -15,6 +19,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clp_jax.array_types import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from clp_jax.nn.slots import Slots, fill_slots, rank_choices
@@ -70,14 +75,14 @@ class TokenChoice:
 
     Attributes:
         k: experts of a token; 1 is Switch.
-        train_capacity: rows of an expert, over the group's tokens divided by the number of experts, in training.
+        train_capacity: rows of an expert, over the group's valid tokens divided by the number of experts, in training.
         eval_capacity: the same in evaluation.
         min_capacity: rows of an expert, at least (flaxformer: 4).
         capacity_times_k: whether the capacity is multiplied by `k` (GShard) or not (flaxformer).
         fixed_capacity: rows of an expert whatever the group's size (Hugging Face's ``expert_capacity``); the factors
             then say nothing.
         group: what shares the capacity: ``"row"`` (one sequence, as in Hugging Face's Switch), ``"batch"``, or a number of
-            tokens, as nearly as the batch can be divided (flaxformer).
+            tokens, as nearly as the batch can be divided (flaxformer). Rows of one token each, as in decoding, share none.
         batch_prioritised: tokens with the highest first probability go first (V-MoE, arXiv 2106.05974, section 4);
             encoders only.
         renormalize: whether the weights of a token's choices sum to one (Mixtral), or are the raw probabilities (Switch).
@@ -128,8 +133,8 @@ class TokenChoice:
         """Tokens that share the capacity, of a batch of `rows` sequences."""
         return _group_size(self.group, rows, length)
 
-    def capacity(self, group_size: int, num_experts: int, training: bool) -> int:
-        """Rows of an expert and group: ``factor [* k] * group / E``, to the nearest (half to even) and in bounds.
+    def capacities(self, group_size: int, num_experts: int, training: bool) -> Int[np.ndarray, "counts"]:
+        """Rows of an expert in a group: ``factor [* k] * n / E`` of `n` valid tokens, to the nearest (half to even).
 
         Args:
             group_size: tokens of the group, padding included.
@@ -137,11 +142,11 @@ class TokenChoice:
             training: which factor.
 
         Returns:
-            In ``[1, group_size]``: an expert has use for no more.
+            For each `n` from 0 to `group_size`, in ``[0, n]``: an expert has use for no more. The last is what is reserved.
         """
         if self.fixed_capacity is not None:
-            return min(self.fixed_capacity, group_size)
-        return _capacity(self, group_size, num_experts, training, self.k if self.capacity_times_k else 1)
+            return np.minimum(self.fixed_capacity, np.arange(group_size + 1))
+        return _capacities(self, group_size, num_experts, training, self.k if self.capacity_times_k else 1)
 
     def assign(self, probs: Float[Array, "tokens E"], mask: Bool[Array, "tokens"], *, training: bool = False) -> Slots:
         """Gives the tokens of one group their rows: ``C`` to each expert, in the experts' order.
@@ -151,14 +156,14 @@ class TokenChoice:
             mask: which tokens are valid; the others take no room.
             training: which capacity.
         """
-        num_tokens, num_experts = probs.shape
-        capacity = self.capacity(num_tokens, num_experts, training)
+        num_experts = probs.shape[1]
+        capacity, room = _room(self, mask, num_experts, training)
         experts, gates = top_k(probs, self.k, self.renormalize)
         priority = _by_probability(probs, mask, self.k) if self.batch_prioritised else None
         experts = jnp.where(mask[None], experts, num_experts)
         ranking = rank_choices(experts, num_experts, priority)
         owner = jnp.repeat(jnp.arange(num_experts), capacity)
-        kept = jnp.minimum(ranking.counts, capacity)
+        kept = jnp.minimum(ranking.counts, room)
         return fill_slots(experts, gates, ranking, owner, jnp.arange(num_experts) * capacity, kept, kept)
 
 
@@ -169,8 +174,8 @@ class ExpertChoice:
     The weight is the token's raw probability of the expert. Loads are equal by construction: there is no balance loss.
 
     Attributes:
-        train_capacity: tokens of an expert, over the group's tokens divided by the number of experts, in training: the
-            experts of a token on average.
+        train_capacity: tokens of an expert, over the group's valid tokens divided by the number of experts, in training:
+            the experts of a token on average.
         eval_capacity: the same in evaluation.
         min_capacity: tokens of an expert, at least.
         group: as in `TokenChoice`.
@@ -212,19 +217,19 @@ class ExpertChoice:
         """Tokens that an expert picks from, of a batch of `rows` sequences."""
         return _group_size(self.group, rows, length)
 
-    def capacity(self, group_size: int, num_experts: int, training: bool) -> int:
-        """Tokens that an expert takes from a group; as `TokenChoice.capacity`."""
-        return _capacity(self, group_size, num_experts, training, 1)
+    def capacities(self, group_size: int, num_experts: int, training: bool) -> Int[np.ndarray, "counts"]:
+        """Tokens that an expert takes from a group; as `TokenChoice.capacities`."""
+        return _capacities(self, group_size, num_experts, training, 1)
 
     def assign(self, probs: Float[Array, "tokens E"], mask: Bool[Array, "tokens"], *, training: bool = False) -> Slots:
         """Gives each expert its ``C`` best tokens of one group, the best first; see `TokenChoice.assign`."""
         num_tokens, num_experts = probs.shape
-        capacity = self.capacity(num_tokens, num_experts, training)
+        capacity, room = _room(self, mask, num_experts, training)
         wanted = jnp.where(mask[:, None], probs, -1.0).T
         # A sort, because `jax.lax.top_k` gathers what is sharded.
         tokens = jnp.argsort(jax.lax.stop_gradient(-wanted), stable=True)[:, :capacity]
         gates = jnp.take_along_axis(wanted, tokens, 1)
-        holds = gates >= 0
+        holds = (gates >= 0) & (jnp.arange(capacity) < room)[None]
         source = jnp.where(holds, tokens, num_tokens).reshape(-1)
         kept = holds.sum(-1)
         taken = jnp.zeros(num_tokens, bool).at[source].set(True, mode="drop")
@@ -428,7 +433,8 @@ def _mean(values: Float[Array, "*groups"], mask: Bool[Array, "*groups"]) -> Floa
 
 
 def _group_size(group: int | str, rows: int, length: int) -> int:
-    if group == "row":
+    # What is decoded must not depend on the other rows, nor on those that wait for a request.
+    if group == "row" or length == 1:
         return length
     if isinstance(group, str):
         return rows * length
@@ -438,9 +444,21 @@ def _group_size(group: int | str, rows: int, length: int) -> int:
     return rows * length // num_groups
 
 
-def _capacity(router: TokenChoice | ExpertChoice, group_size: int, num_experts: int, training: bool, times: int) -> int:
-    factor = router.train_capacity if training else router.eval_capacity
-    return min(max(round(factor * times * group_size / num_experts), router.min_capacity), group_size)
+def _capacities(
+    router: TokenChoice | ExpertChoice, group_size: int, num_experts: int, training: bool, times: int
+) -> Int[np.ndarray, "counts"]:
+    factor, tokens = router.train_capacity if training else router.eval_capacity, np.arange(group_size + 1)
+    rounded = np.rint(factor * times * tokens / num_experts)
+    return np.minimum(np.maximum(rounded, router.min_capacity), tokens).astype(np.int32)
+
+
+def _room(
+    router: TokenChoice | ExpertChoice, mask: Bool[Array, "tokens"], num_experts: int, training: bool
+) -> tuple[int, Int[Array, ""]]:
+    """Rows of an expert that are reserved for a group, and those that its valid tokens may take."""
+    capacities = router.capacities(len(mask), num_experts, training)
+    # Looked up, so that no device rounds in its own way.
+    return int(capacities[-1]), jnp.asarray(capacities, jnp.int32)[mask.sum()]
 
 
 def _check_least(router: Router, field: str, least: int) -> None:

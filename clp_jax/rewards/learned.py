@@ -71,5 +71,5 @@ class LearnedReward:
     def __call__(self, inputs: RewardInputs) -> Float[np.ndarray, "R 1"]:
         """See `RewardFunction`; compiled once for each shape of batch."""
         documents = inputs.prompt_tokens[:, : self.document_length]
-        tokens, kinds = join(documents, inputs.completion_tokens)
+        tokens, kinds = join(documents, inputs.completion_tokens, self.policy.config.trunk.pad_id)
         return np.asarray(self._score(self._params, tokens, kinds))[:, None]

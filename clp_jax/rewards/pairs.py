@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from clp_jax.array_types import Int
-from clp_jax.data.vocabulary import EOS_ID, PAD_ID
 
 
 def derangement(count: int, rng: np.random.Generator) -> Int[np.ndarray, "B"]:
@@ -22,19 +21,19 @@ def derangement(count: int, rng: np.random.Generator) -> Int[np.ndarray, "B"]:
     return result
 
 
-def content(tokens: Int[np.ndarray, "T"]) -> Int[np.ndarray, "L"]:
+def content(tokens: Int[np.ndarray, "T"], pad_id: int, eos_ids: Sequence[int]) -> Int[np.ndarray, "L"]:
     """The tokens before the end of sequence and the padding."""
-    stop = np.flatnonzero((tokens == EOS_ID) | (tokens == PAD_ID))
+    stop = np.flatnonzero(np.isin(tokens, (*eos_ids, pad_id)))
     return tokens[: stop[0]] if stop.size else tokens
 
 
-def finish(tokens: np.ndarray, length: int) -> Int[np.ndarray, "T"]:
+def finish(tokens: np.ndarray, length: int, pad_id: int, eos_id: int) -> Int[np.ndarray, "T"]:
     """A row of `length`: the tokens, cut before the last if need be, an end of sequence, padding."""
-    row = np.full(length, PAD_ID, np.int32)
+    row = np.full(length, pad_id, np.int32)
     if len(tokens) > length - 1:
         tokens = np.append(tokens[: length - 2], tokens[-1])
     row[: len(tokens)] = tokens
-    row[len(tokens)] = EOS_ID
+    row[len(tokens)] = eos_id
     return row
 
 
@@ -92,10 +91,14 @@ class Corrupter:
 
     Attributes:
         kinds: names in `CORRUPTIONS`, chosen from with equal probability.
+        pad_id: fills summaries up, the vocabulary's.
+        eos_ids: end summaries, the vocabulary's; the first is written.
         seed: with the examples' ids decides everything.
     """
 
     kinds: tuple[str, ...]
+    pad_id: int
+    eos_ids: tuple[int, ...]
     seed: int = 0
 
     def __post_init__(self):
@@ -122,11 +125,15 @@ class Corrupter:
         rows = []
         length = summaries.shape[1]
         for row, other, kind in zip(summaries, summaries[others], kinds, strict=True):
-            bad = finish(self._corrupt(content(row), content(other), int(kind), rng), length)
+            tokens, foreign_tokens = (content(each, self.pad_id, self.eos_ids) for each in (row, other))
+            bad = self._finish(self._corrupt(tokens, foreign_tokens, int(kind), rng), length)
             # A short summary may survive its corruption, and a long one loses what was added to it.
-            survived = np.array_equal(bad, finish(content(row), length))
-            rows.append(finish(content(other), length) if survived else bad)
+            survived = np.array_equal(bad, self._finish(tokens, length))
+            rows.append(self._finish(foreign_tokens, length) if survived else bad)
         return np.stack(rows).astype(np.int32), kinds
+
+    def _finish(self, tokens: np.ndarray, length: int) -> Int[np.ndarray, "T"]:
+        return finish(tokens, length, self.pad_id, self.eos_ids[0])
 
     def _corrupt(self, tokens: np.ndarray, other: np.ndarray, kind: int, rng: np.random.Generator) -> np.ndarray:
         if len(tokens) < 2 or len(other) < 2:
@@ -137,13 +144,19 @@ class Corrupter:
 
 
 def join(
-    documents: Int[np.ndarray, "B S"], summaries: Int[np.ndarray, "B T"]
+    documents: Int[np.ndarray, "B S"], summaries: Int[np.ndarray, "B T"], pad_id: int
 ) -> tuple[Int[np.ndarray, "B U"], Int[np.ndarray, "B U"]]:
     """A scorer's input: document and summary side by side, each with its padding, ``U = S + T``.
+
+    Args:
+        documents: token ids.
+        summaries: token ids.
+        pad_id: of the vocabulary; ids below 0 are padding too, of policies without a token for it.
 
     Returns:
         Tokens, and kinds: 1 on the document, 2 on the summary, 0 on padding.
     """
     tokens = np.concatenate([documents, summaries], axis=1)
-    kinds = np.concatenate([(documents != PAD_ID) * 1, (summaries != PAD_ID) * 2], axis=1)
+    real = (tokens >= 0) & (tokens != pad_id)
+    kinds = np.where(real, np.repeat([[1, 2]], [documents.shape[1], summaries.shape[1]], axis=1), 0)
     return tokens.astype(np.int32), kinds.astype(np.int32)

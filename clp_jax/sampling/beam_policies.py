@@ -50,6 +50,25 @@ class BrevityPenalty:
         return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** self.alpha
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far the search of every prompt is.
+
+    Attributes:
+        live: ``float32[B]`` log-probability of the best beam that has not finished.
+        pool: ``float32[B, pool]`` scores of finished completions, ``-inf`` where there is none yet.
+        length: tokens of the live beams.
+        max_length: tokens they may have.
+        penalty: turns log-probabilities into scores.
+    """
+
+    live: Float[Array, "B"]
+    pool: Float[Array, "B pool"]
+    length: Int[Array, ""]
+    max_length: int
+    penalty: LengthPenalty
+
+
 @runtime_checkable
 class Stopping(Protocol):
     """When the search of a prompt is over; hashable."""
@@ -57,23 +76,8 @@ class Stopping(Protocol):
     def pool_size(self, num_beams: int) -> int:
         """How many finished completions are kept."""
 
-    def goes_on(
-        self,
-        live: Float[Array, "B"],
-        pool: Float[Array, "B pool"],
-        length: Int[Array, ""],
-        max_length: int,
-        penalty: LengthPenalty,
-    ) -> Bool[Array, "B"]:
-        """Which prompts are searched further.
-
-        Args:
-            live: ``float32[B]`` log-probability of the best beam that has not finished.
-            pool: ``float32[B, pool]`` scores of finished completions, ``-inf`` where there is none yet.
-            length: tokens of the live beams.
-            max_length: tokens they may have.
-            penalty: turns log-probabilities into scores.
-        """
+    def goes_on(self, search: Progress) -> Bool[Array, "B"]:
+        """Which prompts are searched further."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +98,9 @@ class FirstFinished:
         """See `Stopping`."""
         return math.ceil(self.patience * num_beams)
 
-    def goes_on(
-        self,
-        live: Float[Array, "B"],
-        pool: Float[Array, "B pool"],
-        length: Int[Array, ""],
-        max_length: int,
-        penalty: LengthPenalty,
-    ) -> Bool[Array, "B"]:
+    def goes_on(self, search: Progress) -> Bool[Array, "B"]:
         """See `Stopping`."""
-        return jnp.isneginf(pool).any(axis=-1)
+        return jnp.isneginf(search.pool).any(axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +114,9 @@ class CurrentBound:
         """See `Stopping`."""
         return num_beams
 
-    def goes_on(
-        self,
-        live: Float[Array, "B"],
-        pool: Float[Array, "B pool"],
-        length: Int[Array, ""],
-        max_length: int,
-        penalty: LengthPenalty,
-    ) -> Bool[Array, "B"]:
+    def goes_on(self, search: Progress) -> Bool[Array, "B"]:
         """See `Stopping`."""
-        return live / penalty(length) > jnp.min(pool, axis=-1)
+        return search.live / search.penalty(search.length) > jnp.min(search.pool, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,18 +127,11 @@ class ReachableBound:
         """See `Stopping`."""
         return num_beams
 
-    def goes_on(
-        self,
-        live: Float[Array, "B"],
-        pool: Float[Array, "B pool"],
-        length: Int[Array, ""],
-        max_length: int,
-        penalty: LengthPenalty,
-    ) -> Bool[Array, "B"]:
+    def goes_on(self, search: Progress) -> Bool[Array, "B"]:
         """See `Stopping`."""
         # Log-probabilities only fall, and penalties are monotonous: the best end is now or at the limit.
-        best = jnp.maximum(live / penalty(length), live / penalty(max_length))
-        return best > jnp.min(pool, axis=-1)
+        ends = (search.live / search.penalty(length) for length in (search.length, search.max_length))
+        return jnp.maximum(*ends) > jnp.min(search.pool, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

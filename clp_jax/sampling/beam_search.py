@@ -13,6 +13,7 @@ from clp_jax.sampling.beam_policies import (
     Finishing,
     LengthPenalty,
     PowerPenalty,
+    Progress,
     ReachableBound,
     Stopping,
 )
@@ -229,8 +230,8 @@ def _advance(config: BeamConfig, decoder: Decoder, t: Array, *own: Any) -> tuple
     scores = jnp.where(finishes & is_open[:, None], top / config.length_penalty(t + 1), -jnp.inf)
     finished = dataclasses.replace(candidates, scores=scores)
     pool, _ = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), pool, finished).best(config.pool_size)
-    go_on = config.stopping.goes_on(live.scores[:, 0], pool.scores, t + 1, config.max_length, config.length_penalty)
-    return live, pool, is_open & go_on, jnp.take_along_axis(source, chosen, axis=1)
+    search = Progress(live.scores[:, 0], pool.scores, t + 1, config.max_length, config.length_penalty)
+    return live, pool, is_open & config.stopping.goes_on(search), jnp.take_along_axis(source, chosen, axis=1)
 
 
 def _ranked(config: BeamConfig, pad_id: int, live: Any, pool: Any) -> Beams:

@@ -14,6 +14,9 @@ from clp_jax.array_types import Int
 from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.sampling.text import bucket, prompt_tokens
 
+# Characters of a line that messages show.
+_SHOWN = 40
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -69,7 +72,7 @@ def read_lines(source: Path, vocabulary: Vocabulary | TokenIds, limits: Limits, 
         try:
             lines.append(_parse(number, raw, vocabulary, limits, with_targets, source))
         except (ValueError, KeyError, TypeError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "msg", error)
+            what = f"it has no {error}" if isinstance(error, KeyError) else error
             print(f"warning: {source}, line {number} was skipped: {what}", file=sys.stderr)
     if not lines:
         wanted = '"inputs" and "targets"' if with_targets else '"inputs"'
@@ -80,7 +83,7 @@ def read_lines(source: Path, vocabulary: Vocabulary | TokenIds, limits: Limits, 
 def _parse(
     number: int, raw: bytes, vocabulary: Vocabulary | TokenIds, limits: Limits, with_targets: bool, source: Path
 ) -> Line:
-    given = json.loads(raw.decode("utf-8"))
+    given = _object(raw)
     if not isinstance(given, dict):
         raise ValueError("it is not a JSON object")
     inputs, targets = given["inputs"], given["targets"] if with_targets else None
@@ -96,6 +99,25 @@ def _parse(
         targets = _check_ids("targets", targets, limits.targets, limits)
     keep = {name: given[name] for name in ("inputs", "targets") if name in given and (with_targets or name == "inputs")}
     return Line(number, keep, tuple(tokens), None if targets is None else tuple(targets))
+
+
+def _object(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start + 1}: {_shown(raw)}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"it is not JSON ({error.msg[0].lower()}{error.msg[1:]} at character {error.colno}): {_shown(raw)}"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"it is not JSON that can be read (nested too deep): {_shown(raw)}") from None
+
+
+def _shown(raw: bytes) -> str:
+    """The start of a line, for messages."""
+    text = raw.decode("utf-8", "backslashreplace").strip()
+    return repr(text[:_SHOWN] + "..." if len(text) > _SHOWN else text)
 
 
 def _check_ids(name: str, ids: Any, longest: int, limits: Limits) -> list[int]:

@@ -43,9 +43,11 @@ def teacher_force(
         tokens: completions, padded at the end.
         mask: 1 on the tokens that count; by default those up to and including the first end of sequence.
     """
-    decoded = model.decode(shift_right(tokens, model.config.start_id), model.encode(inputs))
     if mask is None:
         mask = completion_mask(tokens, model.config.eos_ids)
+    # Up to the last that counts: experts make no room for what is behind it.
+    present = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] > 0
+    decoded = model.decode(shift_right(tokens, model.config.start_id), model.encode(inputs), present=present)
     log_probs = chunked_token_statistics(decoded.hidden, model.logits, tokens).log_probs * mask
     return Forced(log_probs=log_probs, hidden=decoded.hidden, routing=decoded.routing)
 

@@ -5,13 +5,15 @@ sampler; nothing else differs between them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from clp_jax import processes
 from clp_jax.array_types import Params, PRNGKeyArray
 from clp_jax.data.manifest import Manifest
 from clp_jax.data.reader import DataSource, prompt_batch
@@ -37,11 +39,14 @@ from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
-from clp_jax.training.experience import ExperienceSource, PreferenceSampler, reward_inputs
+from clp_jax.training.experience import ExperienceSource, PreferenceSampler, chunk_rows, reward_inputs
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
 from clp_jax.training.stage import StageSetup, inherited
+from clp_jax.training.transfer import Transfer
 
+# To a trained policy: the value baseline, which is of all rewards together, is learned anew.
+ADD_COMPONENTS = Transfer({"baseline/.*": None}, init=("baseline/.*",), grow=("policy/.*",))
 _STATISTICS_KEY = 2**31  # Tells the statistics' samples from those of the steps.
 
 
@@ -51,6 +56,9 @@ class ConditionalPolicy:
 
     Attributes:
         initial_checkpoint: run directory of the supervised policy: where every component starts, and the frozen reference.
+        initial_policy: a run of this stage whose components it starts from; its rewards are the first of `rewards`, and those
+            that are new get components of their own. None starts every component from the supervised policy.
+        transfer: which parameters of the initial policy go where.
         data_dir: prepared prompts and reference completions.
         rewards: reward functions; ``K`` is the number of their names.
         preferences: sampler of ``K`` weights and a KL weight; drawn once for each group of prompts.
@@ -76,6 +84,8 @@ class ConditionalPolicy:
     num_chunks: int = 2
     max_length: int = 32
     statistics_prompts: int = 512
+    initial_policy: str | None = None
+    transfer: Transfer = ADD_COMPONENTS
 
     def __post_init__(self):
         for name in ("batch_size", "num_samples", "num_groups", "num_chunks", "max_length", "statistics_prompts"):
@@ -113,7 +123,7 @@ class ConditionalPolicy:
         if alpha is not None:
             check_alpha(self.conditioning, alpha.low if isinstance(alpha, AlphaRange) else alpha)
         policy = Policy(from_json(description["model"]))
-        _check_experts(policy, self.max_length)
+        _check_experts(policy, self.batch_size * self.num_samples, self.max_length)
         vocabulary = Vocabulary.load(self.data_dir)
         _check_vocabulary(self, vocabulary, description)
         conditioning = self.conditioning
@@ -127,6 +137,8 @@ class ConditionalPolicy:
                 jax.random.fold_in(jax.random.key(seed), 1), policy.config.embed_dim, len(names)
             ),
         }
+        if self.initial_policy is not None:
+            params = self._from_policy(params, self.initial_policy, description, names)
         manifest = Manifest.load(self.data_dir)
         own = {
             "stage": "clp",
@@ -160,9 +172,24 @@ class ConditionalPolicy:
             vocabulary=vocabulary,
         )
 
-    def _data(self, seed: int, batch_size: int, pad_id: int) -> DataSource:
+    def _from_policy(self, fresh: Params, path: str, description: dict[str, Any], names: tuple[str, ...]) -> Params:
+        """The initial policy's parameters, with fresh ones for the rewards that it did not know."""
+        stored, theirs, step = load_params(path)
+        if theirs.get("stage") != "clp" or theirs["model"] != description["model"]:
+            raise ValueError(f"initial_policy {path} is no run of this stage with the supervised policy's model.")
+        known = tuple(theirs["rewards"])
+        if names[: len(known)] != known:
+            raise ValueError(
+                f"initial_policy {path} was trained with the rewards {', '.join(known)}: they must come first, in that order, "
+                f"but the rewards are {', '.join(names)}."
+            )
+        params, account = self.transfer(stored, jax.eval_shape(lambda: fresh), lambda: fresh)
+        account.report(path, step)
+        return params
+
+    def _data(self, seed: int, batch_size: int, pad_id: int, rows: Callable[[int], np.ndarray]) -> DataSource:
         return DataSource(
-            self.data_dir, "train", batch_size=batch_size, converter=prompt_batch, seed=seed, pad_id=pad_id
+            self.data_dir, "train", batch_size=batch_size, converter=prompt_batch, seed=seed, pad_id=pad_id, rows=rows
         )
 
     def _source(
@@ -181,7 +208,9 @@ class ConditionalPolicy:
             num_groups=max(1, self.num_groups // self.num_chunks),
         )
         return ExperienceSource(
-            data=self._data(seed, self.batch_size, policy.config.pad_id),
+            data=self._data(
+                seed, self.batch_size, policy.config.pad_id, functools.partial(chunk_rows, self.num_chunks)
+            ),
             worker=worker,
             sampler=self.preferences,
             rewards=RewardStack(self.rewards, statistics),
@@ -195,12 +224,20 @@ class ConditionalPolicy:
         self, run_dir: Path, policy: Policy, reference: Params, vocabulary: Vocabulary, seed: int
     ) -> RewardStatistics:
         """The rewards' mean and deviation on the reference's samples: read where they are stored, fitted otherwise."""
+
+        def fit_once() -> None:
+            if not (run_dir / STATISTICS_FILE).is_file():
+                self._fit(policy, reference, vocabulary, seed).save(run_dir)
+
+        processes.decide("rewards", fit_once)
+        statistics = RewardStatistics.load(run_dir)
+        RewardStack(self.rewards, statistics)  # Checks the names.
+        return statistics
+
+    def _fit(self, policy: Policy, reference: Params, vocabulary: Vocabulary, seed: int) -> RewardStatistics:
         stack = RewardStack(self.rewards)
-        if (run_dir / STATISTICS_FILE).is_file():
-            statistics = RewardStatistics.load(run_dir)
-            RewardStack(self.rewards, statistics)  # Checks the names.
-            return statistics
-        data = self._data(seed + 1, min(self.batch_size, self.statistics_prompts), policy.config.pad_id)
+        batch_size = min(self.batch_size, self.statistics_prompts)
+        data = self._data(seed + 1, batch_size, policy.config.pad_id, np.arange)
         config = SamplingConfig(self.max_length)
 
         @jax.jit
@@ -209,14 +246,12 @@ class ConditionalPolicy:
             return generate(CachedDecoder(policy.bind(params)), inputs, keys=keys, config=config).tokens
 
         rows = []
-        for index in range(-(-self.statistics_prompts // min(self.batch_size, self.statistics_prompts))):
+        for index in range(-(-self.statistics_prompts // batch_size)):
             batch = data.next()
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STATISTICS_KEY), index)
             tokens = np.asarray(sample(reference, batch.inputs, key))
             rows.append(stack.raw(reward_inputs(vocabulary, batch.inputs, batch.targets, tokens)))
-        statistics = RewardStatistics.fit(stack.names, np.concatenate(rows))
-        statistics.save(run_dir)
-        return statistics
+        return RewardStatistics.fit(stack.names, np.concatenate(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,16 +291,17 @@ def _check_objectives(stage: ConditionalPolicy, names: tuple[str, ...]) -> None:
         )
 
 
-def _check_experts(policy: Policy, max_length: int) -> None:
+def _check_experts(policy: Policy, rows: int, max_length: int) -> None:
     """Decoding routes one token of a row at a time, scoring all of them: both are one policy if no token is dropped."""
     moe = policy.config.moe
     router = None if moe is None or moe.dense else moe.decoder_router or moe.router
     if moe is None or not isinstance(router, TokenChoice):
         return
-    room = router.capacity(max_length, moe.num_experts, training=False)
-    if room < max_length:
+    size = router.group_size(rows, max_length)
+    room = int(router.capacities(size, moe.num_experts, training=False)[-1])
+    if room < size:
         raise ValueError(
-            f"the decoder's experts have room for {room} of {max_length} tokens: sampling would drop none of those that "
+            f"the decoder's experts have room for {room} of {size} tokens: sampling would drop none of those that "
             "scoring drops, and the policy gradient would be of another policy. Use a Dropless router, or an eval_capacity of "
             f"at least the number of experts, {moe.num_experts}."
         )

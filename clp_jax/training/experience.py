@@ -8,7 +8,6 @@ next batch instead would make rollouts one update stale, and a resumed run would
 import dataclasses
 import functools
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
 from clp_jax.data.batch import PromptBatch
 from clp_jax.data.reader import DataSource
 from clp_jax.data.vocabulary import TokenIds, Vocabulary
+from clp_jax.host_rows import HostRows, row_indices
+from clp_jax.partitioning import constrain
 from clp_jax.preferences import Preference
 from clp_jax.rewards.protocol import RewardInputs
 from clp_jax.rewards.stack import RewardStack
@@ -67,11 +68,20 @@ def reward_inputs(
     )
 
 
+def chunk_rows(num_chunks: int, count: int) -> np.ndarray:
+    """Places of this process's rows in a batch of `count` that is rolled out in chunks, each a batch of its own."""
+    size = count // num_chunks
+    return np.concatenate([chunk * size + row_indices(size) for chunk in range(num_chunks)])
+
+
 class ExperienceSource:
     """Yields the experience of one step after another; the position in the data is all its state.
 
+    In a run of several processes each decodes and rewards the rows that its devices hold. Where a row is on several of
+    them, all reward it: a reward must be a function of what it is given.
+
     Args:
-        data: prompts and reference completions.
+        data: prompts and reference completions; reads `chunk_rows`.
         worker: rolls out one chunk.
         sampler: draws the preferences of a batch.
         rewards: the reward stack.
@@ -111,7 +121,9 @@ class ExperienceSource:
                     jax.lax.dynamic_slice_in_dim, start_index=chunk * per_chunk, slice_size=per_chunk
                 )
                 preference = jax.tree.map(take, preference)
-            return worker(params, reference, inputs, preference, jax.random.fold_in(sample_key, chunk))
+            rollout = worker(params, reference, inputs, preference, jax.random.fold_in(sample_key, chunk))
+            # Each process reads the tokens of its prompts: where those are, nothing must move first.
+            return dataclasses.replace(rollout, tokens=constrain(rollout.tokens, "batch", None))
 
         self._roll_out = jax.jit(roll_out)
         self._join = jax.jit(lambda chunks: jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks))
@@ -120,23 +132,21 @@ class ExperienceSource:
         """Rolls out, scores and returns the next batch under the state's parameters."""
         batch: PromptBatch = self._data.next()
         policy = state.params["policy"]
-        size = batch.inputs.shape[0] // self._num_chunks
-        chunks, futures = [], []
-        for c in range(self._num_chunks):
-            inputs = batch.inputs[c * size : (c + 1) * size]
-            chunks.append(
-                self._roll_out(policy, frozen["reference"], inputs, state.step, np.uint32(self._seed), np.int32(c))
-            )
-        for c, chunk in enumerate(chunks):
-            futures.append(self._submit(batch, chunk, slice(c * size, (c + 1) * size)))
-        rewards = np.concatenate([future.result() for future in futures])
-        rollout = self._join(chunks)
-        return Experience(rollout=rollout, rewards=jnp.asarray(rewards)), {}
-
-    def _submit(self, batch: PromptBatch, chunk: Rollout, rows: slice) -> Future:
-        tokens = np.asarray(chunk.tokens)  # Waits for this chunk only; the device goes on with the next.
-        inputs, targets = np.asarray(batch.inputs[rows]), np.asarray(batch.targets[rows])
-        return self._rewards.submit(reward_inputs(self._vocabulary, inputs, targets, tokens))
+        rows = HostRows.of(self._data.batch_size // self._num_chunks)
+        inputs, targets = (np.split(np.asarray(x), self._num_chunks) for x in (batch.inputs, batch.targets))
+        seed = np.uint32(self._seed)
+        rollouts = [
+            self._roll_out(policy, frozen["reference"], rows.place(part), state.step, seed, np.int32(c))
+            for c, part in enumerate(inputs)
+        ]
+        futures = []
+        for prompts, references, rollout in zip(inputs, targets, rollouts, strict=True):
+            tokens = rows.fetch(rollout.tokens)  # Waits for this chunk only; the device goes on with the next.
+            seen = reward_inputs(self._vocabulary, prompts, references, tokens)
+            futures.append(self._rewards.submit(seen))
+        rewards = [rows.place(future.result()) for future in futures]
+        rollout, rewards = self._join(list(zip(rollouts, rewards, strict=True)))
+        return Experience(rollout=rollout, rewards=rewards), {}
 
     def position(self) -> dict[str, int]:
         """The position in the data."""

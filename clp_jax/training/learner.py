@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray, PyTree
+from clp_jax.host_rows import place_whole
 from clp_jax.partitioning import Rules, constrain, make_mesh, named_sharding, tree_shardings, use_mesh
 from clp_jax.training.optimizers import OptimizerConfig
 from clp_jax.training.stage import LossFn
@@ -96,11 +97,11 @@ class Learner:
             make = jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
             return make()
         make = jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
-        return make(params)
+        return make(params if jax.process_count() == 1 else place_whole(params, shardings.params))
 
     def place_frozen(self, frozen: PyTree) -> PyTree:
         """The frozen tree on the mesh, by its logical axes."""
-        return jax.device_put(frozen, tree_shardings(full_axes(self._frozen_axes, frozen), self._mesh, self._rules))
+        return place_whole(frozen, tree_shardings(full_axes(self._frozen_axes, frozen), self._mesh, self._rules))
 
     def place_batch(self, batch: PyTree) -> PyTree:
         """A batch on the mesh, its examples spread over the data-parallel devices.
@@ -125,7 +126,7 @@ class Learner:
         Args:
             state: is donated: use the returned one from here on.
             frozen: what `place_frozen` gave.
-            batch: a pytree of numpy or jax arrays that lead with examples.
+            batch: a pytree of numpy or jax arrays that lead with examples; global ones where there are several processes.
 
         Returns:
             The next state, and metrics on the device: what the loss reports, and ``loss`` (mean over the weight),

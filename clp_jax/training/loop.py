@@ -14,6 +14,7 @@ from clp_jax.training.progress import Progress
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import StageSetup
 from clp_jax.training.train_state import TrainState
+from clp_jax.training.watchdog import Watchdog
 
 
 class NonFiniteLossError(RuntimeError):
@@ -58,11 +59,12 @@ class TrainLoop:
         setup: the stage; its frozen tree has been placed by the learner.
         frozen: that tree.
         cadence: how often things happen.
-        writer: where metrics go.
+        writer: where metrics go; None in the processes that leave it to process 0.
         progress: what the user sees.
         checkpoints: where states go.
         description: what rebuilds the model; is saved with every state.
         stop: tells that the process was asked to end.
+        watchdog: hears of everything that gets done.
     """
 
     def __init__(
@@ -72,11 +74,12 @@ class TrainLoop:
         setup: StageSetup,
         frozen: Any,
         cadence: Cadence,
-        writer: MetricWriter,
+        writer: MetricWriter | None,
         progress: Progress,
         checkpoints: Checkpoints,
         description: dict[str, Any],
         stop: StopSignal,
+        watchdog: Watchdog,
     ):
         self._learner = learner
         self._setup = setup
@@ -87,6 +90,7 @@ class TrainLoop:
         self._checkpoints = checkpoints
         self._description = description
         self._stop = stop
+        self._watchdog = watchdog
         self._logged = (0, time.monotonic())  # Step and time of the last line of metrics.
 
     def run(self, state: TrainState) -> TrainState:
@@ -105,7 +109,7 @@ class TrainLoop:
         step = saved = int(state.step)
         self._logged = (step, time.monotonic())
         pending = None
-        while step < self._cadence.num_steps and not self._stop.requested:
+        while step < self._cadence.num_steps and not self._stop.requested(step):
             batch, source_metrics = self._setup.source.next(state, self._frozen)
             state, metrics = self._learner.update(state, self._frozen, batch)
             if pending is not None:
@@ -140,6 +144,7 @@ class TrainLoop:
         # The loss is of the parameters before the step, the norm of those after it, which may be saved.
         if not math.isfinite(loss) or not math.isfinite(float(metrics["param_norm"])):
             raise NonFiniteLossError(self._non_finite(step, loss, jax.device_get(metrics)))
+        self._watchdog.progress()
         self._progress.update(step, f"loss {loss:.4g}")
         if not evaluation and not self._cadence.due(step, self._cadence.log_every):
             return {}
@@ -150,16 +155,20 @@ class TrainLoop:
         self._logged = (step, now)
         rate = (step - before) / max(now - then, 1e-9)
         speed = {"steps_per_second": rate, "tokens_per_second": rate * self._setup.tokens_per_batch}
-        self._writer.write(step, values | speed)
+        if self._writer is not None:
+            self._writer.write(step, values | speed)
         return values
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         with self._progress.activity("evaluating"):
             assert self._setup.evaluate is not None
-            return self._setup.evaluate(state.averaged_params)
+            values = self._setup.evaluate(state.averaged_params)
+        self._watchdog.progress()
+        return values
 
     def _save(self, step: int, state: TrainState, values: dict[str, float]) -> None:
         self._checkpoints.save(step, state, self._setup.source.position(), self._description, values)
+        self._watchdog.progress()
 
     def _non_finite(self, step: int, loss: float, metrics: dict[str, Any]) -> str:
         latest = self._checkpoints.latest_step()

@@ -1,7 +1,7 @@
 """Trained policies, rebuilt from their run directories alone, as things that can be steered."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,20 @@ class LoadedPolicy:
         return preference
 
 
-def load_policy(path: str | Path) -> LoadedPolicy:
+def load_policy(
+    path: str | Path, load: Callable[[Path], tuple[Params, dict[str, Any], int]] = load_params
+) -> LoadedPolicy:
     """Rebuilds a policy from a run directory, or from one checkpoint in it.
+
+    Args:
+        path: of the directory.
+        load: reads a policy's parameters, description and step; `open_params` leaves the parameters in their files.
 
     Raises:
         CheckpointError: when there is no checkpoint, or it is not one of a policy.
     """
-    checkpoint = find_checkpoint(path)
-    run_dir = checkpoint.parent.parent
-    params, description, step = load_params(checkpoint)
+    run_dir = find_checkpoint(path).parent.parent
+    params, description, step = load(Path(path))
     stage = description.get("stage")
     if stage not in ("supervised", "clp", "converted"):
         raise CheckpointError(f"{path} is a run of stage {stage!r}: expected a policy (supervised, clp or converted).")

@@ -13,23 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clp_jax import processes
 from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, Params, PRNGKeyArray
 from clp_jax.data.batch import PromptBatch
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.host_rows import HostRows
 from clp_jax.models.config import T5Config
 from clp_jax.models.heads import ScorerConfig
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.objectives.preference_losses import binary_cross_entropy, bradley_terry
+from clp_jax.partitioning import constrain
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.run_directory import write_atomically
 from clp_jax.training.stage import StageSetup
 from clp_jax.training.train_state import TrainState
+from clp_jax.training.transfer import Transfer
 
 ACCURACY_FILE = "accuracy.json"
+# Of a policy, to score with: its decoder is left behind, the head is new.
+ENCODER_ALONE = Transfer(
+    {r"(token_embedder|encoder)/.*": r"\g<0>", r".*": None}, init=(r"(?!(token_embedder|encoder)/).*",)
+)
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +86,7 @@ class RewardModel:
         loss: ``"preference"`` (Bradley-Terry) or ``"entailment"`` (classification).
         corruptions: what bad summaries are, names in `clp_jax.rewards.pairs.CORRUPTIONS`.
         initial_checkpoint: a supervised run whose encoder it starts from; None starts from scratch.
+        transfer: which of its parameters go where.
         batch_size: pairs in a batch.
         evaluation_pairs: of the validation split.
     """
@@ -88,13 +97,14 @@ class RewardModel:
     loss: str
     corruptions: Sequence[str]
     initial_checkpoint: str | None = None
+    transfer: Transfer = ENCODER_ALONE
     batch_size: int = 64
     evaluation_pairs: int = 512
 
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise ValueError(f"RewardModel.loss is {self.loss!r}: expected one of {', '.join(LOSSES)}.")
-        Corrupter(tuple(self.corruptions))
+        self._corrupter(self.trunk.pad_id, self.trunk.eos_ids, 0)
         if self.batch_size < 2:
             raise ValueError(
                 f"RewardModel.batch_size is {self.batch_size}: expected at least 2, to exchange summaries."
@@ -105,10 +115,19 @@ class RewardModel:
         vocabulary = Vocabulary.load(self.data_dir)
         if self.trunk.vocab_size < vocabulary.size:
             raise ValueError(f"RewardModel.trunk has {self.trunk.vocab_size} tokens, the vocabulary {vocabulary.size}.")
+        if self.trunk.pad_id != vocabulary.pad_id:
+            raise ValueError(
+                f"RewardModel.trunk is padded with {self.trunk.pad_id}, the vocabulary of {self.data_dir} with "
+                f"{vocabulary.pad_id}: set pad_id (PAD_ID)."
+            )
         policy = Policy(ScorerConfig(trunk=self.trunk))
-        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=prompt_batch, seed=seed)
-        corrupter = Corrupter(tuple(self.corruptions), seed)
-        score_pairs = jax.jit(lambda params, pairs: _scores(policy, params, pairs, None))
+        data = self._data("train", seed)
+        corrupter = self._corrupter(vocabulary.pad_id, vocabulary.eos_ids, seed)
+
+        @jax.jit
+        def score_pairs(params: Params, pairs: ScoredPairs) -> tuple[Array, ...]:
+            # Whole in every process, which all measure the same.
+            return tuple(constrain(scores, None) for scores in _scores(policy, params, pairs, None))
 
         def loss_fn(params: Params, frozen: Any, batch: ScoredPairs, key: PRNGKeyArray) -> tuple[Array, Array, Metrics]:
             losses, right = LOSSES[self.loss](*_scores(policy, params, batch, key))
@@ -116,8 +135,9 @@ class RewardModel:
             return losses.sum(), count, {"accuracy": right.mean()}
 
         def evaluate(params: Params) -> dict[str, float]:
-            result = self._evaluate(score_pairs, params, seed)
-            write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
+            result = self._evaluate(score_pairs, params, dataclasses.replace(corrupter, seed=seed + 1))
+            if processes.is_main():
+                write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
             return result
 
         description = {
@@ -139,18 +159,28 @@ class RewardModel:
             vocabulary=vocabulary,
         )
 
+    def _data(self, split: str, seed: int = 0) -> DataSource:
+        # Whole batches in every process: summaries are exchanged among all documents of a batch.
+        return DataSource(
+            self.data_dir, split, batch_size=self.batch_size, converter=prompt_batch, seed=seed, rows=np.arange
+        )
+
     def _initial(self, policy: Policy, seed: int) -> Params | Callable[[], Params]:
         def fresh() -> Params:
             return policy.init(jax.random.key(seed))
 
         if self.initial_checkpoint is None:
             return fresh
-        loaded, _, _ = load_params(self.initial_checkpoint)
-        return transplant(fresh(), loaded, ("token_embedder", "encoder"))
+        loaded, _, step = load_params(self.initial_checkpoint)
+        params, account = self.transfer(loaded, policy.abstract(), fresh)
+        account.report(self.initial_checkpoint, step)
+        return params
 
-    def _evaluate(self, score_pairs: Callable[..., Any], params: Params, seed: int) -> dict[str, float]:
-        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=prompt_batch)
-        corrupter = Corrupter(tuple(self.corruptions), seed + 1)
+    def _corrupter(self, pad_id: int, eos_ids: tuple[int, ...], seed: int) -> Corrupter:
+        return Corrupter(tuple(self.corruptions), pad_id, eos_ids, seed)
+
+    def _evaluate(self, score_pairs: Callable[..., Any], params: Params, corrupter: Corrupter) -> dict[str, float]:
+        data = self._data("validation")
         right: list[np.ndarray] = []
         kinds: list[np.ndarray] = []
         for batch in data.epoch_batches(self.evaluation_pairs):
@@ -174,7 +204,7 @@ class PairSource:
     """Documents with true and bad summaries; the position in the data is all its state.
 
     Attributes:
-        data: prepared documents and summaries.
+        data: prepared documents and summaries, whole batches.
         corrupter: makes the bad ones.
     """
 
@@ -183,7 +213,9 @@ class PairSource:
 
     def next(self, state: TrainState, frozen: Any) -> tuple[ScoredPairs, dict[str, float]]:
         """The next batch."""
-        return make_pairs(self.data.next(), self.corrupter)[0], {}
+        rows = HostRows.of(self.data.batch_size)
+        pairs = make_pairs(self.data.next(), self.corrupter)[0]
+        return rows.place(jax.tree.map(lambda x: x[rows.indices], pairs)), {}
 
     def position(self) -> dict[str, int]:
         """The position in the data."""
@@ -198,22 +230,8 @@ def make_pairs(batch: PromptBatch, corrupter: Corrupter) -> tuple[ScoredPairs, I
     """Pairs for the scorer, and the kind of each corruption."""
     documents, summaries = np.asarray(batch.inputs), np.asarray(batch.targets)
     bad, kinds = corrupter(summaries, np.asarray(batch.example_ids))
-    return ScoredPairs(*join(documents, summaries), *join(documents, bad)), kinds
-
-
-def transplant(params: Params, source: Params, names: tuple[str, ...]) -> Params:
-    """`params` with the subtrees `names` taken from `source`.
-
-    Raises:
-        ValueError: when they do not fit.
-    """
-    for name in names:
-        shapes = jax.tree.map(jnp.shape, params[name]), jax.tree.map(jnp.shape, source.get(name))
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{name!r} of the initial checkpoint has other sizes: make the trunk as the checkpoint's policy."
-            )
-    return params | {name: source[name] for name in names}
+    good = join(documents, summaries, corrupter.pad_id)
+    return ScoredPairs(*good, *join(documents, bad, corrupter.pad_id)), kinds
 
 
 def load_learned_reward(checkpoint: str, *, name: str | None = None, bound: float = 4.0) -> LearnedReward:

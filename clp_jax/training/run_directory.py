@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
+from clp_jax.training.checkpoint_steps import as_path, complete_steps
 
 CONFIG_FILE = "config.gin"
 DESCRIPTION_FILE = "description.json"
@@ -25,7 +26,17 @@ _LOCK_FILE = ".lock"
 
 # A run may go on with other values of these: they change how long it lasts and what it tells, not what it computes.
 FREE_BINDINGS = frozenset(
-    {"num_steps", "run_dir", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_best"}
+    {
+        "num_steps",
+        "run_dir",
+        "log_every",
+        "evaluate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_every",
+        "keep_best",
+        "watchdog_seconds",
+    }
 )
 
 
@@ -59,10 +70,8 @@ class RunDirectory:
         return self.path / CHECKPOINTS_DIRECTORY
 
     def latest_step(self) -> int | None:
-        """The last saved step, from names alone: nothing heavy is imported to find that a run is complete."""
-        if not self.checkpoints.is_dir():
-            return None
-        return max((int(entry.name) for entry in self.checkpoints.iterdir() if entry.name.isdecimal()), default=None)
+        """The last complete step, from names alone: nothing heavy is imported to find that a run is complete."""
+        return max(complete_steps(self.checkpoints), default=None)
 
     def description(self) -> dict[str, Any] | None:
         """What rebuilds the model, or None before the run has got so far."""
@@ -125,7 +134,10 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
         RunDirectoryError: when the path is a file, can't be written, holds other things than a run, or holds a run of
             another configuration.
     """
-    path = Path(path).expanduser().absolute()
+    try:
+        path = Path(as_path(path))
+    except ValueError as error:
+        raise RunDirectoryError(f"run directory {error}") from error
     for parent in (path, *path.parents):
         if parent.exists() and not parent.is_dir():
             raise RunDirectoryError(f"run directory {path}: {parent} is a file. Give a directory.")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray, PyTree
+from clp_jax.host_rows import HostRows
+from clp_jax.interop.t5x_slots import AdafactorSlots
 from clp_jax.training.train_state import TrainState
 
 # (params, frozen, batch, key) -> (summed loss float[], weight float[], metrics). The learner descends the sum divided by
@@ -22,7 +24,10 @@ class Source(Protocol):
     """Yields batches; its position, with the train state, decides all that it yields."""
 
     def next(self, state: TrainState, frozen: Any) -> tuple[Any, dict[str, float]]:
-        """The batch that `state` learns from, a pytree whose leaves lead with examples, and metrics of making it."""
+        """The batch that `state` learns from, a pytree whose leaves lead with examples, and metrics of making it.
+
+        In a run of several processes its leaves are global arrays; see `clp_jax.host_rows`.
+        """
 
     def position(self) -> dict[str, int]:
         """Where the next batch starts: values that JSON can hold."""
@@ -55,6 +60,7 @@ class StageSetup:
         frozen_logical_axes: the same for `frozen`.
         evaluate: parameters to metrics, run every so many steps; its names appear under ``evaluation/``.
         vocabulary: is copied to the run directory.
+        slots: what an Adafactor goes on from; None begins anew.
     """
 
     params: Params | Callable[[], Params]
@@ -67,6 +73,7 @@ class StageSetup:
     frozen_logical_axes: PyTree = None
     evaluate: Callable[[Params], dict[str, float]] | None = None
     vocabulary: Saveable | None = None
+    slots: AdafactorSlots | None = None
 
 
 @runtime_checkable
@@ -87,9 +94,10 @@ class BatchStream(Protocol):
     """A reader of prepared examples, as `clp_jax.data.reader.DataSource` is."""
 
     position: int
+    batch_size: int
 
     def next(self) -> Any:
-        """The next batch."""
+        """This process's rows of the next batch."""
 
     def seek(self, position: int) -> None:
         """Goes to a global example index."""
@@ -107,7 +115,7 @@ class DataBatches:
 
     def next(self, state: TrainState, frozen: Any) -> tuple[Any, dict[str, float]]:
         """The next batch of examples."""
-        return self.data.next(), {}
+        return HostRows.of(self.data.batch_size).place(self.data.next()), {}
 
     def position(self) -> dict[str, int]:
         """The global index of the next example."""

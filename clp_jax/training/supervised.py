@@ -1,6 +1,7 @@
 """The supervised stage: pretraining and finetuning on prepared examples."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +15,20 @@ from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray
 from clp_jax.data.batch import Batch
 from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.host_rows import HostRows
+from clp_jax.interop.t5x_slots import AdafactorSlots
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.models.language_model import routing_loss
 from clp_jax.models.layout import upcycled
-from clp_jax.models.policy import Policy, check_parameters
+from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.models.transformer import fold
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
-from clp_jax.training.checkpoints import load_params
+from clp_jax.training.adafactor_slots import load_slots
+from clp_jax.training.checkpoints import find_checkpoint, load_params
 from clp_jax.training.stage import DataBatches, StageSetup, inherited
+from clp_jax.training.transfer import Transfer
 
 # A policy may be trained on with other values of these: they change how it is computed, not what.
 _FREE_FIELDS = frozenset(
@@ -41,7 +46,9 @@ class Supervised:
         data_dir: prepared examples, packed or not.
         batch_size: rows in a batch.
         z_loss: coefficient of ``(log Z)²``.
-        initial_checkpoint: a run whose parameters it starts from; None starts from scratch.
+        initial_checkpoint: a run whose parameters it starts from; None starts from scratch. Adafactor goes on from the state
+            that `clp convert --optimizer` put beside a policy of T5X's; the learning rate's schedule begins anew.
+        transfer: which parameters of the initial checkpoint go where, if it is of another model; None wants the same one.
         upcycle: whether the initial checkpoint is a dense policy whose blocks become the experts (`upcycled`).
         evaluation_batches: of the validation split.
     """
@@ -51,6 +58,7 @@ class Supervised:
     batch_size: int = 64
     z_loss: float = 0.0
     initial_checkpoint: str | None = None
+    transfer: Transfer | None = None
     upcycle: bool = False
     evaluation_batches: int = 8
 
@@ -58,6 +66,8 @@ class Supervised:
         for name, least in (("batch_size", 1), ("evaluation_batches", 1), ("z_loss", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"Supervised.{name} is {getattr(self, name)}: expected at least {least}.")
+        if self.transfer is not None and (self.upcycle or self.initial_checkpoint is None):
+            raise ValueError("Supervised.transfer says where an initial_checkpoint's parameters go, without upcycle.")
         if self.model is None and (self.initial_checkpoint is None or self.upcycle):
             raise ValueError(
                 "Supervised.model is None: expected a model, or an initial_checkpoint whose model is trained on."
@@ -65,8 +75,8 @@ class Supervised:
 
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`."""
-        params, description = (
-            (None, {}) if self.initial_checkpoint is None else load_params(self.initial_checkpoint)[:2]
+        params, description, step = (
+            (None, {}, 0) if self.initial_checkpoint is None else load_params(self.initial_checkpoint)
         )
         model = from_json(description["model"]) if self.model is None else self.model
         vocabulary = Vocabulary.load(self.data_dir)
@@ -83,7 +93,8 @@ class Supervised:
             )
         policy = Policy(model)
         loss_fn = SupervisedLoss(policy, self.z_loss)
-        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=sequence_batch, seed=seed)
+        converter = functools.partial(sequence_batch, start_id=model.start_id)
+        data = DataSource(self.data_dir, "train", batch_size=self.batch_size, converter=converter, seed=seed)
         lengths = data.manifest.lengths
         own = {
             "stage": "supervised",
@@ -95,7 +106,7 @@ class Supervised:
         if not self.upcycle:
             own |= inherited(description)
         return StageSetup(
-            params=self._initial(policy, seed, params, description),
+            params=self._initial(policy, seed, params, description, step),
             loss_fn=loss_fn,
             source=DataBatches(data),
             describe=lambda: own,
@@ -103,14 +114,34 @@ class Supervised:
             logical_axes=policy.logical_axes(),
             evaluate=self._evaluator(loss_fn),
             vocabulary=vocabulary,
+            slots=self._slots(description),
         )
 
+    def _slots(self, description: dict[str, Any]) -> AdafactorSlots | None:
+        """The optimizer's state of a converted policy that is trained on, where it was converted too."""
+        other = self.upcycle or self.transfer is not None
+        if self.initial_checkpoint is None or other or description["stage"] != "converted":
+            return None
+        return load_slots(find_checkpoint(self.initial_checkpoint).parent.parent)
+
     def _initial(
-        self, policy: Policy, seed: int, params: Params | None, description: dict[str, Any]
+        self, policy: Policy, seed: int, params: Params | None, description: dict[str, Any], step: int
     ) -> Params | Callable[[], Params]:
         """The first parameters: fresh ones, or the initial checkpoint's."""
+
+        def fresh() -> Params:
+            return policy.init(jax.random.key(seed))
+
         if params is None:
-            return lambda: policy.init(jax.random.key(seed))
+            return fresh
+        if self.transfer is None:
+            params = self._of_the_same_model(policy, seed, params, description)
+        params, account = (self.transfer or Transfer())(params, policy.abstract(), fresh)
+        account.report(str(self.initial_checkpoint), step)
+        return params
+
+    def _of_the_same_model(self, policy: Policy, seed: int, params: Params, description: dict[str, Any]) -> Params:
+        """The initial checkpoint's parameters, upcycled where that is wanted."""
         dense = from_json(description["model"])
         stored, wanted = _fixed(to_json(dense)), _fixed(to_json(policy.config))
         for name, value in wanted.items():
@@ -120,17 +151,16 @@ class Supervised:
             raise ValueError(
                 f"{self.initial_checkpoint} is of another model: its {name} is {stored.get(name)}, model has {value}.{hint}"
             )
-        if self.upcycle:
-            params = upcycled(params, dense, policy.config, jax.random.key(seed))
-        check_parameters(policy.abstract(), params)
-        return jax.tree.map(lambda leaf, made: leaf.astype(made.dtype), params, policy.abstract())
+        return upcycled(params, dense, policy.config, jax.random.key(seed)) if self.upcycle else params
 
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
-        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=sequence_batch)
+        converter = functools.partial(sequence_batch, start_id=loss_fn.policy.config.start_id)
+        data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=converter)
         step = jax.jit(lambda params, batch: loss_fn.sums(params, batch, None)[1:])
 
         def evaluate(params: Params) -> dict[str, float]:
-            batches = data.epoch_batches(self.evaluation_batches * self.batch_size)
+            rows = HostRows.of(self.batch_size)
+            batches = map(rows.place, data.epoch_batches(self.evaluation_batches * self.batch_size))
             counts, sums = zip(*jax.device_get([step(params, batch) for batch in batches]), strict=True)
             tokens = max(float(np.sum(counts, dtype=np.float64)), 1.0)
             means = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) / tokens for name in sums[0]}

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from tiny_tokenizers import SAMPLES, SIZE, SPACED, huggingface_directory, sentencepiece_directory, template, write_json
 from tokenizers import models
@@ -192,6 +193,35 @@ def test_a_model_file_speaks_for_itself(home, vocabularies, copy):
     llama = Vocabulary(home / "llama" / "tokenizer.model")
     assert (llama.pad_id, llama.eos_ids, llama.bos_id, llama.unk_id) == (-1, (2,), 1, 0)
     assert llama.encode_prompt("fox")[0] == 1
+
+
+def test_a_model_file_alone_is_read_as_sentencepiece_reads_it(copy):
+    """Hugging Face's tokenizer of Mistral's leaves the space before a text out; with it, it gives the same ids."""
+    transformers = pytest.importorskip("transformers", reason="the parity reference needs the extra `hf`")
+    mistral = copy("llama", "config.json", model_type="mistral")
+    ours, theirs = Vocabulary.load(mistral), transformers.AutoTokenizer.from_pretrained(mistral)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(mistral / "tokenizer.model"))
+    for text in ("fox", "the quick fox", " fox", "fox\n jumps ", "é 12"):
+        assert ours.encode(text) == processor.encode(text)
+        assert theirs.encode(" " + text, add_special_tokens=False) == ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) != ours.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("run", "text", "shown"),
+    [
+        (b"\xc3\xa9", "é", "é"),
+        (b"\xe2\x82", "��", "��"),
+        (b"\xff\xc3\xa9", "�é", "���"),
+        (b"A\xe2\x82", "A��", "���"),
+        (b"\xf0\x9f\x98\x80\xe2", "😀�", "�����"),
+    ],
+)
+def test_bytes_that_are_no_characters(home, vocabularies, theirs, run, text, shown):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(home / "llama" / "tokenizer.model"))
+    ids = [*processor.encode("fox"), *(processor.piece_to_id(f"<0x{byte:02X}>") for byte in run)]
+    assert vocabularies["llama"].decode(ids) == "fox" + text
+    assert theirs["llama"].decode(ids) == "fox" + shown
 
 
 def test_a_tokenizer_file_is_read_with_the_files_beside_it(home, vocabularies):

@@ -96,8 +96,8 @@ def test_a_full_row_has_no_padding():
 
 def test_shift_right_starts_each_example_anew():
     tokens, _, positions = lay_out([np.asarray([5, 6, 1]), np.asarray([7, 1])], 7)
-    assert shift_right(tokens, positions).tolist() == [0, 5, 6, 0, 7, 0, 0]
+    assert shift_right(tokens, positions, 3).tolist() == [3, 5, 6, 3, 7, 3, 3]
     whole, _, places = lay_out([np.asarray([5, 6, 1])], 3)
-    assert shift_right(whole, places).tolist() == [0, 5, 6]
-    both = shift_right(np.stack([whole, whole[::-1]]), np.stack([places, places]))
+    assert shift_right(whole, places, 0).tolist() == [0, 5, 6]
+    both = shift_right(np.stack([whole, whole[::-1]]), np.stack([places, places]), 0)
     assert both.tolist() == [[0, 5, 6], [0, 1, 6]]

@@ -1,5 +1,6 @@
 """The reader: an order that is a function of seed and position, the same for any number of hosts and files."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -123,10 +124,24 @@ def test_resuming_anywhere_is_bitwise(data_dir, position):
     assert resumed.position == uninterrupted.position == position + 48
 
 
+def shares(hosts, kind="blocks"):
+    """The rows that each host reads: blocks, in turn, or blocks that two hosts share."""
+
+    def rows(count, host):
+        places = np.arange(count)
+        if kind == "in turn":
+            return places[places % hosts == host]
+        if kind == "shared":
+            return np.split(places, hosts // 2)[host // 2]
+        return np.split(places, hosts)[host]
+
+    return [functools.partial(rows, host=host) for host in range(hosts)]
+
+
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_hosts_together_read_the_global_batch(data_dir, hosts):
     alone = source(data_dir, batch_size=8, seed=2)
-    together = [source(data_dir, batch_size=8, seed=2, shard_index=i, shard_count=hosts) for i in range(hosts)]
+    together = [source(data_dir, batch_size=8, seed=2, rows=rows) for rows in shares(hosts)]
     for _ in range(7):
         assert_equal(join([data.next() for data in together]), alone.next())
     assert {data.position for data in together} == {alone.position}
@@ -134,11 +149,38 @@ def test_hosts_together_read_the_global_batch(data_dir, hosts):
         assert_equal(join(parts[1:]), parts[0])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("trial", range(6))
+def test_every_schedule_of_hosts_and_restarts_consumes_the_same_examples(tmp_path, packed, trial):
+    """Order and multiset, whatever the hosts, and wherever the run is interrupted and goes back."""
+    rng = np.random.default_rng(trial)
+    directory = write(tmp_path, (9, 5), packed=packed)
+    alone = source(directory, batch_size=8, seed=trial)
+    whole = np.concatenate([alone.next().example_ids for _ in range(12)])
+    consumed, saved = {}, 0
+    while saved < len(whole):
+        hosts, kind = int(rng.choice([1, 2, 4, 8])), str(rng.choice(["blocks", "in turn", "shared"]))
+        kind = "blocks" if hosts == 1 else kind
+        places = [rows(8) for rows in shares(hosts, kind)]
+        together = [source(directory, batch_size=8, seed=trial, rows=rows) for rows in shares(hosts, kind)]
+        for data in together:
+            data.seek(saved)
+        steps = int(rng.integers(1, 5))
+        for step in range(steps):
+            for rows, data in zip(places, together, strict=True):
+                for place, example in zip(rows, data.next().example_ids, strict=True):
+                    # What was consumed after the last checkpoint is consumed again, the same.
+                    assert consumed.setdefault(saved + 8 * step + int(place), int(example)) == example
+        saved += 8 * int(rng.integers(1 if steps == 1 else 0, steps + 1))
+    found = [consumed[position] for position in range(len(whole))]
+    np.testing.assert_array_equal(found, whole)
+
+
 def test_hosts_may_change_in_number_on_the_way(data_dir):
     alone = source(data_dir, batch_size=8)
     for _ in range(3):
         alone.next()
-    together = [source(data_dir, batch_size=8, shard_index=i, shard_count=4) for i in range(4)]
+    together = [source(data_dir, batch_size=8, rows=rows) for rows in shares(4)]
     for data in together:
         data.seek(alone.position)
     assert_equal(join([data.next() for data in together]), alone.next())
@@ -190,6 +232,13 @@ def test_a_sequence_batch_is_the_rows(data_dir):
         assert batch.loss_weights[i].tolist() == [1.0] * size + [0.0] * (4 - size)
 
 
+def test_targets_are_decoded_from_the_policys_start(data_dir):
+    converter = functools.partial(sequence_batch, start_id=9)
+    batch, plain = (source(data_dir, converter=made).next() for made in (converter, sequence_batch))
+    starts = plain.target_positions == 0
+    np.testing.assert_array_equal(batch.decoder_inputs, np.where(starts, 9, plain.decoder_inputs))
+
+
 def test_packed_rows_keep_their_examples_apart(tmp_path):
     batch = source(write(tmp_path, (3,), packed=True), batch_size=3, shuffle=False).next()
     np.testing.assert_array_equal(batch.input_segments, [[1, 1, 1, 2, 2, 0]] * 3)
@@ -217,11 +266,9 @@ def test_what_cannot_be_read_is_said_before_reading(data_dir, tmp_path):
         source(tmp_path)
     with pytest.raises(ValueError, match="has no split 'dev': it has train"):
         DataSource(data_dir, "dev", batch_size=4, converter=sequence_batch)
-    for batch_size, hosts in ((0, 1), (-4, 1), (6, 4)):
-        with pytest.raises(
-            ValueError, match=f"batch_size is {batch_size}: expected a positive multiple of the {hosts} hosts"
-        ):
-            source(data_dir, batch_size=batch_size, shard_count=hosts)
+    for batch_size in (0, -4):
+        with pytest.raises(ValueError, match=f"batch_size is {batch_size}: expected at least 1"):
+            source(data_dir, batch_size=batch_size)
     with pytest.raises(ValueError, match="position -1: expected a global example index"):
         source(data_dir).seek(-1)
 

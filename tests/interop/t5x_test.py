@@ -114,6 +114,54 @@ def test_factored_slots_keep_their_places(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
+EXPERTS = MoEConfig(num_experts=3, router=TokenChoice(k=1, min_capacity=4), every=2, mlp_dim=6, z_weight=1e-3)
+
+
+@pytest.mark.parametrize("least", [1, 128], ids=["factored", "whole"])
+@pytest.mark.parametrize(
+    ("changes", "scan_axis"),
+    [(dict(bias_per_layer=True), 1), (dict(bias_per_layer=True, mlp_dim=6), 0), (dict(moe=EXPERTS), None)],
+    ids=["scanned", "scanned_first", "experts"],
+)
+def test_slots_of_stacked_parameters_are_t5xs(tmp_path, changes, scan_axis, least):
+    """Slots are means of second moments that are known, over what T5X and we average."""
+    config = T5Config(**SIZES | changes)
+    policy = Policy(config)
+    axes, rng = policy.logical_axes(), np.random.default_rng(0)
+    moments = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), policy.abstract())
+    state = jax.eval_shape(Adafactor(min_dim_to_factor=least).build(axes).init, policy.abstract())[1]
+
+    def mean(moment, slot):
+        if slot.shape == (1,):
+            return np.zeros(1, np.float32)
+        averaged = tuple(d for d, (n, whole) in enumerate(zip(slot.shape, moment.shape, strict=True)) if n != whole)
+        return (moment**2).mean(averaged, keepdims=True)
+
+    kinds = [jax.tree.map(mean, moments, getattr(state, kind)) for kind in ("v_row", "v_col", "v")]
+    slots = t5x.AdafactorSlots(1, *kinds)
+    params, scanned = varied_params(policy), scan_axis is not None
+    t5x.write(tmp_path, config, params, step=1, slots=slots, scanned=scanned, scan_axis=scan_axis or 0)
+    again = t5x.read(tmp_path, scan_axis=1 if scan_axis is None else scan_axis, optimizer=True)
+    for kind, expected in zip(("v_row", "v_col", "v"), kinds, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, getattr(again.slots, kind), expected)
+    # The row is the model's dimension, the column the other one, of each layer or expert by itself.
+    name = "decoder/decoder/mlp" if scanned else "decoder/layers_1/mlp/expert"
+    stored = t5x_files.read(tmp_path).slots
+    ours = moments["decoder"]["layers"]["mlp"] if scanned else moments["decoder"]["layers"]["layer_1"]["mlp"]["experts"]
+    for part, model_axis in (("wi_0", 0), ("wo", -1)):
+        square = ours[part]["kernel"] ** 2 if scanned else ours[part]["kernel"][0] ** 2
+        if scan_axis == 1:
+            square = square.swapaxes(0, 1)
+        if least > 8:
+            np.testing.assert_allclose(stored[f"{name}/{part}/kernel/v"].read(), square, rtol=1e-6)
+            assert stored[f"{name}/{part}/kernel/v_row"].shape == (1,)
+            continue
+        own = 1 if scan_axis != 1 else 0
+        model, other = (own, 2) if model_axis == 0 else (2, own)
+        np.testing.assert_allclose(stored[f"{name}/{part}/kernel/v_row"].read(), square.mean(other), rtol=1e-6)
+        np.testing.assert_allclose(stored[f"{name}/{part}/kernel/v_col"].read(), square.mean(model), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "scan_axis"),
     [

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clp_jax.nn import vocabulary_loss
 from clp_jax.nn.attention_blockwise import blockwise_attention
+from clp_jax.nn.attention_dense import reference_attention
 from clp_jax.nn.attention_pallas import pallas_attention
-from clp_jax.nn.attention_reference import reference_attention
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.partitioning import Rules, make_mesh, use_mesh

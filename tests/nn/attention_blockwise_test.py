@@ -10,7 +10,7 @@ import pytest
 from attention_cases import CASES, assert_close, differentiated, inputs
 
 from clp_jax.nn.attention_blockwise import blockwise_attention
-from clp_jax.nn.attention_reference import reference_attention
+from clp_jax.nn.attention_dense import reference_attention
 from clp_jax.nn.visibility import Buckets, Pattern, Places
 
 # Of sums of thousands of float32 terms in another order, relative to the largest of an array.

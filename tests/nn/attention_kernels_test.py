@@ -7,8 +7,8 @@ import pytest
 from attention_cases import CASES, TWO_SIDED, Case, assert_close, differentiated, inputs
 
 from clp_jax.nn import attention_kernels
+from clp_jax.nn.attention_dense import reference_attention
 from clp_jax.nn.attention_kernels import attention, cudnn_attention, implementations
-from clp_jax.nn.attention_reference import reference_attention
 from clp_jax.nn.visibility import Pattern, Places
 
 LONG = 600

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from attention_cases import CASES, assert_close, differentiated, inputs
 
+from clp_jax.nn.attention_dense import reference_attention
 from clp_jax.nn.attention_pallas import pallas_attention
-from clp_jax.nn.attention_reference import reference_attention
 from clp_jax.nn.visibility import Pattern, Places
 
 INTERPRETED = functools.partial(pallas_attention, query_block=128, key_block=128, interpret=True)

@@ -20,6 +20,7 @@ X = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
 MASK = jnp.asarray(RNG.random((B, T)) < 0.75)
 ALL = jnp.ones((B, T), bool)
 COTANGENT = jnp.asarray(RNG.normal(size=(B, T, D)), jnp.float32)
+LONGER = jnp.pad(COTANGENT, ((0, 0), (0, 5), (0, 0)))
 
 ROUTERS = {
     "switch": TokenChoice(1, eval_capacity=0.8),
@@ -88,13 +89,14 @@ def _expected(moe: MoE, x, mask, training=False) -> np.ndarray:
     best = np.argsort(-probs, axis=-1)
     for start in range(0, mask.size, size):
         group = [s for s in range(start, start + size) if valid[s]]
+        capacity = mask.size
+        if not isinstance(router, Dropless):
+            capacity = router.capacities(size, moe.num_experts, training)[len(group)]
         if isinstance(router, ExpertChoice):
-            capacity = router.capacity(size, moe.num_experts, training)
             for expert in range(moe.num_experts):
                 for s in sorted(group, key=lambda s, e=expert: -probs[s, e])[:capacity]:
                     y[s] += probs[s, expert] * _feed_forward(moe, expert, tokens[s])
             continue
-        capacity = mask.size if isinstance(router, Dropless) else router.capacity(size, moe.num_experts, training)
         if isinstance(router, TokenChoice) and router.batch_prioritised:
             group.sort(key=lambda s: -probs[s].max())
         used = np.zeros(moe.num_experts, int)
@@ -183,6 +185,22 @@ def test_padding_changes_nothing(name):
     now, then = _run(moe), _run(moe, other)
     for a, b in zip(jax.tree.leaves(now), jax.tree.leaves(then), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dispatch", ["sort", "einsum"])
+@pytest.mark.parametrize("name", ["switch", "prioritised", "experts", "top2_batch", "experts_batch"])
+def test_more_padding_changes_nothing(name, dispatch):
+    """Neither do other rows, where a row is a group."""
+    moe = _moe(ROUTERS[name], dispatch=dispatch)
+    y, statistics, _ = _run(moe)
+    padded, then, _ = _run(moe, *(jnp.pad(v, ((0, 0), (0, 5), (0, 0))[: v.ndim]) for v in (X, MASK)), cotangent=LONGER)
+    np.testing.assert_allclose(padded[:, :T], y, rtol=1e-6, atol=1e-6)
+    _close(then, statistics, rtol=1e-6, atol=1e-6)
+    assert float(statistics.dropped) > 0
+    if not name.endswith("batch"):
+        for row in range(B):
+            alone, _, _ = _run(moe, X[row : row + 1], MASK[row : row + 1], cotangent=COTANGENT[:1])
+            np.testing.assert_allclose(alone[0], y[row], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("router", [TokenChoice(2, fixed_capacity=T), TokenChoice(1, eval_capacity=1.0), Dropless(2)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -39,10 +40,19 @@ def _assign(router):
     return jax.jit(lambda probs, mask: router.assign(probs, mask, training=True))
 
 
+def _capacity(router: TokenChoice | ExpertChoice, tokens: int, num_experts: int = EXPERTS) -> int:
+    """Of a group without padding, in training."""
+    fixed = getattr(router, "fixed_capacity", None)
+    if fixed is not None:
+        return min(fixed, tokens)
+    times = router.k if getattr(router, "capacity_times_k", False) else 1
+    return min(max(round(router.train_capacity * times * tokens / num_experts), router.min_capacity), tokens)
+
+
 def _expected(router: TokenChoice, probs: np.ndarray, mask: np.ndarray):
     """Rows given out one by one, in the order of priority: a list of (token, gate) for each expert, and who was cut."""
     tokens, num_experts = probs.shape
-    capacity = router.capacity(tokens, num_experts, True)
+    reserved, room = (_capacity(router, n, num_experts) for n in (tokens, mask.sum()))
     best = np.argsort(-probs, axis=-1, kind="stable")[:, : router.k]
     order = [s for s in range(tokens) if mask[s]]
     if router.batch_prioritised:
@@ -52,11 +62,11 @@ def _expected(router: TokenChoice, probs: np.ndarray, mask: np.ndarray):
         for s in order:
             expert = best[s, choice]
             total = probs[s, best[s]].sum() if router.renormalize else 1.0
-            if len(rows[expert]) < capacity:
+            if len(rows[expert]) < room:
                 rows[expert].append((s, probs[s, expert] / total))
             else:
                 cut.append((choice, s))
-    return capacity, rows, cut
+    return reserved, rows, cut
 
 
 ROUTERS = {
@@ -121,14 +131,13 @@ def test_experts_take_their_best_tokens(seed):
     router = ExpertChoice(train_capacity=1.5)
     probs, mask = _probs(seed), _mask(seed)
     slots = _assign(router)(probs, mask)
-    capacity = router.capacity(TOKENS, EXPERTS, True)
-    assert capacity == 4 and slots.slot_of is None
     valid = np.flatnonzero(mask)
+    room = _capacity(router, len(valid))
+    assert _capacity(router, TOKENS) == 4 and slots.slot_of is None
     for expert in range(EXPERTS):
-        best = valid[np.argsort(-probs[valid, expert], kind="stable")][:capacity]
-        rows = slice(expert * capacity, (expert + 1) * capacity)
-        np.testing.assert_array_equal(slots.source[rows], best)
-        np.testing.assert_array_equal(slots.gates[rows], probs[best, expert])
+        best = valid[np.argsort(-probs[valid, expert], kind="stable")][:room]
+        np.testing.assert_array_equal(slots.source[4 * expert :][:4], [*best, *[TOKENS] * (4 - room)])
+        np.testing.assert_array_equal(slots.gates[4 * expert :][:room], probs[best, expert])
     assert int(slots.offered) == len(valid)
     assert int(slots.dropped) == len(set(valid) - set(np.asarray(slots.source).tolist()))
     assert not slots.chosen.any()
@@ -136,7 +145,7 @@ def test_experts_take_their_best_tokens(seed):
 
 def test_experts_leave_rows_empty_rather_than_take_padding():
     mask = np.arange(TOKENS) < 2
-    slots = _assign(ExpertChoice(train_capacity=1.5))(_probs(0), mask)
+    slots = _assign(ExpertChoice(train_capacity=1.5, min_capacity=4))(_probs(0), mask)
     np.testing.assert_array_equal(slots.kept, [2] * EXPERTS)
     holds = np.asarray(slots.source).reshape(EXPERTS, 4)
     assert set(holds[:, :2].flat) == {0, 1} and set(holds[:, 2:].flat) == {TOKENS}
@@ -199,6 +208,7 @@ def test_block_sizes_follow_the_rows_of_an_expert():
         (TokenChoice(1, 1.25, 1.75), 16, (2, 4)),  # 2.5 and 3.5: half to even, as flaxformer rounds.
         (TokenChoice(1, 1.0, 1.0, min_capacity=4), 8, (4, 4)),
         (TokenChoice(1, 1.0, 1.0, min_capacity=4), 1, (1, 1)),
+        (TokenChoice(1, 1.0, 1.0, min_capacity=4), 0, (0, 0)),
         (TokenChoice(1, 0.01, 100.0), 8, (1, 8)),
         (TokenChoice(1, fixed_capacity=64), 512, (64, 64)),
         (TokenChoice(1, fixed_capacity=64), 48, (48, 48)),
@@ -206,7 +216,42 @@ def test_block_sizes_follow_the_rows_of_an_expert():
     ],
 )
 def test_capacities(router, group, expected):
-    assert (router.capacity(group, 8, True), router.capacity(group, 8, False)) == expected
+    assert tuple(int(router.capacities(group, 8, training)[-1]) for training in (True, False)) == expected
+
+
+@pytest.mark.parametrize("num_experts", [1, 5, 8, 64])
+@pytest.mark.parametrize("factor", [0.01, 0.7, 1.0, 1.25, 1.5, 2.0, 7.0, 100.0])
+def test_valid_tokens_are_worth_what_a_group_of_them_is(factor, num_experts):
+    for settings in ({}, {"min_capacity": 4}, {"k": 2, "capacity_times_k": True}, {"fixed_capacity": 6}):
+        router = TokenChoice(train_capacity=factor, **settings)
+        found = router.capacities(300, num_experts, True)
+        np.testing.assert_array_equal(found, [_capacity(router, n, num_experts) for n in range(301)])
+        assert (np.diff(found) >= 0).all()
+        np.testing.assert_array_equal(router.capacities(90, num_experts, True), found[:91])
+
+
+EVERY_MASK = np.asarray(list(itertools.product((False, True), repeat=7)))
+
+
+@pytest.mark.parametrize(
+    "router",
+    [ROUTERS["switch"], ROUTERS["top3"], TokenChoice(2, min_capacity=2, batch_prioritised=True), ExpertChoice(1.5)],
+    ids=["switch", "top3", "prioritised", "experts"],
+)
+def test_experts_take_no_more_for_padding(router):
+    """All masks of seven tokens, with as many choices in demand as there can be."""
+    probs = jnp.asarray(np.random.default_rng(4).dirichlet(np.linspace(4, 0.5, EXPERTS), 7), jnp.float32)
+    slots = jax.jit(jax.vmap(functools.partial(router.assign, probs, training=True)))(EVERY_MASK)
+    valid = EVERY_MASK.sum(1)
+    room = np.asarray([_capacity(router, n) for n in valid])
+    wanted = np.tile(valid[:, None], EXPERTS)
+    if isinstance(router, TokenChoice):
+        best = np.argsort(-np.asarray(probs), axis=-1, kind="stable")[:, : router.k]
+        wanted = EVERY_MASK.astype(int) @ (best[..., None] == np.arange(EXPERTS)).sum(1)
+    np.testing.assert_array_equal(slots.kept, np.minimum(wanted, room[:, None]))
+    held = (np.asarray(slots.source) < 7).reshape(len(EVERY_MASK), EXPERTS, -1)
+    np.testing.assert_array_equal(held.sum(-1), slots.kept)
+    assert held.shape[-1] == _capacity(router, 7)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +259,7 @@ def test_capacities(router, group, expected):
 )
 def test_group_sizes_divide_the_batch(group, size):
     assert TokenChoice(group=group).group_size(4, 6) == ExpertChoice(group=group).group_size(4, 6) == size
+    assert TokenChoice(group=group).group_size(24, 1) == 1
 
 
 def test_uniform_routing_has_a_balance_loss_of_k():
@@ -320,7 +366,7 @@ def test_moving_rows_and_its_gradient_are_those_of_a_matrix(choosing):
 
 
 def test_gates_of_rows_pass_their_gradient_on():
-    router, mask = TokenChoice(2, train_capacity=1.0), jnp.asarray(_mask(2))
+    router, mask = TokenChoice(2, train_capacity=1.3), jnp.asarray(_mask(2))
     weights = np.random.default_rng(1).normal(size=EXPERTS * 3).astype(np.float32)
 
     def weighted(probs):

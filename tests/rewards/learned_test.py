@@ -37,7 +37,7 @@ def reward(params):
 @pytest.fixture(scope="module")
 def raw(params, inputs):
     """The scores as the model gives them."""
-    joined = join(inputs.prompt_tokens, inputs.completion_tokens)
+    joined = join(inputs.prompt_tokens, inputs.completion_tokens, 0)
     return np.asarray(jax.jit(lambda p, t, k: POLICY.bind(p).score(t, k))(params, *joined), np.float64)
 
 

@@ -1,14 +1,23 @@
 """Training pairs of reward models: each corruption by its definition, and all of it a function of seed and ids."""
 
 import collections
+import functools
 
 import numpy as np
 import pytest
 
 from clp_jax.data.vocabulary import EOS_ID, PAD_ID
-from clp_jax.rewards.pairs import CORRUPTIONS, Corrupter, content, derangement, finish, join
+from clp_jax.rewards import pairs
+from clp_jax.rewards.pairs import CORRUPTIONS, Corrupter, derangement, join
 
 LENGTH = 16
+
+content = functools.partial(pairs.content, pad_id=PAD_ID, eos_ids=(EOS_ID,))
+finish = functools.partial(pairs.finish, pad_id=PAD_ID, eos_id=EOS_ID)
+
+
+def corrupter(kinds, seed=0) -> Corrupter:
+    return Corrupter(kinds, PAD_ID, (EOS_ID,), seed)
 
 
 def tokens(*values) -> np.ndarray:
@@ -104,7 +113,7 @@ def _repeated(bad: list[int], true: list[int]) -> int | None:
 def test_no_true_summary_survives(kinds):
     for seed in range(6):
         true = summaries(seed, longest=LENGTH - 1 if seed % 2 else 3)
-        bad, kind = Corrupter(kinds, seed)(true, np.arange(len(true)))
+        bad, kind = corrupter(kinds, seed)(true, np.arange(len(true)))
         assert bad.shape == true.shape and bad.dtype == np.int32
         assert not np.any(np.all(bad == true, axis=1))
         assert set(kind.tolist()) == set(range(len(kinds)))
@@ -116,7 +125,7 @@ def test_no_true_summary_survives(kinds):
 def test_the_last_token_stays():
     true = summaries(1, shortest=4, longest=10)
     for kind in ("swap", "truncate", "shuffle", "repeat", "ramble"):
-        bad, _ = Corrupter((kind,), 3)(true, np.arange(len(true)))
+        bad, _ = corrupter((kind,), 3)(true, np.arange(len(true)))
         for row, original in zip(bad, true, strict=True):
             last = content(row)[-1]
             own = last // 100 == content(original)[-1] // 100
@@ -127,7 +136,7 @@ def test_the_last_token_stays():
 
 def test_kinds_say_what_happened():
     true = summaries(2, rows=60, shortest=5, longest=8)
-    bad, kind = Corrupter(("foreign", "shuffle"), 0)(true, np.arange(60))
+    bad, kind = corrupter(("foreign", "shuffle"), 0)(true, np.arange(60))
     for row, original, index in zip(bad, true, kind, strict=True):
         own = set(content(row)[:-1] // 100) == set(content(original) // 100)
         assert own == (index == 1)
@@ -136,23 +145,38 @@ def test_kinds_say_what_happened():
 def test_it_is_a_function_of_the_seed_and_the_ids():
     true, ids = summaries(), np.arange(40) + 7
     kinds = tuple(CORRUPTIONS)
-    first = Corrupter(kinds, 5)(true, ids)
+    first = corrupter(kinds, 5)(true, ids)
     np.random.seed(0)  # noqa: NPY002 (global state must not matter)
-    for again in (Corrupter(kinds, 5)(true, ids), Corrupter(kinds, 5)(true.copy(), ids.tolist())):
+    for again in (corrupter(kinds, 5)(true, ids), corrupter(kinds, 5)(true.copy(), ids.tolist())):
         np.testing.assert_array_equal(again[0], first[0])
         np.testing.assert_array_equal(again[1], first[1])
-    for other in (Corrupter(kinds, 6)(true, ids), Corrupter(kinds, 5)(true, ids + 1)):
+    for other in (corrupter(kinds, 6)(true, ids), corrupter(kinds, 5)(true, ids + 1)):
         assert not np.array_equal(other[0], first[0])
 
 
 @pytest.mark.parametrize("kinds", [(), ("swap", "swop")])
 def test_unknown_kinds_are_named(kinds):
     with pytest.raises(ValueError, match=r"Corrupter.kinds has (nothing|\['swop'\]): expected some of foreign, swap"):
-        Corrupter(kinds)
+        corrupter(kinds)
 
 
 def test_a_joined_row_tells_document_summary_and_padding_apart():
-    joined, kinds = join(tokens(5, 6, 1, 0)[None], tokens(7, 1, 0)[None])
+    joined, kinds = join(tokens(5, 6, 1, 0)[None], tokens(7, 1, 0)[None], PAD_ID)
     assert joined.tolist() == [[5, 6, 1, 0, 7, 1, 0]]
     assert kinds.tolist() == [[1, 1, 1, 0, 2, 2, 0]]
     assert joined.dtype == kinds.dtype == np.int32
+
+
+def test_ids_are_the_vocabularys():
+    """The same summaries under other ids: padding 9, ends 7 and 8; then padding without an id."""
+    ours = summaries(rows=12)
+    theirs = np.where(ours == PAD_ID, 9, np.where(ours == EOS_ID, 7, ours))
+    for pad_id in (9, -1):
+        theirs = np.where(theirs == 9, pad_id, theirs)
+        bad, kinds = corrupter(tuple(CORRUPTIONS), 3)(ours, np.arange(12))
+        other, same = Corrupter(tuple(CORRUPTIONS), pad_id, (7, 8), 3)(theirs, np.arange(12))
+        np.testing.assert_array_equal(kinds, same)
+        np.testing.assert_array_equal(other, np.where(bad == PAD_ID, pad_id, np.where(bad == EOS_ID, 7, bad)))
+    assert pairs.content(tokens(5, 0, 1, 8, 9), 9, (7, 8)).tolist() == [5, 0, 1]
+    _, kinds = join(tokens(5, 0, 9)[None], tokens(1, -1)[None], 9)
+    assert kinds.tolist() == [[1, 1, 0, 2, 0]]

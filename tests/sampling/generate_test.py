@@ -1,5 +1,6 @@
 """Generation against enumeration, against the scorer, and against the whole forward."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -10,7 +11,9 @@ import pytest
 from tiny_policies import PROMPTS, MarkovDecoder, tiny_config, varied_params
 
 from clp_jax.data.vocabulary import EOS_ID
+from clp_jax.models.config import MoEConfig
 from clp_jax.models.policy import Policy
+from clp_jax.nn.routing import Dropless, TokenChoice
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
@@ -79,6 +82,29 @@ def test_a_completion_does_not_depend_on_its_batch():
     np.testing.assert_allclose(alone.log_probs, whole.log_probs[4:6], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(moved.tokens, whole.tokens[::-1][1::2])
     np.testing.assert_array_equal(run(POLICY, PARAMS, PROMPTS, keys, config, num_samples=2)[0].tokens, whole.tokens)
+
+
+def test_experts_serve_a_row_as_if_it_were_alone():
+    """Whatever shares a capacity in whole forwards, rows that are decoded share none, and nothing is dropped."""
+    moe = MoEConfig(
+        num_experts=2,
+        router=Dropless(1, renormalize=False),
+        decoder_router=TokenChoice(group="batch", eval_capacity=0.5),
+    )
+    policy = Policy(tiny_config(num_encoder_layers=1, num_decoder_layers=2, moe=moe))
+    roomy = dataclasses.replace(moe, decoder_router=Dropless(1, renormalize=False))
+    config, keys = SamplingConfig(max_length=8), row_keys(jax.random.key(3), 4)
+    params = varied_params(policy)
+    whole, scored = run(policy, params, PROMPTS, keys, config)
+    assert np.any(np.abs(scored - whole.log_probs) > 1e-3)  # Of all tokens at once, some are dropped.
+    for row in range(4):
+        alone, _ = run(policy, params, PROMPTS[row : row + 1], keys[row : row + 1], config)
+        np.testing.assert_array_equal(alone.tokens[0], whole.tokens[row])
+        np.testing.assert_allclose(alone.log_probs[0], whole.log_probs[row], rtol=1e-5, atol=1e-5)
+    policy = Policy(dataclasses.replace(policy.config, moe=roomy))
+    now, scored = run(policy, params, PROMPTS, keys, config)
+    np.testing.assert_array_equal(now.tokens, whole.tokens)
+    np.testing.assert_allclose(scored, whole.log_probs, rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_is_the_argmax_of_the_whole_forward():

@@ -45,7 +45,13 @@ def test_targets_may_be_left_out(tmp_path, vocabulary):
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        (b"not json", "line 2 was skipped: Expecting value"),
+        (b"not json", "line 2 was skipped: it is not JSON (expecting value at character 1): 'not json'"),
+        (b"inputs: " + b"a" * 40, "it is not JSON (expecting value at character 1): 'inputs: " + "a" * 32 + "...'"),
+        (
+            b'{"inputs": "a", "targets": "b"',
+            'it is not JSON (expecting \',\' delimiter at character 31): \'{"inputs": "a"',
+        ),
+        (b"[" * 100_000, "it is not JSON that can be read (nested too deep): '[[["),
         (b'["a"]', "it is not a JSON object"),
         (b'{"targets": "a"}', "it has no 'inputs'"),
         (b'{"inputs": "a"}', "it has no 'targets'"),
@@ -58,7 +64,7 @@ def test_targets_may_be_left_out(tmp_path, vocabulary):
         (b'{"inputs": [3, true], "targets": "a"}', "expected text, or a list of token ids"),
         (b'{"inputs": [3], "targets": [3, 3, 3, 3, 3, 3, 3]}', "targets has 7 tokens: expected at most 6"),
         (b'{"inputs": [3, 3, 3, 3, 3, 3, 3, 3, 3], "targets": [3]}', "inputs has 9 tokens: expected at most 8"),
-        (b'{"inputs": "caf\xe9", "targets": "a"}', "line 2 was skipped"),
+        (b'{"inputs": "caf\xe9", "targets": "a"}', 'line 2 was skipped: it is not UTF-8 at byte 16: \'{"inputs": "caf'),
     ],
 )
 def test_a_bad_line_is_named_and_the_rest_go_on(tmp_path, vocabulary, bad, says, capsys):

@@ -3,13 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny_policies import PROMPTS, tiny_config, varied_params
 
+from clp_jax.models.config import MoEConfig, PaLMConfig
 from clp_jax.models.policy import Policy
+from clp_jax.nn.routing import TokenChoice
 from clp_jax.sampling.score import score, shift_right, teacher_force
 
 POLICY = Policy(tiny_config(num_encoder_layers=1, num_decoder_layers=1))
 PARAMS = varied_params(POLICY)
+SWITCH = MoEConfig(num_experts=4, router=TokenChoice(eval_capacity=1.25))
+SPARSE = [
+    Policy(tiny_config(num_encoder_layers=1, num_decoder_layers=1, moe=SWITCH)),
+    Policy(PaLMConfig(vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4, num_layers=2, moe=SWITCH)),
+]
 # Ended, ended at once, not ended, and with a padding token inside.
 COMPLETIONS = np.asarray([[4, 5, 1, 0, 0], [1, 0, 0, 0, 0], [7, 8, 9, 2, 3], [6, 0, 4, 1, 0]], np.int32)
 COUNTED = np.asarray([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
@@ -61,3 +69,31 @@ def test_completions_of_one_prompt_share_its_encoding():
     apart = force(np.repeat(PROMPTS[:2], 2, axis=0), COMPLETIONS)
     together = force(PROMPTS[:2], COMPLETIONS)
     np.testing.assert_allclose(together.log_probs, apart.log_probs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", SPARSE, ids=lambda policy: type(policy.config).__name__)
+def test_experts_do_not_see_padding_nor_other_rows(policy):
+    """Experts that are full drop the same tokens whatever the lengths and the batch."""
+    params = varied_params(policy)
+
+    @jax.jit
+    def forced(inputs, tokens, mask):
+        return teacher_force(policy.bind(params), inputs, tokens, mask)
+
+    inputs = np.asarray([[3, 4, 5, 6, 7, 8, 9, 10, 3, 1], [8, 9, 10, 3, 4, 1, 0, 0, 0, 0]], np.int32)
+    tokens = np.asarray([[4, 4, 4, 5, 6, 1], [4, 3, 9, 0, 0, 0]], np.int32)
+    mask = np.asarray([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], np.float32)
+    whole = forced(inputs, tokens, mask)
+    assert all((np.asarray(stack.dropped) > 0).any() for stack in whole.routing)
+
+    def pad(x, more):
+        return np.pad(x, ((0, 0), (0, more)))
+
+    for ahead, behind in ((0, 3), (22, 0), (7, 13)):
+        longer = forced(pad(inputs, ahead), pad(tokens, behind), pad(mask, behind))
+        np.testing.assert_allclose(longer.log_probs[:, :6], whole.log_probs, rtol=1e-5, atol=1e-5)
+        for a, b in zip(jax.tree.leaves(longer.routing), jax.tree.leaves(whole.routing), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for row, (prompt, length) in enumerate(((10, 6), (6, 3))):
+        alone = forced(*(x[row : row + 1, :size] for x, size in ((inputs, prompt), (tokens, length), (mask, length))))
+        np.testing.assert_allclose(alone.log_probs[0], whole.log_probs[row, :length], rtol=1e-5, atol=1e-5)

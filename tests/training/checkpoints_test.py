@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, retention, refusals, damage, and writes that fail."""
 
+import dataclasses
 import json
 import time
 
@@ -7,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from failing_disks import no_file_longer_than
 
-from clp_jax.training import checkpoints as checkpoints_module
+from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
-    KeepBest,
     find_checkpoint,
     load_params,
     save_params,
@@ -55,8 +56,8 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-def save(directory, step, state, **kwargs):
-    with Checkpoints(directory, **kwargs) as checkpoints:
+def save(directory, step, state, metrics=None):
+    with Checkpoints(directory) as checkpoints:
         checkpoints.save(step, state, {"examples": 17}, DESCRIPTION, {})
 
 
@@ -88,12 +89,12 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
 
 def test_the_last_and_the_best_are_kept(tmp_path):
     _, state = after_steps(0)
-    with Checkpoints(tmp_path, keep=2, best=KeepBest("evaluation/loss")) as checkpoints:
+    with Checkpoints(tmp_path, Retention(2, best=KeepBest("evaluation/loss"))) as checkpoints:
         for step, loss in enumerate([3.0, 1.0, 2.0, None, 4.0, 5.0], 1):
             metrics = {} if loss is None else {"evaluation/loss": loss}
             checkpoints.save(step, state, {}, DESCRIPTION, metrics)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "5", "6"]
-    with Checkpoints(tmp_path, keep=1, best=KeepBest("evaluation/loss")) as checkpoints:
+    with Checkpoints(tmp_path, Retention(1, best=KeepBest("evaluation/loss"))) as checkpoints:
         assert checkpoints.latest_step() == 6
         checkpoints.save(7, state, {}, DESCRIPTION, {})
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "7"]
@@ -101,7 +102,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 
 def test_without_best_only_the_last_are_kept(tmp_path):
     _, state = after_steps(0)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, Retention(1)) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, state, {}, DESCRIPTION, {"evaluation/loss": 1.0})
     assert [entry.name for entry in tmp_path.iterdir()] == ["3"]
@@ -156,7 +157,9 @@ def test_damage_is_said_clearly(tmp_path):
     for file in (tmp_path / "1" / "params").rglob("*"):
         if file.is_file() and file.name not in ("_METADATA", "_sharding"):
             file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"the checkpoint .*/1 can't be read \(.*damaged or not complete"):
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint .*/1 is damaged: params/.* has 0 bytes, [\d,]+ were written"
+    ):
         load_params(tmp_path)
 
 
@@ -179,36 +182,32 @@ def test_save_params_is_read_by_load_params_and_never_overwrites(tmp_path):
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear diary"
 
 
-def test_a_write_that_fails_in_the_background_surfaces_at_the_next_step(tmp_path, monkeypatch):
+def test_a_write_that_fails_in_the_background_surfaces_at_the_next_step(tmp_path):
     _, state = after_steps(1)
-    checkpoints = Checkpoints(tmp_path, keep=3)
-    checkpoints.save(1, state, {}, DESCRIPTION, {})
-    checkpoints._wait()
-
-    async def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints._ocp.JsonCheckpointHandler, "_save_fn", full_disk, raising=True)
-    checkpoints.save(2, state, {}, DESCRIPTION, {})
-    message = (
-        "checkpoint of step 2 .*: the disk is full. Step 1 is intact.*Free some space and run the same command again"
-    )
-    with pytest.raises(CheckpointError, match=message):
-        for _ in range(1000):
-            checkpoints.raise_if_failed()
-            time.sleep(0.01)
-    assert load_params(tmp_path)[2] == 1
+    incompressible = jax.random.normal(jax.random.key(0), (512, 512))
+    large = dataclasses.replace(state, params=state.params | {"large": incompressible})
+    with Checkpoints(tmp_path, Retention(3)) as checkpoints:
+        checkpoints.save(1, state, {}, DESCRIPTION, {})
+        checkpoints._wait()
+        with no_file_longer_than(1 << 19):
+            checkpoints.save(2, large, {}, DESCRIPTION, {})
+            with pytest.raises(CheckpointError, match=r"checkpoint of step 2 .*File too large.*Step 1 is intact"):
+                for _ in range(1000):
+                    checkpoints.raise_if_failed()
+                    time.sleep(0.01)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["1"]  # No half step takes room.
+        checkpoints.save(2, large, {}, DESCRIPTION, {})
+    assert load_params(tmp_path)[2] == 2
 
 
 def test_settings_are_checked(tmp_path):
     with pytest.raises(ValueError, match="keep_checkpoints is 0"):
-        Checkpoints(tmp_path, keep=0)
+        Checkpoints(tmp_path, Retention(0))
 
 
 def test_what_is_written_is_json_and_arrays(tmp_path):
     _, state = after_steps(1)
     save(tmp_path, 1, state)
-    metadata = json.loads((tmp_path / "1" / "run" / "metadata").read_text())
-    assert metadata == {"step": 1, "position": {"examples": 17}, "description": DESCRIPTION}
+    run = json.loads((tmp_path / "1" / "run.json").read_text())
+    assert run == {"step": 1, "position": {"examples": 17}, "description": DESCRIPTION, "metrics": {}}
     assert not [f for f in (tmp_path / "1").rglob("*") if f.suffix in (".pkl", ".pickle")]
-    assert checkpoints_module.CheckpointError is CheckpointError

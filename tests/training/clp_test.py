@@ -249,12 +249,38 @@ def test_experts_that_drop_tokens_are_refused():
 
     def check(router):
         moe = MoEConfig(num_experts=4, router=TokenChoice(), decoder_router=router)
-        _check_experts(Policy(tiny_config(moe=moe)), 16)
+        _check_experts(Policy(tiny_config(moe=moe)), 3, 16)
 
     check(Dropless(2))
     check(TokenChoice(eval_capacity=4.0))
+    check(TokenChoice(eval_capacity=4.0, group="batch"))
+    check(TokenChoice(fixed_capacity=16))
+    with pytest.raises(ValueError, match="room for 16 of 48 tokens"):
+        check(TokenChoice(fixed_capacity=16, group="batch"))
     with pytest.raises(
         ValueError, match="room for 8 of 16 tokens.* eval_capacity of at least the number of experts, 4"
     ):
         check(TokenChoice(eval_capacity=2.0))
-    _check_experts(Policy(tiny_config()), 16)
+    _check_experts(Policy(tiny_config()), 3, 16)
+
+
+def test_a_policy_gets_components_for_more_rewards(tmp_path, home, whole, capsys):
+    trained, _, step = load_params(whole)
+    more = FunctionReward("vowels", lambda p, c, r: [sum(letter in "aeiou" for letter in text) for text in c])
+    three = {"conditioning": ParameterConditioning("full", 3), "preferences": Dirichlet(3, alpha=0.1)}
+    changes = three | {"rewards": (*REWARDS, more), "initial_policy": str(whole)}
+    params = stage(home, **changes).setup(tmp_path, seed=0).params
+    said = capsys.readouterr().err
+    fresh = stage(home, **changes | {"initial_policy": None}).setup(tmp_path, seed=0).params
+    components = [jax.tree.map(lambda leaf, i=i: leaf[i], params["policy"]) for i in range(3)]
+    for i in range(2):
+        kept = jax.tree.map(lambda leaf, i=i: leaf[i], trained["policy"])
+        jax.tree.map(np.testing.assert_array_equal, components[i], kept)
+    jax.tree.map(np.testing.assert_array_equal, components[2], load_params(home / "sft")[0])
+    jax.tree.map(np.testing.assert_array_equal, params["baseline"], fresh["baseline"])
+    assert f"{whole}, step {step}: initialised " in said and "; grown " in said and "; ignored " in said
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="with the rewards brevity, letters: they must come first, in that order"):
+        stage(home, **changes | {"rewards": (*reversed(REWARDS), more)}).setup(tmp_path / "other", seed=0)
+    with pytest.raises(ValueError, match="sft is no run of this stage with the supervised policy's model"):
+        stage(home, **changes | {"initial_policy": str(home / "sft")}).setup(tmp_path, seed=0)

@@ -99,6 +99,15 @@ def test_a_file_in_the_way(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_an_object_store_is_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RunDirectoryError, match="run directory gs://bucket/run is in an object store: .*Mount the bucket"
+    ):
+        open_run_directory("gs://bucket/run", CONFIG)
+    assert list(tmp_path.iterdir()) == []  # No directory called "gs:" either.
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -140,8 +149,10 @@ def test_descriptions_must_agree(tmp_path):
 def test_the_latest_step_counts_complete_checkpoints_only(tmp_path):
     directory = open_run_directory(tmp_path)
     assert directory.latest_step() is None
-    for name in ("9", "10", "11.orbax-checkpoint-tmp"):
+    for name in ("9", "10", "12.unfinished", "13.damaged", "14"):
         (directory.checkpoints / name).mkdir(parents=True)
+        if name != "14":
+            (directory.checkpoints / name / "manifest.json").write_text("")
     assert directory.latest_step() == 10
 
 

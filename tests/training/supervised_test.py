@@ -25,6 +25,7 @@ from clp_jax.training.optimizers import Adafactor
 from clp_jax.training.run_directory import RunDirectoryError
 from clp_jax.training.stage import DataBatches
 from clp_jax.training.supervised import Supervised, SupervisedLoss
+from clp_jax.training.transfer import Transfer
 
 SIZES = {"embed_dim": 8, "mlp_dim": 16, "num_heads": 2, "head_dim": 4, "num_encoder_layers": 1, "num_decoder_layers": 1}
 MODEL = T5Config.t5_1_1(vocab_size=40, dropout_rate=0.1, **SIZES)
@@ -195,6 +196,28 @@ def test_starting_from_a_checkpoint(tmp_path, data_dir):
     experts = grown["encoder"]["layers"]["mlp"]["experts"]["wo"]["kernel"]
     dense = first["encoder"]["layers"]["mlp"]["wo"]["kernel"]
     np.testing.assert_array_equal(experts, np.stack([dense, dense], axis=1))
+
+
+def test_starting_from_another_model_by_rules(tmp_path, data_dir, capsys):
+    run(tmp_path / "first", data_dir, 2)
+    capsys.readouterr()
+    first, _, _ = load_params(tmp_path / "first")
+    rules = Transfer({".*/mlp/.*": None}, init=(".*/mlp/.*",))
+    start = functools.partial(stage, data_dir, initial_checkpoint=str(tmp_path / "first"), transfer=rules)
+    wider = dataclasses.replace(MODEL, mlp_dim=32)
+    setup = start(model=wider).setup(tmp_path, 0)
+    fresh = Policy(wider).init(jax.random.key(0))
+    for side in ("encoder", "decoder"):
+        layers = setup.params[side]["layers"]
+        jax.tree.map(np.testing.assert_array_equal, layers.pop("mlp"), fresh[side]["layers"]["mlp"])
+        stored = first[side]["layers"]
+        del stored["mlp"]
+        jax.tree.map(np.testing.assert_array_equal, layers, stored)
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'first'}, step 2: loaded " in said and "initialised 6 arrays (decoder 3, encoder 3)" in said
+    assert "ignored 6 arrays (decoder 3, encoder 3)" in said
+    with pytest.raises(ValueError, match="Supervised.transfer says where an initial_checkpoint's parameters go"):
+        stage(data_dir, transfer=rules)
 
 
 def test_bad_settings(tmp_path, data_dir):

@@ -1,0 +1,204 @@
+"""One item of an Orbax checkpoint: a tree of arrays in an OCDBT store, named by files of JSON.
+
+The store is TensorStore's; the files around it are written here as Orbax writes them, so that Orbax and T5X restore them. Orbax
+itself copies all arrays of an item before it writes them; here one is held at a time, and of the store one chunk.
+"""
+
+import base64
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clp_jax.array_types import ArrayLike
+from clp_jax.interop import tensorstore_files, zarr_files
+from clp_jax.interop.arrays import ArraySpec, Expected, LazyArray
+from clp_jax.interop.regions import CheckpointFileError
+
+METADATA_FILE = "_METADATA"
+# TensorStore holds a chunk some times over beside the array, so that a chunk is a small part of the largest array.
+_CHUNKS_OF_LARGEST = 128
+_LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 2 * 2**20, 64 * 2**20
+_DICTIONARY_KEY = 2
+
+
+def is_item(directory: Path) -> bool:
+    """Whether a directory holds arrays as an item does."""
+    return (directory / METADATA_FILE).is_file() or tensorstore_files.is_store(directory)
+
+
+def read(item: Path) -> dict[str, LazyArray]:
+    """Opens the arrays of an item.
+
+    Args:
+        item: its directory.
+
+    Returns:
+        Arrays by their keys joined with slashes; read when asked for.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        CheckpointFileError: a file is damaged.
+    """
+    path = item / METADATA_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it names the arrays; copy the checkpoint again.")
+    metadata = _metadata(path)
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    in_store = tensorstore_files.is_store(item)
+    if metadata.get("use_ocdbt", in_store) and not in_store:
+        raise FileNotFoundError(
+            f"{item / tensorstore_files.MANIFEST_FILE} is missing: {path} says that it is there; copy it again."
+        )
+    # Orbax once left out chunks of zeros.
+    complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
+    leaves = {}
+    for name, shape in _names(metadata, path).items():
+        dotted = name.replace("/", ".")
+        place = tensorstore_files.place_in_store(item, dotted)
+        if not in_store:
+            place = {"driver": "file", "path": f"{item / dotted}/"}
+        where = f"{item}: array {name!r}"
+        array = tensorstore_files.open_array(place, where, driver=driver, complete=complete)
+        if shape is not None and shape != array.shape:
+            raise CheckpointFileError(f"{where} has shape {array.shape}: {METADATA_FILE} says {shape}.")
+        leaves[name] = array
+    return leaves
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads(path.read_bytes())
+        if not isinstance(metadata, dict) or not isinstance(metadata["tree_metadata"], dict):
+            raise ValueError("it is no dictionary with tree_metadata")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise CheckpointFileError(f"{path} does not name arrays: {error!r}. Copy it again.") from None
+    return metadata
+
+
+def _names(metadata: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...] | None]:
+    """Paths of the arrays, and their shapes where they are said."""
+    names = {}
+    try:
+        for leaf in metadata["tree_metadata"].values():
+            name = "/".join(str(key["key"]) for key in leaf["key_metadata"])
+            value = leaf["value_metadata"]
+            if not value.get("skip_deserialize") and value["value_type"] not in ("None", "Dict", "List", "string"):
+                shape = value.get("write_shape")
+                names[name] = None if shape is None else tuple(shape)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointFileError(f"{path} does not describe its arrays: {error!r}. Copy it again.") from None
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemWriter:
+    """Takes the arrays of an item; `finish` writes the files that name them.
+
+    Attributes:
+        directory: where the files go.
+        specs: of all arrays by path.
+        chunk_bytes: of a chunk, at most.
+        store: of the arrays.
+        expected: which arrays did not come yet.
+    """
+
+    directory: Path
+    specs: Mapping[str, ArraySpec]
+    chunk_bytes: int
+    store: tensorstore_files.ArrayStore
+    expected: Expected
+
+    def write(self, name: str, array: ArrayLike) -> None:
+        """Stores one array.
+
+        Args:
+            name: its path.
+            array: of the shape given.
+        """
+        spec = self.specs[name]
+        self.store.write(name.replace("/", "."), self.expected.take(name, array), spec.dtype, self._chunks(spec))
+
+    def finish(self) -> None:
+        """Writes the files that name the arrays.
+
+        Raises:
+            ValueError: an array is missing.
+        """
+        self.expected.finish()
+        self.store.commit()
+        ordered = {name: self.specs[name] for name in sorted(self.specs, key=lambda name: name.split("/"))}
+        (self.directory / METADATA_FILE).write_text(json.dumps(_tree_metadata(ordered)), "utf-8")
+        (self.directory / "_sharding").write_text(_shardings(ordered), "utf-8")
+        (self.directory / "array_metadatas").mkdir()
+        layouts = [_array_metadata(name, spec, self._chunks(spec)) for name, spec in ordered.items()]
+        (self.directory / "array_metadatas" / "process_0").write_text(json.dumps({"array_metadatas": layouts}), "utf-8")
+
+    def _chunks(self, spec: ArraySpec) -> tuple[int, ...]:
+        return zarr_files.chunk_shape(spec.shape, spec.dtype.itemsize, self.chunk_bytes)
+
+
+def writer(directory: Path, specs: Mapping[str, ArraySpec], chunk_bytes: int | None = None) -> ItemWriter:
+    """Begins an item.
+
+    Args:
+        directory: that does not exist.
+        specs: of all arrays by path.
+        chunk_bytes: of a chunk, at most; None goes by the largest array.
+
+    Returns:
+        What takes the arrays.
+    """
+    directory.mkdir()
+    largest = max((spec.nbytes for spec in specs.values()), default=0)
+    chunk_bytes = chunk_bytes or min(max(largest // _CHUNKS_OF_LARGEST, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+    store = tensorstore_files.ArrayStore(directory, max(chunk_bytes, _LEAST_CHUNK_BYTES))
+    return ItemWriter(directory, specs, chunk_bytes, store, Expected(specs))
+
+
+def _tree_metadata(specs: Mapping[str, ArraySpec]) -> dict[str, Any]:
+    tree = {}
+    for name, spec in specs.items():
+        keys = name.split("/")
+        tree[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": _DICTIONARY_KEY} for key in keys],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": list(spec.shape),
+            },
+        }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def _array_metadata(name: str, spec: ArraySpec, chunks: tuple[int, ...]) -> dict[str, Any]:
+    layout = {
+        "param_name": name.replace("/", "."),
+        "write_shape": list(spec.shape),
+        "chunk_shape": list(chunks),
+        "ext_metadata": None,
+    }
+    return {"array_metadata": layout}
+
+
+def _shardings(specs: Mapping[str, ArraySpec]) -> str:
+    """Where arrays are restored to by whoever does not say where: the first device."""
+    sharding = json.dumps(
+        {
+            "sharding_type": "NamedSharding",
+            "shape": [1, 1],
+            "axis_names": ["data", "model"],
+            "axis_types": ["AxisType.Auto", "AxisType.Auto"],
+            "partition_spec": [],
+            "device_mesh": {"mesh": [[{"id": 0}]]},
+        }
+    )
+    names = {name: base64.b64encode(name.replace("/", ".").encode()).decode() for name in specs}
+    return json.dumps(dict.fromkeys(names.values(), sharding), separators=(",", ":"))

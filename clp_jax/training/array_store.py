@@ -1,0 +1,93 @@
+"""Trees of arrays on disk; the only module that knows Orbax."""
+
+import asyncio
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from clp_jax.array_types import PyTree
+
+
+def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
+    """Copies a tree to the host and begins to write this process's part of it.
+
+    Args:
+        directory: exists, and is empty; the same for all processes.
+        tree: nested dictionaries of arrays; may be donated as soon as this returns.
+
+    Returns:
+        Waits for the writing, so many seconds at most, and raises what went wrong.
+    """
+    ocp = _orbax()
+    handler = ocp.StandardCheckpointHandler()
+    # Not `asyncio.run`: it touches the tasks of all threads, and Orbax's threads have their own.
+    loop = asyncio.new_event_loop()
+    try:
+        futures = loop.run_until_complete(handler.async_save(directory, args=ocp.args.StandardSave(tree)))
+    finally:
+        loop.close()
+
+    def wait(seconds: float) -> None:
+        for future in futures or ():
+            future.result(timeout=None if math.isinf(seconds) else seconds)
+
+    return wait
+
+
+def finish_write(directory: epath.Path) -> None:
+    """Joins what all processes have written; called by one of them, when all are done."""
+    handler = _orbax().StandardCheckpointHandler()
+    handler.finalize(directory)
+    handler.close()
+
+
+def read(directory: epath.Path, abstract: PyTree) -> PyTree:
+    """Reads a tree onto the devices.
+
+    Args:
+        directory: that was written.
+        abstract: shapes, types and shardings, which need not be those of writing.
+    """
+    ocp = _orbax()
+    return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(abstract))
+
+
+def read_to_host(directory: epath.Path) -> PyTree:
+    """Reads a tree as it was written, as NumPy arrays."""
+    ocp = _orbax()
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored_tree(directory))
+    return ocp.PyTreeCheckpointHandler().restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def stored_tree(directory: epath.Path) -> PyTree:
+    """The tree that is stored, with shapes and types in place of its arrays."""
+    return _orbax().PyTreeCheckpointHandler().metadata(directory).tree
+
+
+def barrier() -> Callable[[str, float], None]:
+    """A function that waits, so many seconds at most, until all processes have called it with the same, unused name.
+
+    It needs no device: a thread may wait while steps are computed.
+    """
+    wait = _orbax().multihost.get_barrier_sync_fn()
+    return lambda name, seconds: wait(key=name, timeout_ms=int(seconds * 1000))
+
+
+@functools.cache
+def _orbax() -> Any:
+    import orbax.checkpoint as ocp  # Takes a second, which a complete run need not wait for.
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_from_orbax)
+    return ocp
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    # Orbax logs the traceback of a failed write from each of its threads; we raise one error that says what to do.
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()

@@ -1,0 +1,237 @@
+"""Writes one step in the background: copies, writes, digests, and last the manifest and the name.
+
+Several processes write one step together. Each writes its shards and digests what it wrote; process 0 joins the parts when all
+are done. A process that fails says so and goes on to the barriers: no other waits for it longer than it takes to be told.
+"""
+
+import dataclasses
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from etils import epath
+
+from clp_jax.array_types import PyTree
+from clp_jax.training import array_store
+from clp_jax.training.checkpoint_manifest import (
+    RUN_FILE,
+    ArrayDigest,
+    FileDigest,
+    Manifest,
+    arrays_from_json,
+    digest_arrays,
+    file_digest,
+    in_parallel,
+    leaves_by_path,
+    shards_of,
+)
+from clp_jax.training.checkpoint_steps import UNFINISHED, files_below
+
+# A barrier's name is used once; all processes count alike, since all save the same steps.
+_numbers = itertools.count()
+_ATTEMPTS = 20
+_PART = ".part_{}.json"
+# Shape, type, and this process's shards by place.
+_HostCopy: TypeAlias = tuple[tuple[int, ...], str, dict[str, np.ndarray]]
+
+
+class StepWriter:
+    """A save that runs in the background.
+
+    Args:
+        path: the directory of the step, which appears when the step is complete.
+        items: trees of arrays by name; they may be donated as soon as the constructor returns.
+        run: what ``run.json`` says.
+        seconds: a save that takes longer has failed.
+        on_complete: called in the background by process 0 when the step is complete.
+
+    Raises:
+        OSError: when the directory can't be made.
+    """
+
+    def __init__(
+        self,
+        path: epath.Path,
+        items: Mapping[str, PyTree],
+        run: Mapping[str, Any],
+        *,
+        seconds: float = 3600.0,
+        on_complete: Callable[[], None] = lambda: None,
+    ):
+        self._path = path
+        self._staging = path.parent / f"{path.name}{UNFINISHED}"
+        self._run_text = json.dumps(run)
+        self._step = int(run["step"])
+        self._deadline = time.monotonic() + seconds
+        self._on_complete = on_complete
+        self._barrier = array_store.barrier()
+        self._name = f"checkpoint/{next(_numbers)}/{path.name}"
+        self._process, self._processes = jax.process_index(), jax.process_count()
+        self._error: BaseException | None = None
+        self._prepare(items)
+        self._copies: dict[str, dict[str, _HostCopy]] = {}
+        self._waits: list[Callable[[float], None]] = []
+        try:
+            for item, tree in items.items():
+                self._copies[item] = _host_copies(tree)
+                self._waits.append(array_store.begin_write(self._staging / item, tree))
+        except Exception as error:  # The other processes wait in their background: so must this one.
+            self._error = error
+        self._thread = threading.Thread(target=self._work, name=f"checkpoint_{path.name}")
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the step is still being written."""
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Waits until the step is complete.
+
+        Raises:
+            BaseException: whatever went wrong.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _prepare(self, items: Mapping[str, PyTree]) -> None:
+        failure = None
+        if self._process == 0:
+            try:
+                if self._staging.exists():
+                    self._staging.rmtree()
+                for item in items:
+                    (self._staging / item).mkdir(parents=True)
+            except OSError as error:
+                failure = error
+        self._meet("prepared")
+        if failure is not None:
+            raise failure
+        if not self._staging.is_dir():
+            raise FileNotFoundError(f"{self._staging}: process 0 could not make it, or it is on a disk of its own")
+
+    def _work(self) -> None:
+        try:
+            if self._error is None:
+                self._write_part()
+        except BaseException as error:  # Whatever it is, the others must be told, and the loop.
+            self._error = error
+        try:
+            self._meet("written")
+            if self._process == 0:
+                self._complete()
+        except BaseException as error:
+            self._error = self._error or error
+        try:
+            self._meet("complete")
+            if self._error is None and not self._path.is_dir():
+                raise RuntimeError("process 0 did not complete it; its own message says why")
+        except BaseException as error:
+            self._error = self._error or error
+        if self._process == 0:
+            self._after()
+
+    def _write_part(self) -> None:
+        errors = []
+        for wait in self._waits:  # All of them, so that nothing is written any more when this is over.
+            try:
+                wait(self._seconds_left())
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        arrays = {item: digest_arrays(copies) for item, copies in self._copies.items()}
+        self._copies = {}
+        own = [file for file in files_below(self._staging) if f"/ocdbt.process_{self._process}/" in str(file)]
+        # One process has nobody to tell; it digests all files when they are joined.
+        part = _Part(arrays, digest_files(self._staging, own) if self._processes > 1 else {})
+        (self._staging / _PART.format(self._process)).write_text(json.dumps(dataclasses.asdict(part)))
+
+    def _complete(self) -> None:
+        if self._error is not None:
+            return
+        arrays: dict[str, dict[str, ArrayDigest]] = {}
+        files: dict[str, FileDigest] = {}
+        for process in range(self._processes):
+            note = self._staging / _PART.format(process)
+            if not note.exists():
+                raise RuntimeError(f"process {process} could not write its part; its own message says why")
+            part = _Part.from_json(json.loads(note.read_text()))
+            files |= part.files
+            for item, found in part.arrays.items():
+                known = arrays.setdefault(item, {})
+                for name, array in found.items():
+                    shards = {**known[name].shards, **array.shards} if name in known else array.shards
+                    known[name] = dataclasses.replace(array, shards=shards)
+            note.unlink()
+        for item in arrays:
+            array_store.finish_write(self._staging / item)
+        (self._staging / RUN_FILE).write_text(self._run_text)
+        others = [file for file in files_below(self._staging) if _relative(self._staging, file) not in files]
+        files |= digest_files(self._staging, others)
+        Manifest(self._step, self._processes, files, arrays).write(self._staging)
+        if self._path.exists():
+            raise FileExistsError(f"{self._path} exists: it was not overwritten")
+        self._staging.rename(self._path)
+
+    def _after(self) -> None:
+        if self._error is None:
+            try:
+                self._on_complete()
+            except BaseException as error:
+                self._error = error
+        else:
+            # On a full disk, what is half written takes the room that the user needs. Threads of the store may still be
+            # writing; what is left after this, the next run removes.
+            for _ in range(_ATTEMPTS):
+                try:
+                    self._staging.rmtree()
+                except FileNotFoundError:
+                    return
+                except OSError:
+                    time.sleep(0.1)
+
+    def _meet(self, what: str) -> None:
+        if self._processes > 1:
+            self._barrier(f"{self._name}/{what}", self._seconds_left())
+
+    def _seconds_left(self) -> float:
+        return max(1.0, self._deadline - time.monotonic())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one process knows of a step: digests of its shards and of its files."""
+
+    arrays: Mapping[str, Mapping[str, ArrayDigest]]
+    files: Mapping[str, FileDigest]
+
+    @classmethod
+    def from_json(cls, part: Mapping[str, Any]) -> "_Part":
+        arrays = {item: arrays_from_json(found) for item, found in part["arrays"].items()}
+        return cls(arrays, {name: FileDigest(**file) for name, file in part["files"].items()})
+
+
+def digest_files(directory: epath.Path, files: list[epath.Path]) -> dict[str, FileDigest]:
+    """Digests of files, once they are on the disk, by path below a directory."""
+    found = in_parallel(lambda file: file_digest(file, to_disk=True), files)
+    return {_relative(directory, file): digest for file, digest in zip(files, found, strict=True)}
+
+
+def _relative(directory: epath.Path, file: epath.Path) -> str:
+    return str(file)[len(str(directory)) :].lstrip("/")
+
+
+def _host_copies(tree: PyTree) -> dict[str, _HostCopy]:
+    """Shape, type and this process's shards of each array."""
+    leaves = leaves_by_path(tree)
+    for leaf in leaves.values():
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return {name: (tuple(leaf.shape), str(leaf.dtype), shards_of(leaf)) for name, leaf in leaves.items()}

@@ -1,0 +1,116 @@
+"""Checkpoints of policies that need not fit in memory: parameters are written and read one array at a time, in one process."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from clp_jax.array_types import Params
+from clp_jax.interop import orbax_item
+from clp_jax.interop.arrays import ArraySpec, LazyArray, is_float, new_directory
+from clp_jax.interop.links import part_of
+from clp_jax.interop.regions import Region, whole
+from clp_jax.interop.slots import flatten, unflatten
+from clp_jax.training.checkpoint_manifest import RUN_FILE, ArrayDigest, Manifest
+from clp_jax.training.checkpoint_steps import files_below, read_run
+from clp_jax.training.checkpoint_writer import digest_files
+from clp_jax.training.checkpoints import CheckpointError, find_intact
+
+_PARAMS, _EMA = "params", "ema"
+_BLOCK = 1 << 20
+
+
+def write_params(path: Path, params: Params, description: dict[str, Any], step: int, dtype: str | None = None) -> None:
+    """Writes what `save_params` does, but one array at a time: in one process, of arrays that need not all be in memory.
+
+    Args:
+        path: a directory that does not exist; appears whole at the end.
+        params: nested dictionaries of numpy, JAX or lazy arrays (`LazyArray`).
+        description: what rebuilds the model, as JSON.
+        step: updates behind these parameters.
+        dtype: that floats are rounded to; None keeps theirs.
+
+    Raises:
+        CheckpointError: when the directory exists, or can't be written.
+    """
+    leaves = {"/".join(keys): leaf for keys, leaf in flatten(params)}
+    rounded = None if dtype is None else jnp.dtype(dtype)
+    specs = {
+        name: ArraySpec(tuple(leaf.shape), rounded if rounded is not None and is_float(leaf.dtype) else leaf.dtype)
+        for name, leaf in leaves.items()
+    }
+    run = {"step": step, "position": {}, "description": description, "metrics": {}}
+    arrays = {}
+    try:
+        with new_directory(path.expanduser().absolute()) as partial:
+            writer = orbax_item.writer(partial / _PARAMS, specs)
+            for name, leaf in leaves.items():
+                array = part_of(leaf, ())
+                arrays[name] = _digest(array, specs[name])
+                writer.write(name, array)
+            writer.finish()
+            (partial / RUN_FILE).write_text(json.dumps(run))
+            place = epath.Path(partial)
+            Manifest(step, 1, digest_files(place, files_below(place)), {_PARAMS: arrays}).write(place)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"parameters could not be written to {path}: {error}") from error
+
+
+def open_params(path: str | os.PathLike) -> tuple[Params, dict[str, Any], int]:
+    """What `load_params` gives, but with arrays that are read when asked for (`LazyArray`); their files are verified first.
+
+    One array is held, from which parts are taken until another one is asked for: training saves an array in large chunks,
+    which can't be read in part. Such a chunk takes up to three times its size to read.
+
+    Raises:
+        CheckpointError: when there is no intact checkpoint.
+    """
+    found = find_intact(path)
+    run = read_run(epath.Path(found))
+    item = found / (_EMA if (found / _EMA).is_dir() else _PARAMS)
+    held = _Held()
+    try:
+        leaves = {
+            tuple(name.split("/")): LazyArray(leaf.shape, leaf.dtype, functools.partial(held.fill, leaf))
+            for name, leaf in orbax_item.read(item).items()
+        }
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {found} can't be read: {error}. Give another one.") from error
+    return unflatten(leaves), run["description"], int(run["step"])
+
+
+@dataclasses.dataclass
+class _Held:
+    """The array that parts were last taken from."""
+
+    source: LazyArray | None = None
+    array: np.ndarray | None = None
+
+    def fill(self, source: LazyArray, out: np.ndarray, region: Region) -> None:
+        """See `LazyArray.fill`."""
+        if self.source is not source:
+            self.source, self.array = None, None
+        if region == whole(source.shape):
+            source.fill(out, region)
+            return
+        if self.array is None:
+            self.source, self.array = source, source.read()
+        out[...] = self.array[region]
+
+
+def _digest(array: np.ndarray, spec: ArraySpec) -> ArrayDigest:
+    """Of an array as it is written, rounded in blocks: no second one is held."""
+    found = hashlib.sha256()
+    flat = np.ascontiguousarray(array).reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        block: Any = flat[start : start + _BLOCK].astype(spec.dtype, copy=False).view(np.uint8)
+        found.update(block)
+    place = ",".join(f"0:{size}" for size in spec.shape)
+    return ArrayDigest(tuple(spec.shape), str(np.dtype(spec.dtype)), {place: found.hexdigest()})

@@ -1,0 +1,167 @@
+"""Real processes, two and four: the numbers of one process on the same mesh, stopping, going on, being killed."""
+
+import json
+import re
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from groups import start
+
+from clp_jax.data.reader import DataSource, sequence_batch
+from clp_jax.processes import RESTARTABLE
+from clp_jax.training.checkpoints import load_params
+from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+
+STEPS = 4
+ALL = ("packed", "experts", "policy", "rewards")
+
+
+def jobs(directory, *names, num_steps=STEPS, **settings):
+    return [
+        {"name": name, "run_dir": str(directory / name), "num_steps": num_steps, "checkpoint_every": 2} | settings
+        for name in names
+    ]
+
+
+def lines(run_dir):
+    return [{k: v for k, v in r.items() if k not in TIMING_METRICS} for r in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def assert_same_metrics(run_dir, expected, rtol):
+    found, wanted = lines(run_dir), lines(expected)
+    assert [r["step"] for r in found] == [r["step"] for r in wanted]
+    for now, then in zip(found, wanted, strict=True):
+        assert now.keys() == then.keys()
+        for name in now.keys() - {"stage"}:
+            np.testing.assert_allclose(now[name], then[name], rtol=rtol, atol=1e-7, err_msg=f"{name} {now['step']}")
+
+
+def assert_same_params(run_dir, expected, rtol):
+    (params, _, step), (wanted, _, wanted_step) = load_params(run_dir), load_params(expected)
+    assert step == wanted_step
+    for (path, now), then in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True):
+        scale = np.abs(then).max()
+        np.testing.assert_allclose(now / scale, then / scale, rtol=0, atol=rtol, err_msg=jax.tree_util.keystr(path))
+
+
+def consumed(run_dir, num_processes):
+    """Example ids by position in the data, put together from what each process was given."""
+    found = {}
+    for number in range(num_processes):
+        path = run_dir.parent / f"{run_dir.name}.ids.{num_processes}.{number}"
+        for line in path.read_text().splitlines():
+            position, shards = json.loads(line)
+            for first, ids in shards:
+                for place, example in enumerate(ids):
+                    assert found.setdefault(position + first + place, example) == example
+    return found
+
+
+def expected_ids(home, count):
+    data = DataSource(home / "packed", "train", batch_size=8, converter=sequence_batch, seed=3)
+    return dict(enumerate(data.example_ids(0, count).tolist()))
+
+
+@pytest.fixture(scope="module")
+def alone(home, tmp_path_factory):
+    """All jobs in one process of four devices."""
+    directory = tmp_path_factory.mktemp("alone")
+    start(directory, home, jobs(directory, *ALL), num_processes=1, devices=4).succeed()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home, tmp_path_factory):
+    """A longer run in one process of four devices."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    start(directory, home, jobs(directory, "packed", num_steps=12), num_processes=1, devices=4).succeed()
+    return directory / "packed"
+
+
+@pytest.fixture(scope="module")
+def two(home, tmp_path_factory, alone):
+    """The same in two processes of two devices; one with its tensor axis across them."""
+    directory = tmp_path_factory.mktemp("two")
+    made = [*jobs(directory, *ALL), *jobs(directory / "crossed", "packed", crossed=True)]
+    group = start(directory, home, made, num_processes=2, devices=2)
+    group.succeed()
+    return directory
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_two_processes_train_as_one_does(alone, two, name):
+    assert_same_metrics(two / name, alone / name, rtol=1e-6)
+    assert_same_params(two / name, alone / name, rtol=1e-6)
+
+
+def test_a_tensor_axis_may_cross_processes(alone, two):
+    assert_same_metrics(two / "crossed" / "packed", alone / "packed", rtol=1e-6)
+    assert_same_params(two / "crossed" / "packed", alone / "packed", rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["packed", "experts", "crossed/packed"])
+def test_each_process_reads_the_rows_of_its_devices(home, two, name):
+    assert consumed(two / name, 2) == expected_ids(home, STEPS * 8)
+    rows = [
+        {
+            row
+            for line in path.read_text().splitlines()
+            for first, ids in json.loads(line)[1]
+            for row in range(first, first + len(ids))
+        }
+        for path in ((two / name).parent / f"packed.ids.2.{number}" for number in range(2))
+    ]
+    # Where the tensor axis crosses processes both have all rows, otherwise each has its half.
+    assert [len(held) for held in rows] == ([8, 8] if "crossed" in name else [4, 4])
+
+
+def test_only_process_0_writes_and_all_keep_quiet_about_it(two):
+    events = list((two / "packed" / "tensorboard").iterdir())
+    assert len(events) == 1
+    assert {"config.gin", "description.json", "metrics.jsonl"} <= {path.name for path in (two / "packed").iterdir()}
+    quiet = (two / "log.1").read_text()
+    assert "supervised" not in quiet and "Traceback" not in quiet
+
+
+def wait_for_lines(group, run_dir, count, seconds=120):
+    """Until the metrics have so many lines."""
+    end = time.monotonic() + seconds
+    path = run_dir / "metrics.jsonl"
+    while not path.is_file() or len(path.read_text().splitlines()) < count:
+        codes = [process.poll() for process in group.processes]
+        if time.monotonic() > end or any(code is not None for code in codes):
+            group.kill()
+            raise AssertionError(f"{path} has not {count} lines; exit codes {codes}.\n{group.text()}")
+        time.sleep(0.05)
+
+
+def test_a_run_that_is_stopped_and_killed_goes_on_with_other_processes(home, undisturbed, tmp_path):
+    """SIGTERM to one process stops all at one step; SIGKILL of one ends all; four more devices finish the same run."""
+    run_dir = tmp_path / "packed"
+    made = jobs(tmp_path, "packed", num_steps=12, pause=0.3)
+
+    group = start(tmp_path / "first", home, made, num_processes=2, devices=2)
+    wait_for_lines(group, run_dir, 2)
+    group.processes[1].send_signal(signal.SIGTERM)
+    before = time.monotonic()
+    assert group.wait(60) == [RESTARTABLE, RESTARTABLE], group.text()
+    assert time.monotonic() - before < 30
+    stopped = int(re.search(r"stopped by SIGTERM after step (\d+) of 12", group.text())[1])
+    assert stopped == load_params(run_dir)[2] == lines(run_dir)[-1]["step"] < 12
+
+    group = start(tmp_path / "second", home, made, num_processes=2, devices=2, CLP_HEARTBEAT_SECONDS="5")
+    wait_for_lines(group, run_dir, stopped + 1)
+    group.processes[1].kill()
+    before = time.monotonic()
+    assert group.wait(60) == [RESTARTABLE, -signal.SIGKILL], group.text()
+    assert time.monotonic() - before < 60
+    assert "process 0 of 2: process 1 was lost: no sign of life for 5 s." in group.text()
+
+    start(tmp_path / "third", home, jobs(tmp_path, "packed", num_steps=12), num_processes=4, devices=2).succeed()
+    assert_same_metrics(run_dir, undisturbed, rtol=1e-6)
+    assert_same_params(run_dir, undisturbed, rtol=1e-6)
+    found = consumed(run_dir, 2) | consumed(run_dir, 4)
+    assert found == expected_ids(home, 12 * 8)

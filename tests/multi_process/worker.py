@@ -1,0 +1,183 @@
+"""One process of a group: trains the jobs of a plan one after another, as `clp train` does, and leaves."""
+
+import dataclasses
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import jax
+from tiny_runs import MODEL
+
+from clp_jax import processes
+from clp_jax.models.conditioning import ParameterConditioning
+from clp_jax.models.config import MoEConfig
+from clp_jax.nn.routing import Dropless
+from clp_jax.partitioning import Rules, make_mesh
+from clp_jax.preferences import Dirichlet
+from clp_jax.rewards.programmatic import Brevity, FunctionReward
+from clp_jax.train import train
+from clp_jax.training.clp import ConditionalPolicy
+from clp_jax.training.estimators import ValueBaseline
+from clp_jax.training.optimizers import AdamW
+from clp_jax.training.reward_models import RewardModel
+from clp_jax.training.supervised import Supervised
+
+BATCH = ("batch", ("slice", "data", "fsdp", "expert"))
+TENSOR = (("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"), ("act_mlp", "tensor"), ("act_heads", "tensor"))
+EXPERTS = MoEConfig(num_experts=4, router=Dropless(2))
+
+
+def letters(prompts, completions, references):
+    """The length of each completion, in letters."""
+    return [len(text) for text in completions]
+
+
+def policy(home, **changes):
+    """The multi-objective stage."""
+    settings = {
+        "initial_checkpoint": f"{home}/sft",
+        "data_dir": f"{home}/prompts",
+        "rewards": (Brevity(limit=4), FunctionReward("letters", letters)),
+        "preferences": Dirichlet(2, alpha=0.1),
+        "conditioning": ParameterConditioning("full", 2),
+        "estimator": ValueBaseline(hidden_dim=4),
+        "batch_size": 16,
+        "num_samples": 2,
+        "num_groups": 2,
+        "num_chunks": 2,
+        "max_length": 4,
+        "statistics_prompts": 8,
+    }
+    return ConditionalPolicy(**settings | changes)
+
+
+# Name of a job -> its stage, the sizes of its mesh axes (data takes the rest), and its rules.
+JOBS = {
+    "packed": lambda home: (
+        Supervised(dataclasses.replace(MODEL, dropout_rate=0.1), f"{home}/packed", batch_size=8, evaluation_batches=1),
+        {"fsdp": 2, "tensor": 2},
+        Rules((BATCH, *TENSOR)),
+    ),
+    "experts": lambda home: (
+        Supervised(dataclasses.replace(MODEL, moe=EXPERTS), f"{home}/packed", batch_size=8, evaluation_batches=1),
+        {"expert": 4},
+        Rules((BATCH, ("expert", "expert"), ("act_expert", "expert"))),
+    ),
+    "rewards": lambda home: (
+        RewardModel(
+            "true", f"{home}/prompts", MODEL, "preference", ("foreign", "swap"), batch_size=8, evaluation_pairs=6
+        ),
+        {},
+        Rules((BATCH,)),
+    ),
+    "policy": lambda home: (policy(home), {"fsdp": 2}, Rules((BATCH, ("embed", "fsdp")))),
+}
+
+
+class Recording:
+    """A source that notes which examples this process was given, and does not hurry.
+
+    Args:
+        source: of a stage.
+        path: of the notes, one line for each step.
+        pause: seconds before each step.
+        hang_at: the step before which this process stands still, if any.
+    """
+
+    def __init__(self, source, path, pause, hang_at):
+        self._source, self._path, self._pause, self._hang_at = source, path, pause, hang_at
+
+    def next(self, state, frozen):
+        """The next batch."""
+        time.sleep(self._pause)
+        step = self._source.position()["examples"]
+        batch, metrics = self._source.next(state, frozen)
+        if hasattr(batch, "example_ids"):
+            ids = batch.example_ids
+            shards = (
+                [(s.index[0].indices(ids.shape[0])[0], s.data.tolist()) for s in ids.addressable_shards]
+                if isinstance(ids, jax.Array)
+                else [(0, ids.tolist())]
+            )
+            with open(self._path, "a") as file:
+                file.write(json.dumps([step, shards]) + "\n")
+        if self._hang_at is not None and int(state.step) == self._hang_at:
+            time.sleep(3600)
+        return batch, metrics
+
+    def position(self):
+        """That of the source."""
+        return self._source.position()
+
+    def restore(self, position):
+        """Goes there."""
+        self._source.restore(position)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A stage whose source is `Recording`."""
+
+    stage: object
+    path: str
+    pause: float
+    hang_at: int | None
+
+    def setup(self, run_dir, seed):
+        """That of the stage."""
+        found = self.stage.setup(run_dir, seed)
+        return dataclasses.replace(found, source=Recording(found.source, self.path, self.pause, self.hang_at))
+
+
+def mesh_of(sizes, crossed):
+    """The mesh; where it is crossed, the last of its axes goes across processes."""
+    devices = jax.devices()
+    if crossed:
+        devices = [device for first in range(2) for device in devices[first::2]]
+    return make_mesh(data=-1, devices=devices, **sizes)
+
+
+def run(plan, job):
+    """Trains one job of a plan."""
+    stage, sizes, rules = JOBS[job["name"]](plan["home"])
+    number = processes.index()
+    path = f"{job['run_dir']}.ids.{plan['num_processes']}.{number}"
+    hang_at = job.get("hang_at") if number == job.get("hang_in") else None
+    train(
+        run_dir=job["run_dir"],
+        stage=Recorded(stage, path, job.get("pause", 0.0), hang_at),
+        optimizer=AdamW(0.01, weight_decay=0.1),
+        num_steps=job["num_steps"],
+        log_every=1,
+        evaluate_every=job.get("evaluate_every"),
+        checkpoint_every=job.get("checkpoint_every"),
+        seed=3,
+        mesh=mesh_of(sizes, job.get("crossed", False)),
+        rules=rules,
+        watchdog_seconds=job.get("watchdog_seconds", 600.0),
+    )
+
+
+def main(path, number):
+    """Does what a plan says; the exit code."""
+    plan = json.loads(Path(path).read_text())
+    jax.config.update("jax_num_cpu_devices", plan["devices"])
+    try:
+        if plan["num_processes"] > 1:
+            processes.start(processes.Processes(plan["address"], plan["num_processes"], number))
+        assert jax.process_count() == plan["num_processes"] and jax.local_device_count() == plan["devices"]
+        for job in plan["jobs"]:
+            run(plan, job)
+    except SystemExit as stop:
+        return processes.leave(stop.code)
+    except Exception as error:
+        processes.await_verdict(error)
+        traceback.print_exc()
+        return processes.leave(1, str(error))
+    return processes.leave(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))
