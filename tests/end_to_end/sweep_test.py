@@ -108,7 +108,7 @@ def test_a_pipeline_of_real_commands_runs_once(capfd):
 def test_six_trials_give_a_table_and_plots(capfd):
     assert main(["sweep", "--file", "sweep.yaml", "local", "--max_concurrent=2"]) == 0
     directory = Path("runs/sweeps/sweep")
-    rows = list(csv.DictReader((directory / "table.csv").open()))
+    rows = list(csv.DictReader((directory / "table.csv").read_text().splitlines()))
     assert [(row["LEARNING_RATE"], row["seed"], row["state"]) for row in rows] == [
         (rate, seed, "succeeded") for rate in ("0.001", "0.01", "0.1") for seed in "01"
     ]
