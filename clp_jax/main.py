@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -32,6 +33,14 @@ COMMANDS = {
 # Arguments of commands that stand for another command, configured by the same files.
 BORROWED = {"compile": {"training": "train"}}
 
+# Those that run commands elsewhere: they know command lines, and nothing of gin.
+LAUNCHING = {
+    "launch": "Runs a command elsewhere (TPUs, clusters, processes here), and looks after it.",
+    "jobs": "Lists, shows, stops and retries what was launched.",
+    "sweep": "Tries a command with many bindings and seeds; clp sweep report tells what came of it.",
+    "pipeline": "Runs the stages of a recipe that are not done, or whose inputs have changed.",
+}
+
 PACKAGE = "clp_jax"
 
 USER_ERROR = 2
@@ -56,10 +65,13 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"clp_jax {__version__}")
         return 0
     command, *rest = words
-    if command not in COMMANDS or _entry_point(command) is None:
-        print(f"clp: error: there is no command {command!r}{suggest(command, _available())}.", file=sys.stderr)
+    if command not in LAUNCHING and (command not in COMMANDS or _entry_point(command) is None):
+        known = [*_available(), *LAUNCHING]
+        print(f"clp: error: there is no command {command!r}{suggest(command, known)}.", file=sys.stderr)
         return USER_ERROR
     try:
+        if command in LAUNCHING:
+            return _launch(command, rest)
         return processes.leave(_run(command, rest))
     except SystemExit as stop:
         processes.leave(stop.code if isinstance(stop.code, int) else FAILURE)
@@ -129,6 +141,20 @@ def _function(command: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _launch(command: str, words: Sequence[str]) -> int:
+    """Gives a command line to `launch/`: a part of an installation, and next to the package in a checkout."""
+    beside = Path(__file__).parents[1] / "launch"
+    if importlib.util.find_spec("clp_jax.launch") is None and (beside / "__init__.py").is_file():
+        importlib.import_module("clp_jax").__path__.append(str(beside.parent))
+    # A sweep file is Python of the user, and may import what is next to it.
+    sys.path.append(os.getcwd())
+    known = [*_available(), *LAUNCHING]
+    if command == "jobs":
+        return importlib.import_module("clp_jax.launch.jobs").jobs(words)
+    module = {"launch": "command", "sweep": "sweep_command", "pipeline": "pipeline_command"}[command]
+    return getattr(importlib.import_module(f"clp_jax.launch.{module}"), command)(words, commands=known)
+
+
 def _entry_point(command: str) -> EntryPoint | None:
     return EntryPoint.find(*COMMANDS[command].rsplit(".", 1))
 
@@ -148,6 +174,7 @@ def _overview() -> str:
         entry = _entry_point(command)
         if entry is not None:
             lines.append(f"  {command:<12}{entry.summary}")
+    lines += [f"  {command:<12}{summary}" for command, summary in LAUNCHING.items()]
     return "\n".join([*lines, "", "clp COMMAND --help tells more, also about the gin files given with it."])
 
 

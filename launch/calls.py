@@ -1,0 +1,156 @@
+"""Commands of other people's tools, run without a shell, with a limit of time."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from clp_jax.launch.job import LaunchError, write
+from clp_jax.launch.target import Run, Step, Unreachable, Write
+
+# What tools say when the same call may do better. Of gcloud, kubectl, ssh and SLURM.
+_PASSING = re.compile(
+    r"timed out|timeout|deadline exceeded|connection (refused|reset|closed)|temporarily unavailable|UNAVAILABLE|"
+    r"Unable to contact slurm controller|Socket timed out|TLS handshake|i/o timeout|503|kex_exchange",
+    re.IGNORECASE,
+)
+
+# Seconds that no call is waited for longer.
+LONGEST = 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """How a command ended.
+
+    Attributes:
+        code: its exit code.
+        output: what it wrote to its standard output.
+        error: and to the other one.
+    """
+
+    code: int
+    output: str
+    error: str
+
+
+def call(run: Run, may_fail: bool = False) -> Called:
+    """Runs a command and waits for it.
+
+    Args:
+        run: the command, its time and how often it may be tried.
+        may_fail: whether a refusal is the caller's to read; silence is always an error.
+
+    Raises:
+        Unreachable: when it did not answer in time, or said that the other side does not.
+        LaunchError: when it is not installed, or refused.
+    """
+    for attempt in range(1, run.attempts + 1):
+        try:
+            done = _call_once(run)
+        except Unreachable:
+            if attempt == run.attempts:
+                raise
+            continue
+        if done.code == 0 or (may_fail and not _PASSING.search(done.error)):
+            return done
+        if not _PASSING.search(done.error):
+            raise LaunchError(f"{_short(run)} refused: {_reason(done)}")
+    raise Unreachable(f"{_short(run)} can't reach the other side: {_reason(done)}")
+
+
+def carry_out(steps: Sequence[Step]) -> None:
+    """Writes the files and runs the commands of a plan, in order.
+
+    Raises:
+        LaunchError: at the first that does not succeed.
+    """
+    for step in steps:
+        if isinstance(step, Write):
+            step.path.parent.mkdir(parents=True, exist_ok=True)
+            write(step.path, step.text)
+        elif isinstance(step, Run):
+            call(step)
+
+
+def begin(words: Sequence[str], output: Path) -> None:
+    """Starts a command that outlives this process, with a process group of its own.
+
+    Args:
+        words: of the command.
+        output: a file that gets what it writes.
+    """
+    # The shell ends at once: what it began is nobody's child here.
+    script = 'set -m; output="$1"; shift; "$@" >> "$output" 2>&1 < /dev/null &'
+    subprocess.run(("bash", "-c", script, "bash", str(output), *words), start_new_session=True, check=True)
+
+
+def stream(run: Run) -> Iterator[str]:
+    """The lines that a command writes, as they come; it is ended when nobody wants more."""
+    try:
+        process = subprocess.Popen(
+            run.words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise LaunchError(
+            f"{run.words[0]} is not installed here, or not on the PATH: see docs/launching.md."
+        ) from error
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            yield line.rstrip("\n")
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
+def _call_once(run: Run) -> Called:
+    try:
+        process = subprocess.Popen(
+            run.words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise LaunchError(
+            f"{run.words[0]} is not installed here, or not on the PATH: see docs/launching.md."
+        ) from error
+    try:
+        output, error_text = process.communicate(timeout=min(run.timeout, LONGEST))
+    except BaseException as stopped:
+        # The tool may have begun others (gcloud begins ssh).
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(stopped, subprocess.TimeoutExpired):
+            raise Unreachable(f"{_short(run)} did not answer within {min(run.timeout, LONGEST):g} s.") from stopped
+        raise
+    return Called(process.returncode, output, error_text)
+
+
+def _short(run: Run) -> str:
+    return " ".join(run.words[:5])
+
+
+def _reason(done: Called) -> str:
+    lines = [line.strip() for line in (done.error or done.output).splitlines() if line.strip()]
+    told = [line for line in lines if re.match(r"(ERROR|error|sbatch: error|Error from server)", line)]
+    return (told or lines or [f"exit code {done.code}"])[-1 if not told else 0]
+
+
+def show(text: str) -> None:
+    """Tells a person what happens, at once."""
+    print(text, file=sys.stderr, flush=True)

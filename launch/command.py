@@ -1,0 +1,281 @@
+"""`clp launch TARGET [options] -- COMMAND`: writes a job down, begins it, and looks after it."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from clp_jax.launch.calls import begin, call, show
+from clp_jax.launch.code import archive, code_version
+from clp_jax.launch.gin_files import files_of
+from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.local import local_command
+from clp_jax.launch.options import build, describe, option, split
+from clp_jax.launch.supervisor import Patience, supervise
+from clp_jax.launch.target import Note, Run, Target, Write
+from clp_jax.launch.targets import TARGETS, find_target
+
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
+# An archive, as text.
+_LONG = re.compile(r"[A-Za-z0-9+/=]{2000,}")
+_PROGRAM_SECONDS = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchOptions:
+    """What every target takes."""
+
+    name: str | None = option("of the job; by default from the command, so that the same command is the same job", None)
+    run_dir: str | None = option("where the run writes, if the configuration does not say it in run_dir", None)
+    max_restarts: int = option("attempts after failures; preemptions do not count", 20)
+    max_failures: int = option("failures in a row without a new checkpoint that end the job", 3)
+    dry_run: bool = option("print the exact files and commands, and do nothing", False)
+    force: bool = option("launch what clp compile says does not fit, or what it can't look at", False)
+    detach: bool = option("look after the job in the background", False)
+    look: float = option("seconds between two looks at the job", 10.0)
+
+
+def launch(words: Sequence[str], commands: Collection[str]) -> int:
+    """Runs `clp launch`.
+
+    Args:
+        words: what was typed after it.
+        commands: of `clp`, that a job's command may begin with.
+
+    Returns:
+        The exit code: 0, or 1 where the job failed.
+
+    Raises:
+        LaunchError: for what is wrong, before anything is created.
+    """
+    places, given, command = split(words)
+    if "help" in given or not places:
+        print(usage(places[0] if places and places[0] in TARGETS else None))
+        return 0
+    if len(places) > 1:
+        raise LaunchError(f"what is {places[1]!r}? Options are --NAME=VALUE; the command comes after --.")
+    ours = {field.name for field in dataclasses.fields(LaunchOptions)}
+    options = build(LaunchOptions, {k: v for k, v in given.items() if k in ours}, "clp launch")
+    target_options = {k: v for k, v in given.items() if k not in ours}
+    target = find_target(places[0], target_options)
+    job = make_job(places[0], target_options, options, command, commands)
+    target.check(job)
+    jobs = jobs_directory()
+    if options.dry_run:
+        print_plan(target, job, jobs)
+        return 0
+    record = _existing(jobs, job)
+    if record is None:
+        check_before_creating(target, job, commands, options.force)
+        record = create(jobs, job, target)
+    return look_after([record], detach=options.detach, patience=Patience(look=options.look))
+
+
+def check_before_creating(target: Target, job: Job, commands: Collection[str], force: bool) -> None:
+    """Finds what is wrong with a job while nothing is created.
+
+    Args:
+        target: where it runs.
+        job: what is asked.
+        commands: of `clp`.
+        force: whether it runs even where it does not fit the slice.
+
+    Raises:
+        LaunchError: for a secret in the command, what the target refuses, and what does not fit.
+    """
+    refuse_secrets([*job.command, *job.options.values()], os.environ)
+    target.check(job)
+    target.check_access(job)
+    if not force:
+        check_that_it_fits(target, job, commands)
+
+
+def create(jobs: Path, job: Job, target: Target) -> JobRecord:
+    """Writes the record of a job, with the code where its target has to bring it to the workers."""
+    files = files_of(job.command, Path(job.directory))
+    extra = target.ships_code
+    return JobRecord.create(jobs, job, files, None if extra is None else archive(files, extra or None))
+
+
+def make_job(
+    target: str,
+    target_options: Mapping[str, str],
+    options: LaunchOptions,
+    command: Sequence[str],
+    commands: Collection[str],
+) -> Job:
+    """The job that a command line asks for.
+
+    Raises:
+        LaunchError: for a command that is refused, or that holds a secret.
+    """
+    words = ("clp", *command) if command and command[0] in commands else tuple(command)
+    refuse_secrets([*words, *target_options.values()], os.environ)
+    directory = str(Path.cwd())
+    asked = (words, target, sorted(target_options.items()), directory)
+    digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:6]
+    default = (
+        re.sub(r"[^a-z0-9]+", "-", Path(words[min(1, len(words) - 1)]).stem.lower()).strip("-")[:30] if words else ""
+    )
+    run_dir = options.run_dir or run_dir_of(words)
+    return Job(
+        name=options.name or (f"{default}-{digest}" if default[:1].isalpha() else f"job-{digest}"),
+        command=words,
+        target=target,
+        options=dict(target_options),
+        run_dir=run_dir,
+        code_version=code_version(),
+        directory=directory,
+        max_restarts=options.max_restarts,
+        max_failures=options.max_failures,
+    )
+
+
+def run_dir_of(command: Sequence[str]) -> str | None:
+    """Where a `clp` command writes, as its resolved configuration says; this also finds what is wrong with it.
+
+    Raises:
+        LaunchError: with the command's own line, when it is refused.
+    """
+    if command[:1] != ("clp",) or "--help" in command:
+        return None
+    done = call(Run((*local_command(command), "--print_config"), timeout=_PROGRAM_SECONDS), may_fail=True)
+    if done.code:
+        lines = done.error.strip().splitlines() or [f"exit code {done.code}"]
+        raise LaunchError(f"the command is refused. {lines[-1]}")
+    values = dict(re.findall(r"^([\w.]+) = (.+)$", done.output, flags=re.MULTILINE))
+    value = next((text for name, text in values.items() if name.split(".")[-1] == "run_dir"), "")
+    for _ in range(len(values)):
+        if not value.startswith("%"):
+            break
+        value = values.get(value[1:], "")
+    found = re.fullmatch(r"'([^'\\]*)'|\"([^\"\\]*)\"", value)
+    return (found[1] or found[2]) if found else None
+
+
+def refuse_secrets(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Refuses words that hold the value of a variable whose name says that it is secret: they are stored and shown.
+
+    Raises:
+        LaunchError: which names the variable, not the value.
+    """
+    for name, value in environment.items():
+        if _SECRET.search(name) and len(value) >= 8 and any(value in word for word in words):
+            raise LaunchError(
+                f"the value of ${name} stands in the command, which is stored and shown: leave it out, and give it to the "
+                "workers as docs/launching.md says under secrets."
+            )
+
+
+def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> None:
+    """Compiles the command's step for the slice that the target would rent, where the compiler is installed.
+
+    Raises:
+        LaunchError: when it does not fit.
+    """
+    asked = target.compile_options()
+    if asked is None or job.command[:2] != ("clp", "train") or "compile" not in commands:
+        return
+    if not _has_compiler():
+        show("The extra `aot` is not installed: whether this fits the slice is not known before it runs.")
+        return
+    words = [word for word in job.command[2:] if not word.startswith("--debug")]
+    show(f"compiling for {' '.join(asked)}; --force launches without")
+    done = call(Run((*local_command(("clp", "compile", *words)), *asked), timeout=3600.0), may_fail=True)
+    if done.code:
+        reason = (done.error.strip() or done.output.strip() or f"exit code {done.code}").splitlines()[-1]
+        raise LaunchError(
+            f"it does not fit, or can't be compiled for the slice: {reason} (--force launches it all the same)"
+        )
+
+
+def print_plan(target: Target, job: Job, jobs: Path) -> None:
+    """Prints the exact files and commands of a launch; what is too long to read is cut, and counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = create(Path(folder), job, target)
+        for step in target.dry_run(record):
+            if isinstance(step, Write):
+                text = f"# writes {step.path}\n{step.text.rstrip()}\n"
+            elif isinstance(step, Note):
+                text = "".join(f"# {line}\n" for line in step.text.splitlines())
+            else:
+                text = f"$ {shlex.join(step.words)}\n"
+            print(_LONG.sub(_cut, text.replace(folder, str(jobs))))
+
+
+def look_after(records: Sequence[JobRecord], detach: bool, patience: Patience) -> int:
+    """Looks after jobs until they are over, here or in the background.
+
+    Returns:
+        The exit code: 0, or 1 where a job failed.
+
+    Raises:
+        LaunchError: when another launcher does.
+    """
+    targets = [find_target(record.job.target, record.job.options) for record in records]
+    if detach:
+        for record in records:
+            _in_background(record, patience)
+        return 0
+    with contextlib.ExitStack() as stack:
+        for record in records:
+            stack.enter_context(record.lock())
+        try:
+            ends = supervise(records, targets, patience)
+        except KeyboardInterrupt:
+            names = " ".join(record.job.name for record in records)
+            show(
+                f"\nnobody looks after {names} now; what runs, runs on. clp jobs watch {names} goes on, clp jobs stop ends it."
+            )
+            return 128 + 2
+    return int(any(state.phase == "failed" for state in ends))
+
+
+def usage(target: str | None) -> str:
+    """The help of `clp launch`."""
+    lines = ["clp launch: runs a command elsewhere, and looks after it.", ""]
+    lines += ["usage: clp launch TARGET [--OPTION=VALUE] ... -- COMMAND", ""]
+    lines += [f"targets: {', '.join(TARGETS)}; clp launch TARGET --help tells a target's options", ""]
+    lines += ["Options:", *describe(LaunchOptions)]
+    if target is not None:
+        lines += ["", f"Options of {target}:", *describe(TARGETS[target])]
+    return "\n".join([*lines, "", "clp jobs shows, stops and retries jobs."])
+
+
+def _has_compiler() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _cut(word: re.Match[str]) -> str:
+    return f"{word[0][:40]}... ({len(word[0])} characters)"
+
+
+def _existing(jobs: Path, job: Job) -> JobRecord | None:
+    """The record of the same job, if there is one: a launcher that is started again goes on with it."""
+    if not (jobs / job.name).is_dir():
+        return None
+    record = JobRecord.load(jobs / job.name)
+    same = dataclasses.replace(record.job, code_version=job.code_version)
+    if same != job:
+        raise LaunchError(f"there is another job {job.name!r} in {jobs}: give this one another name: --name=NAME.")
+    if record.is_over:
+        assert record.state is not None
+        raise LaunchError(
+            f"this job is there already, and {record.state.phase}: clp jobs retry {job.name} goes on with it, another "
+            "--name=NAME begins a new one."
+        )
+    show(f"going on with {job.name}, as it was written down, with the code of then ({record.job.code_version}).")
+    return record
+
+
+def _in_background(record: JobRecord, patience: Patience) -> None:
+    words = ("-m", "clp_jax.main", "jobs", "watch", record.job.name, f"--look={patience.look}")
+    begin((sys.executable, *words), record.path / "launcher.log")
+    show(f"{record.job.name} is looked after in the background: clp jobs status {record.job.name}")

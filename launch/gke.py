@@ -1,0 +1,219 @@
+"""Jobs on GKE: a JobSet for the slices, through the `kubectl` command line."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from clp_jax.launch.calls import call, carry_out, stream
+from clp_jax.launch.exit_codes import verdict
+from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.jobset import CONTAINER, Pods, coordinator, manifest
+from clp_jax.launch.options import option
+from clp_jax.launch.remote_code import check_run_directory, check_secrets, environment, remote_command, unpack
+from clp_jax.launch.slices import Slice
+from clp_jax.launch.target import Note, Run, Status, Step, Write
+from clp_jax.launch.worker_script import worker_script
+
+
+@dataclasses.dataclass(frozen=True)
+class Gke:
+    """Pods on the TPU nodes of a cluster."""
+
+    topology: str = option("the slice, as in v5e:4x4 or v5p:4x4x4")
+    num_slices: int = option("slices that train together", 1)
+    image: str = option("of the container; bash and Python 3.11 or newer are all it needs", "python:3.12")
+    install: bool = option("install the requirements when a pod begins; false where the image has them", True)
+    provision: Literal["on-demand", "spot", "reserved"] = option(
+        "nodes to take: on-demand, spot or reserved", "on-demand"
+    )
+    reservation: str | None = option("name of the reservation, for reserved nodes", None)
+    context: str | None = option("of kubectl; by default the present one", None)
+    namespace: str | None = option("of the cluster; by default the context's", None)
+    service_account: str | None = option("of Kubernetes, bound to one of Google Cloud (workload identity)", None)
+    secrets: tuple[str, ...] = option("VARIABLE=SECRET/KEY,...: variables from Secrets of the cluster", ())
+    grace: int = option("seconds to save in, when a pod is ended", 60)
+    shared_disk: str | None = option("a folder that the image mounts everywhere, for run directories in it", None)
+    cluster: str | None = option("name of the cluster, for the xpk command that is printed", None)
+
+    name = "gke"
+    ships_code = "tpu"
+
+    def __post_init__(self) -> None:
+        Slice.parse(self.topology)
+        for name, value in (("num_slices", self.num_slices), ("grace", self.grace)):
+            if value < 1:
+                raise LaunchError(f"--{name} is {value}: expected at least 1.")
+        if (self.provision == "reserved") != (self.reservation is not None):
+            raise LaunchError("--provision=reserved and --reservation=NAME go together.")
+        check_secrets(self.secrets, r"[\w.-]+/[\w.-]+", "VARIABLE=SECRET/KEY, as the cluster has it")
+
+    def compile_options(self) -> tuple[str, ...]:
+        """The slices, for `clp compile`."""
+        return (f"--topology={Slice.parse(self.topology).name}", f"--num_slices={self.num_slices}")
+
+    def check(self, job: Job) -> None:
+        """Raises `LaunchError` for a run directory that pods do not share."""
+        check_run_directory(
+            job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on one"
+        )
+
+    def check_access(self, job: Job) -> None:
+        """Raises `LaunchError` for missing rights, a cluster without JobSet, or a name that is taken."""
+        may = call(self._kubectl("auth", "can-i", "create", "jobsets.jobset.x-k8s.io"), may_fail=True)
+        if may.code or may.output.strip() != "yes":
+            reason = " ".join((may.error or may.output).split())
+            raise LaunchError(f"kubectl may not create JobSets in this cluster: {reason}. See docs/launching.md.")
+        if self._get("jobset", f"{job.name}-1") is not None:
+            raise LaunchError(f"there is a JobSet {job.name}-1 already: give another --name.")
+
+    def submit(self, record: JobRecord) -> None:
+        """Applies the manifest; the same one twice changes nothing."""
+        carry_out(self._steps(record))
+
+    def start(self, record: JobRecord) -> None:
+        """Does nothing: submitting was all."""
+
+    def status(self, record: JobRecord) -> Status:
+        """Asks for the JobSet and its pods."""
+        found = self._get("jobset", record.resource)
+        if found is None:
+            return Status("gone")
+        conditions = {c["type"]: c for c in found.get("status", {}).get("conditions", []) if c.get("status") == "True"}
+        if "Completed" in conditions:
+            return Status("succeeded")
+        pods = (self._get("pods", "--selector", _selector(record)) or {"items": []})["items"]
+        if "Failed" in conditions:
+            return _failure(pods, conditions["Failed"].get("message", ""))
+        phases = [pod.get("status", {}).get("phase") for pod in pods]
+        expected = Slice.parse(self.topology).hosts * self.num_slices
+        if len(pods) < expected or "Pending" in phases:
+            return Status("queued", detail=_waiting(pods))
+        return Status("running")
+
+    def logs(self, record: JobRecord, lines: int | None = None, follow: bool = False) -> Iterator[str]:
+        """The pods' output."""
+        how = [f"--tail={-1 if lines is None else lines}", *(["--follow"] if follow else [])]
+        most = f"--max-log-requests={Slice.parse(self.topology).hosts * self.num_slices}"
+        words = ("logs", "--selector", _selector(record), "--container", CONTAINER, "--prefix", most, *how)
+        return stream(self._kubectl(*words))
+
+    def stop(self, record: JobRecord) -> None:
+        """Ends the pods, with their grace."""
+        self.delete(record)
+
+    def delete(self, record: JobRecord) -> None:
+        """Deletes the JobSet and its files."""
+        for kind in ("jobset", "configmap"):
+            words = ("delete", kind, record.resource, "--ignore-not-found", "--wait=true")
+            call(dataclasses.replace(self._kubectl(*words), timeout=self.grace + 300.0))
+
+    def dry_run(self, record: JobRecord) -> Sequence[Step]:
+        """The manifest, and how it is applied; and the same for who uses xpk."""
+        return [*self._steps(record), Note(f"The same with xpk, without supervision and code:\n{self._xpk(record)}")]
+
+    def _steps(self, record: JobRecord) -> list[Step]:
+        path = record.attempt_directory / "manifest.json"
+        apply = ("apply", "--filename", str(path))
+        return [
+            Write(path, manifest(self._pods(record), self._script(record), record.code)),
+            # The cluster's own schemas: nothing is created.
+            self._kubectl(*apply, "--dry-run=server"),
+            self._kubectl(*apply),
+        ]
+
+    def _pods(self, record: JobRecord) -> Pods:
+        part = Slice.parse(self.topology)
+        selector = {
+            "cloud.google.com/gke-tpu-accelerator": part.chip.node_label,
+            "cloud.google.com/gke-tpu-topology": part.topology,
+        }
+        if self.provision == "spot":
+            selector["cloud.google.com/gke-spot"] = "true"
+        if self.reservation is not None:
+            selector["cloud.google.com/reservation-name"] = self.reservation
+        return Pods(
+            resource=record.resource,
+            job=record.job.name,
+            namespace=self.namespace,
+            image=self.image,
+            slices=self.num_slices,
+            hosts=part.hosts,
+            node_selector=selector,
+            limits={"google.com/tpu": str(part.chips_per_host)},
+            service_account=self.service_account,
+            secrets={w.partition("=")[0]: _secret(w.partition("=")[2]) for w in self.secrets},
+            grace=self.grace,
+            is_spot=self.provision == "spot",
+        )
+
+    def _script(self, record: JobRecord) -> str:
+        hosts = Slice.parse(self.topology).hosts
+        lines = unpack("/clp/files/code.tar.gz", '"$HOME/clp"')
+        if self.install:
+            lines += environment('"$HOME"/clp/environments')
+        if hosts * self.num_slices > 1:
+            lines += [
+                f"export CLP_COORDINATOR_ADDRESS={coordinator(record.resource)} CLP_NUM_PROCESSES={hosts * self.num_slices}",
+                f'export CLP_PROCESS_ID="$((CLP_SLICE * {hosts} + JOB_COMPLETION_INDEX))"',
+            ]
+        return worker_script(
+            remote_command(record.job.command),
+            directory='"$HOME/clp/code/work"',
+            here='"$HOME/clp/state"',
+            environment={},
+            setup=lines,
+            keeps_log=False,
+        )
+
+    def _get(self, kind: str, *words: str) -> Any:
+        called = call(self._kubectl("get", kind, *words, "--ignore-not-found", "--output=json"))
+        return json.loads(called.output) if called.output.strip() else None
+
+    def _kubectl(self, *words: str) -> Run:
+        context = () if self.context is None else (f"--context={self.context}",)
+        namespace = () if self.namespace is None else (f"--namespace={self.namespace}",)
+        return Run(("kubectl", *context, *namespace, *words), timeout=120.0, attempts=3)
+
+    def _xpk(self, record: JobRecord) -> str:
+        words = [
+            *("xpk", "workload", "create", f"--cluster={self.cluster or 'CLUSTER'}", f"--workload={record.resource}"),
+            *(f"--tpu-type={Slice.parse(self.topology).accelerator_type}", f"--num-slices={self.num_slices}"),
+            *(f"--docker-image={self.image}", f"--command={shlex.join(remote_command(record.job.command))}"),
+        ]
+        return shlex.join(words)
+
+
+def _selector(record: JobRecord) -> str:
+    return f"jobset.sigs.k8s.io/jobset-name={record.resource}"
+
+
+def _secret(word: str) -> tuple[str, str]:
+    name, _, key = word.partition("/")
+    return name, key
+
+
+def _failure(pods: Sequence[dict[str, Any]], message: str) -> Status:
+    """Why a JobSet failed: its pods' exit codes, or that they were taken away."""
+    codes: list[int | None] = []
+    for pod in pods:
+        status = pod.get("status", {})
+        if any(c.get("type") == "DisruptionTarget" and c.get("status") == "True" for c in status.get("conditions", [])):
+            return Status("preempted", detail=f"{pod['metadata']['name']} was evicted")
+        for container in status.get("containerStatuses", []):
+            code = container.get("state", {}).get("terminated", {}).get("exitCode")
+            codes.append(code)
+    if not any(codes):
+        # Nobody ended badly by himself: a node went away with what ran on it.
+        return Status("preempted", detail=message or "its pods are gone")
+    return verdict(codes)
+
+
+def _waiting(pods: Sequence[dict[str, Any]]) -> str:
+    """Why pods are not scheduled, in the scheduler's words."""
+    for pod in pods:
+        for condition in pod.get("status", {}).get("conditions", []):
+            if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+                return condition.get("message", "")
+    return ""

@@ -1,0 +1,161 @@
+"""The manifest of a job on Kubernetes: a JobSet with one pod for each host of its slices, and the files of the job.
+
+Fields as in jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1.
+"""
+
+import base64
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from clp_jax.launch.exit_codes import FINAL
+from clp_jax.launch.job import LaunchError
+
+JOB = "slice"
+CONTAINER = "main"
+_COORDINATOR_PORT = 8476
+# The API server refuses larger objects.
+_LARGEST_BYTES = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pods:
+    """What all pods of a job share.
+
+    Attributes:
+        resource: name of all that is created.
+        job: name of the job, as a label.
+        namespace: that it is created in; None for the one of the context.
+        image: of the container.
+        slices: how many.
+        hosts: of each slice.
+        node_selector: labels that nodes must have.
+        limits: what each container gets, ``google.com/tpu`` for one.
+        service_account: of Kubernetes, that the pods act as.
+        secrets: variable to the name and the key of a Secret.
+        grace: seconds between SIGTERM and the end.
+        is_spot: whether pods may be on spot nodes.
+    """
+
+    resource: str
+    job: str
+    namespace: str | None
+    image: str
+    slices: int
+    hosts: int
+    node_selector: Mapping[str, str]
+    limits: Mapping[str, str]
+    service_account: str | None
+    secrets: Mapping[str, tuple[str, str]]
+    grace: int
+    is_spot: bool
+
+
+def manifest(pods: Pods, script: str, code: bytes) -> str:
+    """The JobSet and its files as one list, in JSON, which is YAML too and quotes everything.
+
+    Args:
+        pods: what is asked for.
+        script: that every pod runs.
+        code: the archive.
+
+    Raises:
+        LaunchError: when the files are larger than a ConfigMap may be.
+    """
+    files = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(pods),
+        "immutable": True,
+        "data": {"run.sh": script},
+        "binaryData": {"code.tar.gz": base64.b64encode(code).decode()},
+    }
+    size = len(json.dumps(files))
+    if size > _LARGEST_BYTES:
+        raise LaunchError(
+            f"the code and gin files are {size} bytes in a ConfigMap, which holds {_LARGEST_BYTES}: leave large files out of "
+            "the directory's modules and gin files, or put them into the image."
+        )
+    items = {"apiVersion": "v1", "kind": "List", "items": [files, jobset(pods)]}
+    return json.dumps(items, indent=1) + "\n"
+
+
+def coordinator(resource: str) -> str:
+    """Where the first pod is: JobSet names pods, and a headless service their hosts."""
+    return f"{resource}-{JOB}-0-0.{resource}:{_COORDINATOR_PORT}"
+
+
+def jobset(pods: Pods) -> dict[str, Any]:
+    """The JobSet alone."""
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            **_metadata(pods),
+            # A slice is a node pool: its pods share one, and no other job's.
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "network": {"enableDNSHostnames": True, "subdomain": pods.resource, "publishNotReadyAddresses": True},
+            # Who looks after the job begins it again, and knows whether it gets on.
+            "failurePolicy": {"maxRestarts": 0},
+            "replicatedJobs": [{"name": JOB, "replicas": pods.slices, "template": {"spec": _job(pods)}}],
+        },
+    }
+
+
+def _job(pods: Pods) -> dict[str, Any]:
+    return {
+        "parallelism": pods.hosts,
+        "completions": pods.hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": list(FINAL)},
+                }
+            ]
+        },
+        "template": {"metadata": {"labels": {"clp-job": pods.job}}, "spec": _pod(pods)},
+    }
+
+
+def _pod(pods: Pods) -> dict[str, Any]:
+    index = "metadata.labels['jobset.sigs.k8s.io/job-index']"
+    container = {
+        "name": CONTAINER,
+        "image": pods.image,
+        "command": ["bash", "/clp/files/run.sh"],
+        "env": [
+            {"name": "CLP_SLICE", "valueFrom": {"fieldRef": {"fieldPath": index}}},
+            *(
+                {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
+                for variable, (name, key) in pods.secrets.items()
+            ),
+        ],
+        # Of the coordinator, of the TPU driver's own exchange, and of slices among themselves.
+        "ports": [{"containerPort": port} for port in (_COORDINATOR_PORT, 8471, 8080)],
+        "resources": {"requests": dict(pods.limits), "limits": dict(pods.limits)},
+        "volumeMounts": [{"name": "files", "mountPath": "/clp/files", "readOnly": True}],
+    }
+    spec = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": pods.grace,
+        "nodeSelector": dict(pods.node_selector),
+        "containers": [container],
+        "volumes": [{"name": "files", "configMap": {"name": pods.resource}}],
+    }
+    if pods.service_account is not None:
+        spec["serviceAccountName"] = pods.service_account
+    if pods.is_spot:
+        toleration = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        spec["tolerations"] = [toleration]
+    return spec
+
+
+def _metadata(pods: Pods) -> dict[str, Any]:
+    namespace = {} if pods.namespace is None else {"namespace": pods.namespace}
+    return {"name": pods.resource, **namespace, "labels": {"clp-job": pods.job}}

@@ -1,0 +1,90 @@
+"""What a worker does with the code that was brought to it, before the command runs."""
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from clp_jax.launch.job import Job, LaunchError
+
+_LIBTPU = "https://storage.googleapis.com/jax-releases/libtpu_releases.html"
+
+
+def unpack(archive: str, folder: str) -> list[str]:
+    """Lines of shell that unpack the archive into ``code`` and put the package on Python's path.
+
+    Args:
+        archive: its path; a piece of shell, quoted.
+        folder: to work in; a piece of shell, quoted.
+    """
+    return [
+        f"mkdir -p {folder}",
+        f"cd {folder} || finish 1",
+        "mkdir -p code",
+        f"tar -xzf {archive} -C code || finish 75",
+        'export PYTHONPATH="$PWD/code" PYTHONUNBUFFERED=1',
+    ]
+
+
+def environment(environments: str) -> list[str]:
+    """Lines of shell that make the Python environment of the requirements, once, and use it.
+
+    Args:
+        environments: the folder of all environments; a piece of shell, quoted.
+    """
+    return [
+        # It belongs to its requirements: the next attempt, or another job on the same machine, finds it.
+        f'environment={environments}/"$(cat code/ENVIRONMENT)"',
+        'if [ ! -f "$environment/ready" ]; then',
+        '  python3 -m venv "$environment" || finish 75',
+        '  "$environment/bin/pip" install --quiet --constraint code/constraints.txt --requirement code/requirements.txt \\',
+        f"    --find-links {_LIBTPU} || finish 75",
+        '  touch "$environment/ready"',
+        "fi",
+        'export PATH="$environment/bin:$PATH"',
+    ]
+
+
+def remote_command(command: Sequence[str]) -> tuple[str, ...]:
+    """The words that run a command where the code was brought to: ``clp`` is the package."""
+    first, *rest = command
+    return ("python3", "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
+
+
+def check_run_directory(job: Job, shared: Sequence[str], advice: str) -> None:
+    """Raises `LaunchError` for a run directory that other machines would not find again.
+
+    Args:
+        job: that writes there.
+        shared: folders that all workers have.
+        advice: how to name such a folder.
+    """
+    if job.run_dir is None or job.run_dir.startswith("gs://"):
+        return
+    if not any(f"{job.run_dir}/".startswith(f"{folder.rstrip('/')}/") for folder in shared):
+        raise LaunchError(
+            f"the run directory is {job.run_dir!r}, which the workers do not share and which ends with them: give one in a "
+            f"bucket (gs://...), or {advice}."
+        )
+
+
+def check_secrets(words: Sequence[str], value: str, example: str) -> None:
+    """Raises `LaunchError` for secrets that are not given as variables and names.
+
+    Args:
+        words: as they were typed.
+        value: pattern of what a variable is from.
+        example: of a right one.
+    """
+    for word in words:
+        if not re.fullmatch(rf"[A-Za-z_]\w*={value}", word):
+            raise LaunchError(f"--secrets has {word.partition('=')[0]!r}: expected the name of a secret: {example}.")
+
+
+def read_secrets(words: Sequence[str]) -> list[str]:
+    """Lines of shell that read variables from Google Cloud's Secret Manager."""
+    lines = []
+    for word in words:
+        variable, _, secret = word.partition("=")
+        read = f"gcloud secrets versions access latest --secret={shlex.quote(secret)}"
+        lines.append(f'{variable}="$({read})" || finish 75; export {variable}')
+    return lines

@@ -1,0 +1,211 @@
+"""Looks after jobs: begins them, sees how they end, begins them again, and knows when to give up.
+
+`advance` looks once and does one thing; every thing it does is on disk before and after, in an order that lets another
+launcher go on wherever this one dies. Nothing is begun whose beginning was not written down, under a name that only this
+attempt has: asked twice, it is there once.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from clp_jax.launch.calls import show
+from clp_jax.launch.exit_codes import may_restart
+from clp_jax.launch.job import BETWEEN, FINAL, JobRecord, LaunchError, Phase, State
+from clp_jax.launch.run_directory import newest_step
+from clp_jax.launch.target import Status, Target, Unavailable, Unreachable
+
+LAST_LINES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How long a launcher waits.
+
+    Attributes:
+        look: seconds between two looks at a job.
+        first_wait: seconds before the attempt after the first end; twice as many after each next one without progress.
+        longest_wait: seconds, at most.
+    """
+
+    look: float = 10.0
+    first_wait: float = 10.0
+    longest_wait: float = 600.0
+
+    def wait(self, ends: int) -> float:
+        """Seconds before the next attempt, after so many ends in a row without progress."""
+        return min(self.first_wait * 2.0 ** min(max(ends - 1, 0), 30), self.longest_wait)
+
+
+def advance(record: JobRecord, target: Target, patience: Patience | None = None) -> State:
+    """Looks at a job once and does what is next; the caller holds its lock.
+
+    Args:
+        record: of the job.
+        target: that its options make.
+        patience: how long to wait between attempts.
+
+    Returns:
+        The job's state now.
+
+    Raises:
+        Unreachable: when the target does not answer; the job is as it was, and this may be called again.
+    """
+    patience = patience or Patience()
+    state = record.state
+    if state is None:
+        return record.append("queued", attempt=1)
+    if state.phase in (*FINAL, *BETWEEN):
+        if not record.kept("deleted"):
+            target.delete(record)
+            record.keep("deleted", True)
+        if state.phase in FINAL:
+            return state
+        if record.stop_request.exists():
+            return record.append("stopped", detail="as asked")
+        if time.time() < state.time + _wait(record.states, patience):
+            return state
+        return record.append("queued", attempt=state.attempt + 1)
+    if record.stop_request.exists():
+        target.stop(record)
+        return record.append("stopped", detail="as asked", step=_newest_step(record))
+    return _look(record, target, state)
+
+
+def supervise(records: Sequence[JobRecord], targets: Sequence[Target], patience: Patience | None = None) -> list[State]:
+    """Looks after jobs until all are over; the caller holds their locks.
+
+    Args:
+        records: of the jobs.
+        targets: of each.
+        patience: how long to wait.
+
+    Returns:
+        How each ended.
+    """
+    patience = patience or Patience()
+    told: dict[str, str] = {}
+    while True:
+        before = [record.state for record in records]
+        for record, target in zip(records, targets, strict=True):
+            try:
+                advance(record, target, patience)
+                text = describe(record)
+            except LaunchError as error:
+                # A launcher that gave up here would leave what was rented alone.
+                text = f"{record.job.name}: {error} Trying again."
+            if told.get(record.job.name) != text:
+                told[record.job.name] = text
+                show(text)
+        states = [record.state for record in records]
+        if all(record.is_over and record.kept("deleted") for record in records):
+            return [state for state in states if state is not None]
+        if states == before:
+            time.sleep(patience.look)
+
+
+def describe(record: JobRecord) -> str:
+    """One line about a job."""
+    state = record.state
+    if state is None:
+        return f"{record.job.name}: not begun"
+    attempt = f" (attempt {state.attempt})" if state.attempt > 1 else ""
+    step = f", checkpoint {state.step}" if state.step is not None else ""
+    return f"{record.job.name}: {state.phase}{attempt}{step}{f': {state.detail}' if state.detail else ''}"
+
+
+def retry(record: JobRecord) -> None:
+    """Lets a job that is over go on with another attempt, with all its restarts again.
+
+    Raises:
+        LaunchError: when it has succeeded.
+    """
+    record.stop_request.unlink(missing_ok=True)
+    if record.is_over:
+        if record.state is not None and record.state.phase == "succeeded":
+            raise LaunchError(f"{record.job.name} has succeeded: there is nothing to retry.")
+        record.append("retried")
+
+
+def ends_without_progress(states: Sequence[State], phases: tuple[Phase, ...] = ("broken", "preempted")) -> int:
+    """How many attempts in a row ended like `phases` without a newer checkpoint than before, since the last retry."""
+    newest, count = -1, 0
+    for state in states:
+        if state.phase == "retried":
+            count = 0
+        if state.phase not in BETWEEN:
+            continue
+        step = -1 if state.step is None else state.step
+        if step > newest:
+            newest, count = step, 0
+        elif state.phase in phases:
+            count += 1
+    return count
+
+
+def _look(record: JobRecord, target: Target, state: State) -> State:
+    status = target.status(record)
+    if status.phase == "gone" and state.phase == "queued":
+        try:
+            target.submit(record)
+        except Unavailable as error:
+            return record.append("preempted", detail=str(error))
+        except Unreachable:
+            raise
+        except LaunchError as error:
+            return record.append("failed", detail=str(error))
+        status = target.status(record)
+        return state if status.phase == "gone" else _note(record, state, status)
+    if status.phase == "starting":
+        _note(record, state, status)
+        target.start(record)
+        return _note(record, record.state or state, target.status(record))
+    if status.phase in ("preempted", "gone"):
+        return record.append("preempted", detail=status.detail or "it is not there any more", step=_newest_step(record))
+    if status.phase == "failed":
+        return _failed(record, target, status)
+    return _note(record, state, status)
+
+
+def _note(record: JobRecord, state: State, status: Status) -> State:
+    """Writes a phase down where it is a new one; how an attempt ends is for the next look."""
+    if status.phase not in ("queued", "starting", "running", "succeeded") or status.phase == state.phase:
+        return state
+    step = _newest_step(record) if status.phase == "succeeded" else None
+    return record.append(status.phase, detail=status.detail, step=step)
+
+
+def _failed(record: JobRecord, target: Target, status: Status) -> State:
+    step = _newest_step(record)
+    detail = status.detail or f"exit code {status.code}"
+    if may_restart(status.code):
+        broken = State("broken", record.attempt, time.time(), detail, step)
+        failures = ends_without_progress((*record.states, broken), ("broken",))
+        restarts = _restarts(record.states)
+        if failures < record.job.max_failures and restarts < record.job.max_restarts:
+            return record.append("broken", detail=detail, step=step)
+        if failures >= record.job.max_failures:
+            detail = f"{failures} failures without a new checkpoint, the last: {detail}"
+        else:
+            detail = f"{restarts} restarts are all that --max_restarts allows; the last: {detail}"
+    lines = list(deque(target.logs(record, lines=LAST_LINES), LAST_LINES))
+    return record.append(
+        "failed", detail="\n".join([f"{detail}. The last lines:" if lines else detail, *lines]), step=step
+    )
+
+
+def _restarts(states: Sequence[State]) -> int:
+    """Attempts after failures, since the last retry."""
+    count = 0
+    for state in states:
+        count = 0 if state.phase == "retried" else count + (state.phase == "broken")
+    return count
+
+
+def _wait(states: Sequence[State], patience: Patience) -> float:
+    return 0.0 if states[-1].phase == "retried" else patience.wait(ends_without_progress(states))
+
+
+def _newest_step(record: JobRecord) -> int | None:
+    return newest_step(record.job.run_dir, record.job.directory)

@@ -1,0 +1,25 @@
+"""The places that jobs run on, by name."""
+
+from collections.abc import Mapping
+
+from clp_jax.launch.gke import Gke
+from clp_jax.launch.job import LaunchError
+from clp_jax.launch.local import Local
+from clp_jax.launch.options import build, suggest
+from clp_jax.launch.slurm import Slurm
+from clp_jax.launch.target import Target
+from clp_jax.launch.tpu_vm import TpuVm
+from clp_jax.launch.xmanager import XManager
+
+TARGETS: dict[str, type] = {"local": Local, "tpu-vm": TpuVm, "gke": Gke, "slurm": Slurm, "xmanager": XManager}
+
+
+def find_target(name: str, options: Mapping[str, str]) -> Target:
+    """A target with its options.
+
+    Raises:
+        LaunchError: for an unknown name or option, or a wrong value.
+    """
+    if name not in TARGETS:
+        raise LaunchError(f"there is no target {name!r}{suggest(name, list(TARGETS))}.")
+    return build(TARGETS[name], options, f"clp launch {name}")

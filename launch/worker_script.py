@@ -1,0 +1,52 @@
+"""The shell script that one worker runs, whatever the target: quoted words, an exit code in a file, no second copy."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+LOG, EXIT, CLAIM, PID = "log", "exit", "claimed", "pid"
+
+
+def worker_script(
+    command: Sequence[str],
+    directory: str,
+    here: str,
+    environment: Mapping[str, str],
+    setup: Sequence[str] = (),
+    keeps_log: bool = True,
+) -> str:
+    """A script that runs a command once.
+
+    It takes the claim (a directory, made by one of any number of copies), writes its process id, runs the command with its
+    output in the log, passes SIGTERM on, and leaves the exit code.
+
+    Args:
+        command: its words.
+        directory: to run it in; a piece of shell, quoted.
+        here: where claim, log and exit code go; made if it is missing. A piece of shell, quoted.
+        environment: variables of the command; may be read in a listing of processes, so no secrets.
+        setup: lines of shell to run before the command, in its directory's shell.
+        keeps_log: whether the output goes to the log, or where the script's own goes.
+    """
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    redirection = f' >> "$here/{LOG}" 2>&1' if keeps_log else ""
+    lines = [
+        "#!/usr/bin/env bash",
+        "set -u",
+        f"here={here}",
+        'mkdir -p "$here"',
+        f'mkdir "$here/{CLAIM}" 2>/dev/null || exit 0',
+        f'echo $$ > "$here/{PID}"',
+        f'finish() {{ echo "$1" > "$here/{EXIT}.new"; mv "$here/{EXIT}.new" "$here/{EXIT}"; exit "$1"; }}',
+        "child=",
+        # The setup may take minutes, and may be stopped too.
+        'trap \'if [ -z "$child" ]; then finish 143; fi; kill -TERM "$child" 2>/dev/null\' TERM INT',
+        *setup,
+        f"cd {directory} || finish 1",
+        *exports,
+        f"{shlex.join(command)}{redirection} &",
+        "child=$!",
+        # A trap interrupts `wait`; only a child that is gone has been waited for.
+        'while true; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || break; done',
+        'finish "$code"',
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,258 @@
+"""`clp launch` and `clp jobs` as they are typed: exit codes, one line for a mistake, and what is left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from clp_jax.launch import command as launching
+from clp_jax.launch.job import JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.local import local_command
+from clp_jax.launch.targets import find_target
+
+from clp_jax import main as cli
+
+from .conftest import AWKWARD, FAKES, phases
+
+TRAINING = ("python3", str(FAKES / "training.py"))
+
+
+@pytest.fixture(autouse=True)
+def here(world, monkeypatch):
+    monkeypatch.chdir(world.path / "here")
+    return world.path / "here"
+
+
+def clp(*words):
+    """The exit code of a command line."""
+    return cli.main(list(words))
+
+
+def record(name="job"):
+    return JobRecord.load(jobs_directory() / name)
+
+
+def test_a_job_is_launched_shown_and_found_again(world, capsys):
+    assert clp("launch", "local", "--name=job", "--look=0.05", "--processes=2", "--", *TRAINING, AWKWARD) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["job: queued", "job: running", "job: succeeded"]
+    assert [run["words"] for run in world.runs] == [[AWKWARD]] * 2
+    assert clp("jobs", "list") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE"]
+    assert out[1].split()[:4] == ["job", "local", "succeeded", "1"]
+    assert clp("jobs", "status", "job") == 0
+    out = capsys.readouterr().out
+    assert "target: local --processes=2" in out and "attempt 1  succeeded" in out and "code: " in out
+    assert clp("jobs", "logs", "job", "--lines=1") == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == ["[0] the last line", "[1] the last line"]
+
+
+def test_the_same_command_is_the_same_job(world, capsys):
+    words = ("launch", "local", "--look=0.05", "--", *TRAINING, "--steps=1")
+    assert clp(*words) == 0
+    assert clp(*words) == 2
+    assert "this job is there already, and succeeded" in capsys.readouterr().err
+    assert clp(*words[:-1], "--steps=2") == 0
+    assert len(world.runs) == 2 and len(list(jobs_directory().iterdir())) == 2
+
+
+def test_a_launcher_that_died_is_taken_over_by_the_same_command(world, capsys):
+    world.trouble("training", {"sleep": 2})
+    words = ("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "clp_jax.main", *words], env=environment, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 60
+    while not world.runs and time.monotonic() < end:
+        time.sleep(0.05)
+    assert clp(*words) == 2
+    assert "another launcher looks after job" in capsys.readouterr().err
+    launcher.kill()
+    launcher.wait()
+    assert clp(*words) == 0
+    assert "going on with job" in capsys.readouterr().err
+    assert len(world.runs) == 1 and phases(record())[-1] == "succeeded"
+
+
+def test_failing_retrying_and_watching(world, capsys):
+    world.trouble("training", {"code": 2})
+    assert clp("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING) == 1
+    assert "exit code 2. The last lines:" in capsys.readouterr().err
+    assert clp("jobs", "retry", "job", "--look=0.05") == 0
+    assert phases(record())[-5:] == ["failed", "retried", "queued", "running", "succeeded"]
+    assert clp("jobs", "watch") == 0
+
+
+def test_stopping_a_job_that_another_launcher_looks_after(world, capsys):
+    world.trouble("training", {"sleep": 60})
+    assert clp("launch", "local", "--name=job", "--look=0.05", "--detach", "--", *TRAINING) == 0
+    end = time.monotonic() + 60
+    while not world.runs and time.monotonic() < end:
+        time.sleep(0.05)
+    assert record().is_held
+    assert clp("jobs", "stop", "job") == 0
+    assert capsys.readouterr().out == "job: stopped: as asked\n"
+    assert list(record().attempt_directory.glob("worker-0/exit"))
+    assert clp("jobs", "stop", "job") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["launch", "tpu"], "there is no target 'tpu' (did you mean tpu-vm?)."),
+        (["launch", "local"], "there is no command: write it after --"),
+        (
+            ["launch", "local", "extra", "--", "x"],
+            "what is 'extra'? Options are --NAME=VALUE; the command comes after --.",
+        ),
+        (["launch", "local", "--name=A", "--", "true"], "the name of the job is 'A'"),
+        (["launch", "local", "--name=a", "--name=b", "--", "true"], "--name is given twice."),
+        (["launch", "local", "--", "no-such-program"], "there is no command 'no-such-program' on this machine."),
+        (["launch", "local", "--look=soon", "--", "true"], "--look is 'soon': expected a number."),
+        (
+            ["launch", "tpu-vm", "--topology=v5e:4x4", "--", "true"],
+            "clp launch tpu-vm still needs --zone=VALUE (where).",
+        ),
+        (["jobs", "lst"], "clp jobs can't 'lst' (did you mean list?)."),
+        (["jobs", "status"], "of which job? clp jobs status NAME"),
+        (["jobs", "status", "none"], "there is no job 'none'"),
+        (["jobs", "list", "--lnes=3"], "clp jobs has no option --lnes (did you mean lines?)."),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(world, capsys, words, message):
+    assert clp(*words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"clp {words[0]}: error: ") and message in told and told.count("\n") == 1
+    assert not jobs_directory().exists() and world.calls() == []
+
+
+def test_a_name_of_another_job_is_refused(capsys):
+    assert clp("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING) == 0
+    assert clp("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING, "other") == 2
+    assert "there is another job 'job'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["launch", "--help"], ["launch", "gke", "-h"], ["jobs", "--help"], ["launch"], ["jobs"]]
+)
+def test_help(capsys, words):
+    assert clp(*words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"clp {words[0]}: ") and "usage: " in out
+    if "gke" in words:
+        assert "--topology  the slice, as in v5e:4x4 or v5p:4x4x4 (required)" in out
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        ["local", "--processes=2"],
+        ["tpu-vm", "--topology=v5e:4x4", "--zone=us-west4-a"],
+        ["gke", "--topology=v5e:4x4"],
+        ["slurm", "--nodes=2"],
+        ["xmanager"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_dry_run_needs_no_tools_and_leaves_nothing(world, capsys, monkeypatch, target):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert clp("launch", *target, "--name=job", "--dry_run", "--", sys.executable, "-c", "print('$(x)')") == 0
+    out = capsys.readouterr().out
+    assert "$ " in out and str(jobs_directory() / "job" / "attempts" / "1") in out
+    assert len(out) < 40_000
+    assert not jobs_directory().exists() and world.calls() == []
+
+
+def test_a_secret_in_the_command_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    assert clp("launch", "local", "--", "true", "--key=0123456789abcdef") == 2
+    told = capsys.readouterr().err
+    assert "the value of $WANDB_API_KEY stands in the command" in told and "0123456789abcdef" not in told
+    assert not jobs_directory().exists()
+
+
+def test_a_commands_own_mistake_comes_before_anything(world, capsys):
+    assert clp("launch", "local", "--", "train", "--gin_file=examples/pydoc_sft.gin", "--gin.NO_SUCH=1") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("clp launch: error: the command is refused.") and "NO_SUCH" in told
+    assert not jobs_directory().exists()
+
+
+def test_the_run_directory_is_what_the_configuration_says(tmp_path):
+    words = ("clp", "train", "--gin_file=examples/pydoc_sft.gin", f"--gin.SFT_DIR='{tmp_path}/a run'")
+    assert launching.run_dir_of(words) == f"{tmp_path}/a run"
+    assert launching.run_dir_of(("python3", "x.py")) is None
+
+
+SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "num_slices": "2"})
+
+
+@pytest.mark.parametrize(("code", "fits"), [(0, True), (1, False)])
+def test_what_does_not_fit_is_refused_before_anything_is_rented(tmp_path, monkeypatch, code, fits):
+    program = tmp_path / "compiler"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "needs 40 GiB of 16 GiB." >&2\nexit {code}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(launching, "local_command", lambda words: (str(program), *words))
+    monkeypatch.setattr(launching, "_has_compiler", lambda: True)
+    job = launching.Job("job", ("clp", "train", "--gin_file=a.gin"), "tpu-vm")
+    if fits:
+        launching.check_that_it_fits(SLICES, job, ("train", "compile"))
+    else:
+        with pytest.raises(LaunchError, match=r"needs 40 GiB of 16 GiB. \(--force launches it all the same\)"):
+            launching.check_that_it_fits(SLICES, job, ("train", "compile"))
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked == ["clp", "compile", "--gin_file=a.gin", "--topology=v5e:4x4", "--num_slices=2"]
+
+
+def test_without_the_compiler_it_is_said_that_nobody_knows(capsys, monkeypatch):
+    monkeypatch.setattr(launching, "_has_compiler", lambda: False)
+    job = launching.Job("job", ("clp", "train"), "tpu-vm")
+    launching.check_that_it_fits(SLICES, job, ("train", "compile"))
+    assert "The extra `aot` is not installed" in capsys.readouterr().err
+
+
+def test_gin_files_and_modules_are_in_the_record(world, here):
+    (here / "mine").mkdir()
+    (here / "mine" / "a.gin").write_text("include 'b.gin'\nimport rewards.short\n")
+    (here / "mine" / "b.gin").write_text("X = 1\n")
+    (here / "rewards").mkdir()
+    (here / "rewards" / "short.py").write_text("def short(): return 1\n")
+    assert clp("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING, "--gin_file", "mine/a.gin") == 0
+    kept = record().path / "gin_files"
+    assert sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*.*")) == [
+        "mine/a.gin",
+        "mine/b.gin",
+        "rewards/short.py",
+    ]
+    stored = json.loads((record().path / "job.json").read_text())
+    assert stored["command"] == [*TRAINING, "--gin_file", "mine/a.gin"] and stored["directory"] == str(here)
+
+
+def test_gin_files_elsewhere_are_refused(tmp_path, capsys):
+    (tmp_path / "x.gin").write_text("")
+    assert clp("launch", "local", "--", "true", f"--gin_file={tmp_path / 'x.gin'}") == 2
+    assert "a worker would not find it" in capsys.readouterr().err
+    assert not jobs_directory().exists()
+
+
+def test_clp_stands_for_this_package():
+    assert local_command(("clp", "train", "x")) == (sys.executable, "-m", "clp_jax.main", "train", "x")
+    assert local_command(("python3", "x")) == ("python3", "x")
+
+
+def test_it_works_in_a_checkout_without_an_installation(tmp_path):
+    root = Path(cli.__file__).parents[1]
+    # An editable installation would find `launch`.
+    program = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
+    program += "from clp_jax.main import main; sys.exit(main(['jobs', 'list']))"
+    environment = {"PYTHONPATH": str(root), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE"]

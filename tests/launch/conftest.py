@@ -1,0 +1,104 @@
+"""A world of fake tools on the PATH, and jobs in it."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from clp_jax.launch import calls
+from clp_jax.launch.code import archive
+from clp_jax.launch.job import Job, JobRecord
+from clp_jax.launch.supervisor import Patience, supervise
+from clp_jax.launch.targets import find_target
+
+FAKES = Path(__file__).parent / "fakes"
+TOOLS = {"gcloud": "gcloud", "kubectl": "kubectl"} | dict.fromkeys(
+    ("sbatch", "squeue", "sacct", "scancel", "srun", "scontrol"), "slurm"
+)
+QUICK = Patience(look=0.05, first_wait=0.05, longest_wait=0.2)
+# Whatever a shell could make of a word.
+AWKWARD = """--gin.NAME='a  b "c" $(touch hacked) `id` ${HOME} \\n \\ ; & | * é'\nand a second line"""
+
+
+@dataclasses.dataclass
+class World:
+    """What the fake tools see.
+
+    Attributes:
+        path: their state.
+        jobs: the records.
+    """
+
+    path: Path
+    jobs: Path
+
+    def trouble(self, name, value=True, times=1):
+        """Lets something go wrong the next time."""
+        file = self.path / "troubles.json"
+        waiting = json.loads(file.read_text()) if file.is_file() else []
+        file.write_text(json.dumps(waiting + [[name, value]] * times))
+
+    def calls(self, tool=None):
+        """What was called."""
+        file = self.path / "calls.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return [words for words in lines if tool in (None, words[0])]
+
+    @property
+    def state(self):
+        """What exists."""
+        file = self.path / "state.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    @property
+    def runs(self):
+        """What the commands were given, in the order they began."""
+        file = self.path / "runs.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def record(self, target, options, words=("a",), name="job", **settings):
+        """A job that runs the tiny training, with its target."""
+        command = ("python3", str(FAKES / "training.py"), *words)
+        run_dir = settings.pop("run_dir", None)
+        job = Job(name, command, target, options, run_dir, directory=str(self.path / "here"), **settings)
+        made = find_target(target, options)
+        extra = made.ships_code
+        code = None if extra is None else _archive(extra)
+        return JobRecord.create(self.jobs, job, {}, code), made
+
+    def run(self, record, target):
+        """Looks after a job until it is over."""
+        (end,) = supervise([record], [target], QUICK)
+        return end
+
+
+@functools.cache
+def _archive(extra):
+    return archive({"my.gin": b"A = 1\n"}, extra)
+
+
+def phases(record):
+    """The phases of a job, in order."""
+    return [state.phase for state in record.states]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    path, tools = tmp_path / "world", tmp_path / "tools"
+    (path / "here").mkdir(parents=True)
+    tools.mkdir()
+    for tool, program in TOOLS.items():
+        (tools / tool).symlink_to(FAKES / f"{program}.py")
+    python = tools / "python3"
+    python.write_text((FAKES / "python3").read_text().replace("REAL_PYTHON", sys.executable))
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKES", str(path))
+    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path / "jobs"))
+    monkeypatch.setattr(calls, "LONGEST", 20.0)
+    yield World(path, tmp_path / "jobs")
+    shutil.rmtree(path / "nodes", ignore_errors=True)

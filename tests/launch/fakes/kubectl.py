@@ -1,0 +1,171 @@
+#!/usr/bin/env -S python3 -SE
+"""A fake of `kubectl` and the controllers behind it: pods are processes that begin after some looks at them.
+
+Troubles: ``schedule`` (more looks), ``evict`` (at the next look), ``apply`` (quota, timeout), ``rights``.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+from state import WORLD, fail, flag, hang, log_call, trouble, world
+
+
+def begin(name, found):
+    """Starts the pods: what the node's agent does with the pod's specification."""
+    spec = found["jobset"]["spec"]["replicatedJobs"][0]
+    template = spec["template"]["spec"]
+    container = template["template"]["spec"]["containers"][0]
+    for job in range(spec["replicas"]):
+        for index in range(template["completions"]):
+            home = WORLD / "pods" / f"{name}-slice-{job}-{index}"
+            (home / "files").mkdir(parents=True)
+            config = found["config"]
+            for file, text in config["data"].items():
+                # The mount of the ConfigMap, in a folder where a container has one of its own.
+                (home / "files" / file).write_text(text.replace("/clp/files", str(home / "files")))
+            for file, text in config["binaryData"].items():
+                (home / "files" / file).write_bytes(base64.b64decode(text))
+            environment = {
+                "HOME": str(home),
+                "PATH": os.environ["PATH"],
+                "FAKES": str(WORLD),
+                "JOB_COMPLETION_INDEX": str(index),
+            }
+            for entry in container["env"]:
+                source = entry["valueFrom"]
+                label = source.get("fieldRef", {}).get("fieldPath") == "metadata.labels['jobset.sigs.k8s.io/job-index']"
+                environment[entry["name"]] = str(job) if label else "the-secret-value"
+            runner = f"bash {home}/files/run.sh; echo $? > {home}/code.new; mv {home}/code.new {home}/code"
+            with open(home / "log", "w") as log:
+                process = subprocess.Popen(
+                    ["bash", "-c", runner], cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            (home / "pid").write_text(str(process.pid))
+
+
+def end(name):
+    for home in WORLD.glob(f"pods/{name}-slice-*"):
+        for pid in (home / "pid").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(pid), signal.SIGKILL)
+        shutil.rmtree(home)
+
+
+def look(name, found):
+    """What the controllers would have done since the last look."""
+    found["looks"] -= 1
+    if found["phase"] == "Pending" and found["looks"] <= 0:
+        found["phase"] = "Running"
+        begin(name, found)
+    if found["phase"] == "Running" and trouble("evict"):
+        found["evicted"] = sorted(home.name for home in WORLD.glob(f"pods/{name}-slice-*"))[0]
+        for home in WORLD.glob(f"pods/{name}-slice-*"):
+            os.killpg(int((home / "pid").read_text()), signal.SIGKILL)
+            (home / "code").write_text("137")
+        found["phase"] = "Failed"
+    codes = [
+        int((home / "code").read_text())
+        for home in sorted(WORLD.glob(f"pods/{name}-slice-*"))
+        if (home / "code").is_file()
+    ]
+    spec = found["jobset"]["spec"]["replicatedJobs"][0]
+    if found["phase"] == "Running" and any(codes):
+        found["phase"] = "Failed"
+    if found["phase"] == "Running" and len(codes) == spec["replicas"] * spec["template"]["spec"]["completions"]:
+        found["phase"] = "Completed"
+
+
+def pods(name, found):
+    for home in sorted(WORLD.glob(f"pods/{name}-slice-*")):
+        state = {"running": {}}
+        phase, conditions = "Running", []
+        if (home / "code").is_file():
+            code = int((home / "code").read_text())
+            state, phase = {"terminated": {"exitCode": code}}, "Failed" if code else "Succeeded"
+        if found.get("evicted") == home.name:
+            conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}]
+        yield {
+            "metadata": {"name": home.name},
+            "status": {
+                "phase": phase,
+                "conditions": conditions,
+                "containerStatuses": [{"name": "main", "state": state}],
+            },
+        }
+
+
+def apply(words):
+    problem = trouble("apply")
+    if problem == "timeout":
+        hang()
+    if problem == "quota":
+        fail(
+            'Error from server (Forbidden): error when creating "manifest.json": jobsets.jobset.x-k8s.io "x" is forbidden: '
+            "exceeded quota: tpus"
+        )
+    with open(flag(words, "filename")) as file:
+        config, jobset = json.load(file)["items"]
+    if "--dry-run=server" in words:
+        return
+    name = jobset["metadata"]["name"]
+    with world() as state:
+        if name not in state.setdefault("jobsets", {}):
+            found = {"looks": trouble("schedule") or 2, "phase": "Pending", "jobset": jobset, "config": config}
+            state["jobsets"][name] = found
+            state["created"] = [*state.get("created", []), name]
+
+
+def get(kind, words):
+    with world() as state:
+        jobsets = state.get("jobsets", {})
+        if kind == "jobset":
+            found = jobsets.get(words[0])
+            if found is None:
+                return
+            look(words[0], found)
+            over = [
+                {"type": found["phase"], "status": "True", "message": "jobset failed due to one or more job failures"}
+            ]
+            print(json.dumps({"status": {"conditions": over if found["phase"] in ("Failed", "Completed") else []}}))
+        else:
+            name = flag(words, "selector").partition("=")[2]
+            found = jobsets.get(name)
+            print(json.dumps({"items": list(pods(name, found)) if found else []}))
+
+
+def delete(kind, name):
+    with world() as state:
+        if kind == "jobset" and state.get("jobsets", {}).pop(name, None):
+            end(name)
+
+
+def main():
+    log_call("kubectl")
+    words = sys.argv[1:]
+    action = words[0]
+    if action == "auth":
+        print("no" if trouble("rights") else "yes")
+        sys.exit(0)
+    if action == "apply":
+        apply(words)
+    elif action == "get":
+        get(words[1], words[2:])
+    elif action == "delete":
+        delete(words[1], words[2])
+    elif action == "logs":
+        name = flag(words, "selector").partition("=")[2]
+        for home in sorted(WORLD.glob(f"pods/{name}-slice-*")):
+            lines = (home / "log").read_text().splitlines()
+            lines = lines if flag(words, "tail") == "-1" else lines[-int(flag(words, "tail")) :]
+            print("".join(f"[pod/{home.name}/main] {line}\n" for line in lines), end="")
+    else:
+        fail(f"error: unknown command {words}")
+
+
+main()

@@ -1,0 +1,36 @@
+"""Stands for training: says what it was given, saves checkpoints, and ends as the test's troubles say.
+
+A trouble ``training`` is what one process does: ``{"code": 3, "step": 10, "sleep": 60, "ignore_term": false}``.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from state import WORLD, trouble
+
+NAMES = ("CLP_COORDINATOR_ADDRESS", "CLP_NUM_PROCESSES", "CLP_PROCESS_ID", "JAX_NUM_CPU_DEVICES", "WANDB_API_KEY")
+
+
+def end(number, frame):
+    print("asked to end", flush=True)
+    sys.exit(75)
+
+
+signal.signal(signal.SIGTERM, end)
+told = {"words": sys.argv[1:], "folder": os.getcwd(), "pid": os.getpid(), "files": sorted(os.listdir("."))}
+told |= {name: os.environ[name] for name in NAMES if name in os.environ}
+with open(WORLD / "runs.jsonl", "a") as file:
+    file.write(json.dumps(told) + "\n")
+plan = trouble("training") or {}
+if "step" in plan:
+    (WORLD / "run" / "checkpoints" / str(plan["step"])).mkdir(parents=True, exist_ok=True)
+print(f"training {sys.argv[1:]}", flush=True)
+time.sleep(plan.get("sleep", 0))
+print("the last line", flush=True)
+sys.exit(plan.get("code", 0))

@@ -1,0 +1,198 @@
+"""GKE, against a `kubectl` whose pods are processes here; and the manifest against the fields that Kubernetes has."""
+
+import base64
+import io
+import json
+import tarfile
+
+import pytest
+from clp_jax.launch import calls
+from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.jobset import manifest
+from clp_jax.launch.supervisor import advance
+from clp_jax.launch.target import Note, Run, Write
+from clp_jax.launch.targets import find_target
+from kubernetes_fields import unknown_fields
+
+from .conftest import AWKWARD, QUICK, phases
+
+TWO_HOSTS = {"topology": "v5p:2x2x2"}
+ONE_HOST = {"topology": "v5e:2x2"}
+ALL = {
+    "topology": "v6e:4x4",
+    "num_slices": "2",
+    "provision": "spot",
+    "namespace": "research",
+    "service_account": "trainer",
+    "secrets": "WANDB_API_KEY=wandb/key",
+    "context": "c",
+}
+
+
+def written(record, target):
+    (write,) = [step for step in target.dry_run(record) if isinstance(step, Write)]
+    return json.loads(write.text)
+
+
+@pytest.mark.parametrize(
+    "options", [ONE_HOST, TWO_HOSTS, ALL, {**ONE_HOST, "provision": "reserved", "reservation": "r"}]
+)
+def test_the_manifest_has_only_what_kubernetes_knows(world, options):
+    record, target = world.record("gke", options, words=(AWKWARD,))
+    assert unknown_fields(written(record, target)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda job: job["spec"].update(replicatedJob=[]), "items[1].spec.replicatedJob: no such field"),
+        (
+            lambda job: job["spec"]["replicatedJobs"][0].update(replicas="2"),
+            "items[1].spec.replicatedJobs[0].replicas: '2' is no int",
+        ),
+        (lambda job: job["metadata"].pop("name"), "items[1].metadata.name: missing"),
+    ],
+)
+def test_a_wrong_manifest_is_found(world, change, wrong):
+    record, target = world.record("gke", ALL)
+    document = written(record, target)
+    change(document["items"][1])
+    assert unknown_fields(document) == [wrong]
+
+
+def test_slices_hosts_and_rights_are_in_the_manifest(world):
+    record, target = world.record("gke", ALL)
+    config, jobset = written(record, target)["items"]
+    assert jobset["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    (group,) = jobset["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert (group["replicas"], job["parallelism"], job["completions"], job["completionMode"]) == (2, 4, 4, "Indexed")
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": "4"}
+    assert (pod["serviceAccountName"], pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == (
+        "trainer",
+        "Never",
+        60,
+    )
+    assert jobset["spec"]["network"]["subdomain"] == jobset["metadata"]["name"] == config["metadata"]["name"] == "job-1"
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(config["binaryData"]["code.tar.gz"]))) as tar:
+        assert {
+            "work/my.gin",
+            "clp_jax/main.py",
+            "clp_jax/launch/gke.py",
+            "requirements.txt",
+            "constraints.txt",
+        } <= set(tar.getnames())
+
+
+def test_a_job_from_the_manifest_to_the_end(world):
+    record, target = world.record(
+        "gke", {**TWO_HOSTS, "num_slices": "2", "secrets": "WANDB_API_KEY=wandb/key"}, words=(AWKWARD,)
+    )
+    assert world.run(record, target).phase == "succeeded"
+    assert phases(record) == ["queued", "running", "succeeded"]
+    assert world.state["created"] == ["job-1"] and world.state["jobsets"] == {}
+    assert [run["words"] for run in world.runs] == [[AWKWARD]] * 4
+    assert sorted(run["CLP_PROCESS_ID"] for run in world.runs) == ["0", "1", "2", "3"]
+    assert {run["CLP_COORDINATOR_ADDRESS"] for run in world.runs} == {"job-1-slice-0-0.job-1:8476"}
+    assert {run["CLP_NUM_PROCESSES"] for run in world.runs} == {"4"}
+    assert {run["WANDB_API_KEY"] for run in world.runs} == {"the-secret-value"}
+    assert all(b"the-secret-value" not in path.read_bytes() for path in record.path.rglob("*") if path.is_file())
+
+
+def test_a_pod_is_evicted(world):
+    record, target = world.record("gke", ONE_HOST)
+    world.trouble("training", {"sleep": 60})
+    while not world.runs:
+        advance(record, target, QUICK)
+    world.trouble("evict")
+    assert world.run(record, target).phase == "succeeded"
+    (preempted,) = [state for state in record.states if state.phase == "preempted"]
+    assert preempted.detail == "job-1-slice-0-0 was evicted"
+    assert world.state["created"] == ["job-1", "job-2"] and world.state["jobsets"] == {}
+
+
+def test_a_users_mistake_ends_the_job_with_the_last_lines(world):
+    record, target = world.record("gke", ONE_HOST)
+    world.trouble("training", {"code": 2})
+    end = world.run(record, target)
+    assert end.phase == "failed"
+    assert end.detail.splitlines()[0] == "worker 0 ended with exit code 2. The last lines:"
+    assert end.detail.endswith("[pod/job-1-slice-0-0/main] the last line")
+    assert world.state["jobsets"] == {}
+
+
+def test_quota_is_refused_for_good(world):
+    record, target = world.record("gke", ONE_HOST)
+    world.trouble("apply", "quota")
+    end = world.run(record, target)
+    assert end.phase == "failed" and "exceeded quota: tpus" in end.detail
+    assert world.state.get("created") is None
+
+
+def test_a_call_that_does_not_answer_is_repeated(world, monkeypatch):
+    monkeypatch.setattr(calls, "LONGEST", 3.0)
+    record, target = world.record("gke", ONE_HOST)
+    world.trouble("apply", "timeout")
+    assert world.run(record, target).phase == "succeeded"
+    assert world.state["created"] == ["job-1"] and len(world.runs) == 1
+
+
+def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
+    record, _ = world.record("gke", ONE_HOST)
+    while not (record.is_over and record.kept("deleted")):
+        again = JobRecord.load(record.path)
+        advance(again, find_target(again.job.target, again.job.options), QUICK)
+    assert len(world.runs) == 1 and world.state["created"] == ["job-1"]
+
+
+def test_a_dry_run_calls_nothing_and_tells_xpk_users_their_command(world):
+    record, target = world.record("gke", ONE_HOST, words=("a b",))
+    steps = target.dry_run(record)
+    assert world.calls() == []
+    (note,) = [step.text for step in steps if isinstance(step, Note)]
+    assert "xpk workload create --cluster=CLUSTER --workload=job-1 --tpu-type=v5litepod-4 --num-slices=1" in note
+    planned = [list(step.words) for step in steps if isinstance(step, Run)]
+    world.run(record, target)
+    assert [call for call in world.calls("kubectl") if "apply" in call] == planned
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": "v5p:4x4"}, "--topology is 'v5p:4x4': v5p comes as"),
+        ({"provision": "reserved"}, "--provision=reserved and --reservation=NAME go together."),
+        ({"secrets": "KEY=name"}, "VARIABLE=SECRET/KEY"),
+        ({"grace": "soon"}, "--grace is 'soon': expected a whole number."),
+    ],
+)
+def test_options_are_checked_before_anything(world, options, message):
+    with pytest.raises(LaunchError) as error:
+        find_target("gke", {**ONE_HOST, **options})
+    assert message in str(error.value)
+
+
+def test_access_is_checked_before_anything_is_created(world):
+    record, target = world.record("gke", ONE_HOST, run_dir="runs/x")
+    with pytest.raises(LaunchError, match="which the workers do not share"):
+        target.check(record.job)
+    world.trouble("rights")
+    with pytest.raises(LaunchError, match="kubectl may not create JobSets in this cluster: no"):
+        target.check_access(record.job)
+    record.append("queued", attempt=1)
+    target.submit(record)
+    with pytest.raises(LaunchError, match="there is a JobSet job-1 already"):
+        target.check_access(record.job)
+
+
+def test_files_too_large_for_a_config_map_are_refused(world):
+    record, target = world.record("gke", ONE_HOST)
+    with pytest.raises(LaunchError, match="in a ConfigMap, which holds 1000000"):
+        manifest(target._pods(record), "", b"\0" * 800_000)

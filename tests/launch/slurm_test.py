@@ -1,0 +1,131 @@
+"""SLURM, against a queue that runs what is submitted."""
+
+import os
+import subprocess
+
+import pytest
+from clp_jax.launch import calls
+from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.supervisor import advance
+from clp_jax.launch.target import Run
+from clp_jax.launch.targets import find_target
+
+from .conftest import AWKWARD, QUICK, phases
+
+TWO = {"nodes": "2", "partition": "gpu queue", "time": "1:00:00", "gpus_per_node": "8"}
+
+
+def left(world):
+    """Jobs that are still in the queue."""
+    return [job["name"] for job in world.state.get("slurm", []) if job["state"] in ("PENDING", "RUNNING")]
+
+
+def until_running(record, target, world, runs=1):
+    while len(world.runs) < runs:
+        advance(record, target, QUICK)
+
+
+def test_a_job_from_the_queue_to_the_end(world):
+    record, target = world.record("slurm", TWO, words=(AWKWARD, "b"))
+    assert world.run(record, target).phase == "succeeded"
+    assert phases(record) == ["queued", "running", "succeeded"]
+    assert world.state["created"] == ["job-1"]
+    assert [run["words"] for run in world.runs] == [[AWKWARD, "b"]] * 2
+    assert sorted(run["CLP_PROCESS_ID"] for run in world.runs) == ["0", "1"]
+    assert {(run["CLP_COORDINATOR_ADDRESS"], run["CLP_NUM_PROCESSES"]) for run in world.runs} == {
+        ("127.0.0.1:20100", "2")
+    }
+    assert {run["folder"] for run in world.runs} == {record.job.directory}
+    (sbatch,) = world.calls("sbatch")
+    assert {"--partition=gpu queue", "--time=1:00:00", "--gpus-per-node=8", "--dependency=singleton"} <= set(sbatch)
+    lines = sorted(target.logs(record))
+    assert [line for line in lines if line.endswith("the last line")] == ["[0] the last line", "[1] the last line"]
+
+
+@pytest.mark.parametrize("problem", ["preempt", "node_fail"])
+def test_nodes_are_taken_away(world, problem):
+    record, target = world.record("slurm", {})
+    world.trouble("training", {"sleep": 60})
+    until_running(record, target, world)
+    world.trouble(problem)
+    assert world.run(record, target).phase == "succeeded"
+    assert "preempted" in phases(record)
+    assert world.state["created"] == ["job-1", "job-2"] and left(world) == []
+
+
+def test_a_failure_is_tried_again_with_or_without_accounts(world):
+    for name, accounts in (("with", True), ("without", False)):
+        record, target = world.record("slurm", {}, name=name)
+        world.trouble("training", {"code": 4})
+        if not accounts:
+            world.trouble("no_accounts", times=9)
+        assert world.run(record, target).phase == "succeeded"
+        assert "worker 0 ended with exit code 4" in [state.detail for state in record.states]
+    assert left(world) == []
+
+
+def test_a_refused_job_is_not_tried_again(world):
+    record, target = world.record("slurm", {"account": "nobody"})
+    world.trouble("sbatch", "refused")
+    end = world.run(record, target)
+    assert end.phase == "failed" and "Invalid account" in end.detail
+    assert len(world.calls("sbatch")) == 1
+
+
+@pytest.mark.parametrize("when", ["timeout_before", "timeout_after"])
+def test_a_submission_that_does_not_answer_is_not_repeated_blindly(world, monkeypatch, when):
+    monkeypatch.setattr(calls, "LONGEST", 3.0)
+    record, target = world.record("slurm", {})
+    world.trouble("sbatch", when)
+    assert world.run(record, target).phase == "succeeded"
+    assert world.state["created"] == ["job-1"]
+    assert len(world.runs) == 1
+
+
+def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
+    record, _ = world.record("slurm", {})
+    while not (record.is_over and record.kept("deleted")):
+        again = JobRecord.load(record.path)
+        advance(again, find_target(again.job.target, again.job.options), QUICK)
+    assert len(world.runs) == 1 and len(world.calls("sbatch")) == 1
+
+
+def test_slurm_requeues_the_same_attempt(world):
+    record, target = world.record("slurm", {})
+    record.append("queued", attempt=1)
+    target.submit(record)
+    task = record.attempt_directory / "task.sh"
+    environment = {**os.environ, "SLURM_PROCID": "0"}
+    for count in ("0", "0", "1"):
+        subprocess.run(["bash", str(task)], env=environment | {"SLURM_RESTART_COUNT": count}, check=True)
+    # Twice the same: once. Requeued: again.
+    assert len(world.runs) == 2
+
+
+def test_stopping_cancels(world):
+    record, target = world.record("slurm", {})
+    world.trouble("training", {"sleep": 60})
+    until_running(record, target, world)
+    record.stop_request.touch()
+    assert world.run(record, target).phase == "stopped"
+    assert left(world) == []
+
+
+def test_a_dry_run_calls_nothing(world):
+    record, target = world.record("slurm", TWO)
+    (sbatch,) = [step for step in target.dry_run(record) if isinstance(step, Run)]
+    assert world.calls() == []
+    world.run(record, target)
+    assert world.calls("sbatch") == [list(sbatch.words)]
+
+
+def test_bad_input(world):
+    record, target = world.record("slurm", {}, run_dir="/tmp/run")
+    with pytest.raises(LaunchError, match="each node has a /tmp of its own"):
+        target.check(record.job)
+    with pytest.raises(LaunchError, match="--nodes is 0: expected at least 1"):
+        find_target("slurm", {"nodes": "0"})
+    record.append("queued", attempt=1)
+    target.submit(record)
+    with pytest.raises(LaunchError, match="there is a job job-1 in the queue already"):
+        target.check_access(record.job)
