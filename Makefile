@@ -25,14 +25,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 .PHONY: policy
 policy: $(INSTALLED)
-	$(CLP) prepare --gin_file=examples/pydoc_prepare.gin
-	$(CLP) train --gin_file=examples/pydoc_sft.gin
-	$(CLP) train --gin_file=examples/pydoc_preference.gin
+	$(CLP) pipeline examples/pydoc.yaml --stages=preference
 
-quickstart: policy ## Trains and steers a policy on this machine's own documentation: 10 minutes on 2 cores.
-	$(CLP) train --gin_file=examples/pydoc_clp_full.gin
-	$(CLP) evaluate --gin_file=examples/pydoc_evaluate.gin
-	$(CLP) report --run_dirs=runs/pydoc/clp_full
+quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own documentation: 10 minutes on 2 cores.
+	$(CLP) pipeline examples/pydoc.yaml
 
 test: $(INSTALLED) ## All tests; those that need several devices, or processes, by themselves.
 	$(BIN)/python -m pytest tests

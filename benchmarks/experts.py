@@ -15,8 +15,8 @@ from measure import SHAPES, mebibytes, medians, parse_arguments, peak_bytes, ran
 
 from clp_jax.models.config import MoEConfig
 from clp_jax.models.language_model import routing_loss
+from clp_jax.models.layer import fold
 from clp_jax.models.policy import Policy
-from clp_jax.models.transformer import fold
 from clp_jax.nn.routing import TokenChoice
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.training.learner import Learner

@@ -18,11 +18,17 @@ letter dimension                    letter dimension
 The tests import the package through jaxtyping's hook, which checks the annotations at run time with beartype.
 """
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import jax
 import numpy as np
-from jax import Array
 from jaxtyping import Bool, Float, Int, Key, Num, PRNGKeyArray, PyTree, Shaped, UInt32
+
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    # Where a program is compiled and not run, shapes stand for its arrays.
+    Array = jax.Array | jax.ShapeDtypeStruct
 
 # What crosses from the host to the device.
 ArrayLike: TypeAlias = Array | np.ndarray
@@ -32,6 +38,13 @@ Params: TypeAlias = dict[str, Any]
 
 # Metrics of one step: scalars, still on the device.
 Metrics: TypeAlias = dict[str, Array]
+
+
+def stand_in(shape: tuple[int, ...], dtype: Any) -> "Array":
+    """A shape in place of an array, where a program is compiled and not run."""
+    found: Any = jax.ShapeDtypeStruct(shape, dtype)
+    return found
+
 
 __all__ = [
     "Array",
@@ -47,4 +60,5 @@ __all__ = [
     "PyTree",
     "Shaped",
     "UInt32",
+    "stand_in",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from clp_jax import __version__, processes
 from clp_jax.command_line import SPANNING, EntryPoint, Invocation, parse, usage
+from clp_jax.compilation import libtpu
 from clp_jax.gin_utils.files import ConfigError, Header, SearchPath, all_files, bindings, read_file, suggest
 
 # In the order they are used.
@@ -26,12 +27,18 @@ COMMANDS = {
     "convert": "clp_jax.convert.convert",
     "checkpoints": "clp_jax.checkpoints.checkpoints",
     "experiment": "clp_jax.experiment.experiment",
+    "compile": "clp_jax.compile.compile",
 }
+
+# Arguments of commands that stand for another command, configured by the same files.
+BORROWED = {"compile": {"training": "train"}}
 
 # Those that run commands elsewhere: they know command lines, and nothing of gin.
 LAUNCHING = {
     "launch": "Runs a command elsewhere (TPUs, clusters, processes here), and looks after it.",
     "jobs": "Lists, shows, stops and retries what was launched.",
+    "sweep": "Tries a command with many bindings and seeds; clp sweep report tells what came of it.",
+    "pipeline": "Runs the stages of a recipe that are not done, or whose inputs have changed.",
 }
 
 PACKAGE = "clp_jax"
@@ -100,6 +107,7 @@ def _run(command: str, words: Sequence[str]) -> int:
     # Modules next to the user's own gin files: rewards, tasks.
     sys.path.append(os.getcwd())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    libtpu.settle()
     # A command that runs again, or goes on, finds its programs compiled.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/clp_jax").expanduser()))
     from clp_jax.gin_utils.configuration import configure
@@ -110,13 +118,13 @@ def _run(command: str, words: Sequence[str]) -> int:
         others = processes.find_processes(invocation.processes, os.environ)
         if others is not None:
             processes.start(others)
-    function = getattr(importlib.import_module(entry.module), entry.function)
     configuration = configure(
-        function,
+        _function(command),
         gin_files=invocation.gin_files,
         gin_bindings=invocation.gin_bindings,
         search_paths=invocation.search_paths,
         arguments=invocation.arguments,
+        borrowed={name: _function(other) for name, other in BORROWED.get(command, {}).items()},
     )
     if "print_config" in invocation.switches:
         print(configuration.text, end="")
@@ -124,8 +132,13 @@ def _run(command: str, words: Sequence[str]) -> int:
     arguments: dict[str, Any] = configuration.build()
     if entry.takes_config_text:
         arguments["config_text"] = configuration.text
-    function(**arguments)
+    _function(command)(**arguments)
     return 0
+
+
+def _function(command: str) -> Any:
+    module, name = COMMANDS[command].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
 
 
 def _launch(command: str, words: Sequence[str]) -> int:
@@ -133,9 +146,13 @@ def _launch(command: str, words: Sequence[str]) -> int:
     beside = Path(__file__).parents[1] / "launch"
     if importlib.util.find_spec("clp_jax.launch") is None and (beside / "__init__.py").is_file():
         importlib.import_module("clp_jax").__path__.append(str(beside.parent))
+    # A sweep file is Python of the user, and may import what is next to it.
+    sys.path.append(os.getcwd())
+    known = [*_available(), *LAUNCHING]
     if command == "jobs":
         return importlib.import_module("clp_jax.launch.jobs").jobs(words)
-    return importlib.import_module("clp_jax.launch.command").launch(words, commands=_available())
+    module = {"launch": "command", "sweep": "sweep_command", "pipeline": "pipeline_command"}[command]
+    return getattr(importlib.import_module(f"clp_jax.launch.{module}"), command)(words, commands=known)
 
 
 def _entry_point(command: str) -> EntryPoint | None:

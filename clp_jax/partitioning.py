@@ -9,16 +9,19 @@ import contextvars
 import dataclasses
 import difflib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clp_jax.array_types import Array, PyTree
 
-MESH_AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor", "stage")
+# The more is said along an axis, the later it stands: `make_mesh` gives the last ones the shortest ways.
+MESH_AXES = ("slice", "stage", "data", "fsdp", "expert", "sequence", "tensor")
 
 LOGICAL_AXES: Mapping[str, str] = {
     # Parameters.
@@ -54,15 +57,19 @@ class Rules:
 
     Attributes:
         table: pairs of a logical name and a mesh axis, several mesh axes, or None (replicated). A name that is left
-            out is replicated.
+            out is replicated. Where ``layers`` has mesh axes, they are a pipeline's stages.
+        microbatches: that pass through a pipeline; the others know none.
 
     Raises:
-        ValueError: for an unknown logical name or mesh axis, or a name given twice.
+        ValueError: for an unknown logical name or mesh axis, a name given twice, or fewer than 1 micro-batch.
     """
 
     table: Sequence[tuple[str, str | tuple[str, ...] | None]] = (("batch", ("slice", "data", "fsdp")),)
+    microbatches: int = 1
 
     def __post_init__(self):
+        if self.microbatches < 1:
+            raise ValueError(f"Rules: microbatches is {self.microbatches}: expected at least 1.")
         object.__setattr__(self, "table", tuple(self.table))  # Hashable, whatever it was given as.
         seen = set()
         for name, axes in self.table:
@@ -93,35 +100,89 @@ class Rules:
 
 
 def make_mesh(
-    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, **other: int
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    num_devices: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    **other: int,
 ) -> Mesh:
     """Makes the mesh; every axis of `MESH_AXES` is there, of size 1 unless asked for.
+
+    On TPUs axes lie along the torus, and ``slice`` alone crosses the data-centre network; the devices may be those of a
+    topology that is only described.
 
     Args:
         data: data-parallel replicas; -1 takes the devices that the other axes leave.
         fsdp: shards of parameters and optimizer state over data-parallel replicas.
         tensor: tensor-parallel shards.
-        devices: all devices by default.
+        num_devices: takes the first so many devices; None takes all.
+        devices: all devices by default, or those of `use_devices`.
         **other: sizes of the other mesh axes, by name.
 
     Raises:
-        ValueError: for an unknown axis, or sizes whose product is not the number of devices.
+        ValueError: for an unknown axis, or sizes that do not fit the devices or their slices.
     """
     sizes = dict.fromkeys(MESH_AXES, 1) | {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in other.items():
         if name not in sizes:
             raise ValueError(f"make_mesh: unknown axis {name!r}{_nearest(name, MESH_AXES)}.")
         sizes[name] = size
-    devices = list(jax.devices() if devices is None else devices)
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"make_mesh({given}): {name} is {size}: expected at least 1, or -1 for what is left.")
+    devices = list((_devices.get() or jax.devices()) if devices is None else devices)
+    if num_devices is not None:
+        if not 1 <= num_devices <= len(devices):
+            raise ValueError(f"make_mesh: num_devices is {num_devices}: expected 1 to {len(devices)}, as there are.")
+        devices = devices[:num_devices]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
-        given = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+    if len(free) > 1 or len(devices) % fixed or (not free and fixed != len(devices)):
         raise ValueError(f"make_mesh({given}): the sizes must multiply to the {len(devices)} devices (one may be -1).")
     if free:
         sizes[free[0]] = len(devices) // fixed
+    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np.ndarray:
+    """The devices as an array of the mesh's shape, neighbours on an axis near each other."""
     shape = tuple(sizes[name] for name in MESH_AXES)
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    if devices[0].platform != "tpu":
+        # Processes hold consecutive devices: with the largest strides first, those of one are neighbours on later axes.
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and sizes["slice"] != slices:
+        raise ValueError(
+            f"make_mesh: slice is {sizes['slice']}, and the devices belong to {slices} slices: expected slice={slices}."
+        )
+
+    def arrange(split: bool) -> np.ndarray:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+        within = tuple(1 if name == "slice" else sizes[name] for name in MESH_AXES)
+        between = tuple(slices if name == "slice" else 1 for name in MESH_AXES)
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=split)
+
+    try:
+        return arrange(False)
+    except NotImplementedError:  # An axis of the mesh is no product of whole axes of the torus.
+        return arrange(True)
+
+
+_devices: contextvars.ContextVar[Sequence[jax.Device] | None] = contextvars.ContextVar("clp_jax_devices", default=None)
+
+
+@contextlib.contextmanager
+def use_devices(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Makes meshes of these devices inside the context: those of another machine, to compile for it."""
+    token = _devices.set(devices)
+    try:
+        yield
+    finally:
+        _devices.reset(token)
 
 
 _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("clp_jax_mesh", default=None)
@@ -155,6 +216,16 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
+def constrain_tree(tree: PyTree, logical_axes: PyTree) -> PyTree:
+    """`constrain` of every array in a tree.
+
+    Args:
+        tree: arrays.
+        logical_axes: a tree as `tree`, with a tuple of names for each leaf.
+    """
+    return jax.tree.map(lambda axes, x: constrain(x, *axes), logical_axes, tree, is_leaf=is_axes)
+
+
 def activation_sharding(shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding | None:
     """The sharding that `constrain` gives an array, or None without an active mesh.
 
@@ -173,9 +244,7 @@ def activation_sharding(shape: Sequence[int], axes: Sequence[str | None]) -> Nam
     active = _active.get()
     if active is None:
         return None
-    mesh, rules = active
-    parts = [_dividing(mesh, _as_tuple(part), size) for part, size in zip(rules.spec(axes), shape, strict=True)]
-    return NamedSharding(mesh, PartitionSpec(*(part or None for part in parts)))
+    return named_sharding(axes, *active, shape=shape)
 
 
 @contextlib.contextmanager
@@ -199,8 +268,35 @@ def use_groups(num_groups: int) -> Iterator[tuple[str, ...]]:
     experts = _as_tuple(table.get("act_expert"))
     groups = _dividing(mesh, tuple(itertools.takewhile(lambda axis: axis not in experts, axes)), num_groups)
     table |= {"group": groups, "batch": axes[len(groups) :]}
-    with use_mesh(mesh, Rules(tuple(table.items()))):
+    with use_mesh(mesh, dataclasses.replace(rules, table=tuple(table.items()))):
         yield groups
+
+
+@contextlib.contextmanager
+def use_rules(rules: Rules | None) -> Iterator[None]:
+    """Puts other rules on the active mesh; None, or no active mesh, leaves everything as it is."""
+    active = _active.get()
+    if active is None or rules is None:
+        yield
+        return
+    with use_mesh(active[0], rules):
+        yield
+
+
+def active_rules() -> Rules | None:
+    """The rules of the innermost `use_mesh`, if any."""
+    active = _active.get()
+    return None if active is None else active[1]
+
+
+def active_pipeline() -> tuple[tuple[str, ...], int, int] | None:
+    """The mesh axes of a pipeline's stages, how many stages, and how many micro-batches; None without stages."""
+    active = _active.get()
+    if active is None:
+        return None
+    mesh, rules = active
+    axes = tuple(name for name in _as_tuple(dict(rules.table).get("layers")) if mesh.shape[name] > 1)
+    return (axes, math.prod(mesh.shape[name] for name in axes), rules.microbatches) if axes else None
 
 
 def is_sharded(axis: str) -> bool:
@@ -220,6 +316,20 @@ def active_mesh() -> Mesh | None:
     return None if active is None else active[0]
 
 
+def active_sizes(axis: str) -> tuple[int, ...]:
+    """Sizes of all mesh axes that the active rules give a logical axis; none without an active mesh.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _check_name(axis)
+    active = _active.get()
+    if active is None:
+        return ()
+    mesh, rules = active
+    return tuple(mesh.shape[name] for name in _as_tuple(dict(rules.table).get(axis)))
+
+
 def active_axes(axis: str, size: int) -> tuple[str, ...]:
     """The mesh axes, larger than 1, over which the active rules shard a dimension of this size.
 
@@ -235,16 +345,39 @@ def active_axes(axis: str, size: int) -> tuple[str, ...]:
     return tuple(name for name in axes if mesh.shape[name] > 1)
 
 
-def named_sharding(axes: Sequence[str | None], mesh: Mesh, rules: Rules) -> NamedSharding:
-    """The sharding of an array with these logical axes."""
-    return NamedSharding(mesh, rules.spec(axes))
+def named_sharding(
+    axes: Sequence[str | None], mesh: Mesh, rules: Rules, shape: Sequence[int] | None = None
+) -> NamedSharding:
+    """The sharding of an array with these logical axes.
+
+    Args:
+        axes: one logical name, or None, for each dimension.
+        mesh: the devices.
+        rules: the table.
+        shape: of the array; a dimension is then sharded over the first of its mesh axes that divide it, never padded.
+    """
+    spec = rules.spec(axes)
+    if shape is not None:
+        parts = [_dividing(mesh, _as_tuple(part), size) for part, size in zip(spec, shape, strict=True)]
+        spec = PartitionSpec(*((part[0] if len(part) == 1 else part) if part else None for part in parts))
+    return NamedSharding(mesh, spec)
 
 
-def tree_shardings(logical_axes: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
-    """The shardings of a tree whose leaves are tuples of logical names (or None for a replicated leaf)."""
-    return jax.tree.map(
-        lambda axes: named_sharding(axes or (), mesh, rules), logical_axes, is_leaf=lambda x: x is None or is_axes(x)
-    )
+def tree_shardings(logical_axes: PyTree, mesh: Mesh, rules: Rules, arrays: PyTree = None) -> PyTree:
+    """The shardings of a tree whose leaves are tuples of logical names (or None for a replicated leaf).
+
+    Args:
+        logical_axes: the names.
+        mesh: the devices.
+        rules: the table.
+        arrays: a tree with the same leaves, of arrays or shapes; what does not divide is then not sharded.
+    """
+
+    def one(axes: AxisNames | None, array: Any = None) -> NamedSharding:
+        return named_sharding(axes or (), mesh, rules, None if array is None or axes is None else array.shape)
+
+    trees = (logical_axes,) if arrays is None else (logical_axes, arrays)
+    return jax.tree.map(one, *trees, is_leaf=lambda x: x is None or is_axes(x))
 
 
 def is_axes(x: object) -> bool:

@@ -20,7 +20,7 @@ _FOLDERS = {
     "tasks": "clp_jax/tasks",
     "launch": "clp_jax/launch",
 }
-_SUFFIXES = (".py", ".gin")
+_SUFFIXES = (".py", ".gin", ".yaml")
 _HERE = Path(__file__).resolve().parent
 
 

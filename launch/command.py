@@ -73,11 +73,28 @@ def launch(words: Sequence[str], commands: Collection[str]) -> int:
         return 0
     record = _existing(jobs, job)
     if record is None:
-        target.check_access(job)
-        if not options.force:
-            check_that_it_fits(target, job, commands)
+        check_before_creating(target, job, commands, options.force)
         record = create(jobs, job, target)
     return look_after([record], detach=options.detach, patience=Patience(look=options.look))
+
+
+def check_before_creating(target: Target, job: Job, commands: Collection[str], force: bool) -> None:
+    """Finds what is wrong with a job while nothing is created.
+
+    Args:
+        target: where it runs.
+        job: what is asked.
+        commands: of `clp`.
+        force: whether it runs even where it does not fit the slice.
+
+    Raises:
+        LaunchError: for a secret in the command, what the target refuses, and what does not fit.
+    """
+    refuse_secrets([*job.command, *job.options.values()], os.environ)
+    target.check(job)
+    target.check_access(job)
+    if not force:
+        check_that_it_fits(target, job, commands)
 
 
 def create(jobs: Path, job: Job, target: Target) -> JobRecord:

@@ -270,6 +270,7 @@ def write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    os.chmod(partial, 0o644)
     os.replace(partial, path)
 
 

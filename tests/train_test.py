@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -283,7 +284,11 @@ def test_a_save_that_fails_stops_the_run_and_loses_nothing(tmp_path):
     with contextlib.ExitStack() as limits:
 
         def limit_later(step, run_dir):
-            if step == 4:  # A real failure of the operating system, in whatever thread and library.
+            if step == 4:
+                deadline = time.monotonic() + 60  # Step 3 is written while training goes on.
+                while not (run_dir / "checkpoints" / "3").is_dir() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                # A real failure of the operating system, in whatever thread and library.
                 limits.enter_context(no_file_longer_than(width))
 
         with pytest.raises(CheckpointError, match="checkpoint of step 6 .*File too large.*Step 3 is intact"):

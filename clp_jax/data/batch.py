@@ -3,8 +3,9 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
-from clp_jax.array_types import ArrayLike, Float, Int
+from clp_jax.array_types import ArrayLike, Float, Int, stand_in
 
 
 @jax.tree_util.register_dataclass
@@ -49,3 +50,21 @@ class PromptBatch:
     inputs: Int[ArrayLike, "B S"]
     targets: Int[ArrayLike, "B T"]
     example_ids: Int[ArrayLike, "B"]
+
+
+def abstract_batch(rows: int, inputs: int, targets: int) -> Batch:
+    """The shapes and types of a `Batch`.
+
+    Args:
+        rows: ``B``.
+        inputs: ``S``.
+        targets: ``T``.
+    """
+    ids, weight = jnp.dtype("int32"), jnp.dtype("float32")
+    lengths = {name: inputs if name.startswith("input") else targets for name in Batch.__dataclass_fields__}
+    shapes = {name: stand_in((rows, length), ids) for name, length in lengths.items()}
+    shapes |= {
+        "loss_weights": stand_in((rows, targets), weight),
+        "example_ids": stand_in((rows,), ids),
+    }
+    return Batch(**shapes)

@@ -63,6 +63,28 @@ class Bindings:
         """Takes an argument of the entry function."""
         self.values.setdefault(("", self.entry), {})[name] = Value(value, f"--{name}")
 
+    def reference(self, target: Target) -> Reference:
+        """A function that gin hands over without calling it."""
+        return Reference("", self.names.register(target, target.__module__, [target.__qualname__]), False)
+
+    def fill_texts(self) -> None:
+        """Gives required macros that nobody set an empty text, where nothing but a text is asked for."""
+        for name, value in self.macros.items():
+            if value.value == REQUIRED:
+                hints = [hint for macro, hint in self._uses() if macro == name]
+                if hints and all(annotations.mismatch("", hint) is None for hint in hints):
+                    self.macros[name] = Value("", value.place)
+
+    def _uses(self) -> Iterator[tuple[str, Any]]:
+        """Macros that are a whole argument, through other macros too, and the annotation of each."""
+        for (_, path), arguments in self.values.items():
+            hints = self.parameters(path).hints
+            for argument, bound in arguments.items():
+                value = bound.value
+                while isinstance(value, Macro) and value.name in self.macros:
+                    yield value.name, hints.get(argument, Any)
+                    value = self.macros[value.name].value
+
     def _add(self, binding: Binding, resolve: Callable[[str], str]) -> Binding:
         def leaf(item: Any) -> Any:
             return dataclasses.replace(item, name=resolve(item.name)) if isinstance(item, Reference) else item

@@ -6,7 +6,8 @@ objects, so what a run directory stores is what ran, and ``clp <command> --gin_f
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -33,21 +34,36 @@ class Configuration:
     Attributes:
         entry: the function.
         text: the resolved configuration.
+        borrowed: see `configure`.
+        again: configures once more, with more files and bindings behind those given.
     """
 
     entry: Target
     text: str
+    borrowed: Mapping[str, Target] = dataclasses.field(default_factory=dict)
+    again: Callable[[Sequence[str], Sequence[str]], "Configuration"] | None = None
 
     def build(self) -> dict[str, Any]:
         """Builds the arguments.
 
+        A borrowed function becomes one that builds that function's arguments, when it is called, of this configuration
+        with more gin files and bindings: ``(gin_files=(), gin_bindings=()) -> dict``.
+
         Raises:
             ConfigError: when an object refuses what it was given.
         """
+        arguments = self._build(self.entry)
+        return arguments | {name: functools.partial(self._lend, name) for name in self.borrowed}
+
+    def _lend(self, name: str, gin_files: Sequence[str] = (), gin_bindings: Sequence[str] = ()) -> dict[str, Any]:
+        assert self.again is not None
+        return self.again(gin_files, gin_bindings)._build(self.borrowed[name])
+
+    def _build(self, target: Target) -> dict[str, Any]:
         gin.clear_config()
         gin.parse_config(self.text)
         try:
-            return gin.get_bindings(self.entry)
+            return gin.get_bindings(target)
         except (TypeError, ValueError) as error:
             # Gin adds on further lines which of its wrappers the error went through.
             raise ConfigError(str(error).split("\n  In call to configurable")[0].strip()) from error
@@ -60,6 +76,7 @@ def configure(
     gin_bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
     arguments: Mapping[str, Any] | None = None,
+    borrowed: Mapping[str, Target] | None = None,
 ) -> Configuration:
     """Reads and checks a configuration.
 
@@ -70,6 +87,8 @@ def configure(
             unambiguous; they win over files.
         search_paths: more directories to look for files in.
         arguments: of the entry function itself; they win over everything.
+        borrowed: arguments of the entry function that stand for another function, as it is configured. It is never called:
+            texts that it requires, such as directories, may be left out.
 
     Raises:
         ConfigError: for anything that is wrong, before the entry function or any class is called.
@@ -84,11 +103,26 @@ def configure(
     given: list[Binding] = [bound.add_given(read_binding(text), everywhere) for text in gin_bindings]
     for name, value in (arguments or {}).items():
         bound.add_argument(name, value)
+    for name, target in (borrowed or {}).items():
+        bound.add_argument(name, bound.reference(target))
+    if borrowed:
+        bound.fill_texts()
     reached = bound.reach()
     check_given(bound, given, reached)
     check_types(bound)
     check_complete(bound, reached, bool(files))
-    return Configuration(entry, resolved_text(bound, reached))
+
+    def again(more_files: Sequence[str], more_bindings: Sequence[str]) -> Configuration:
+        return configure(
+            entry,
+            gin_files=[*gin_files, *more_files],
+            gin_bindings=[*gin_bindings, *more_bindings],
+            search_paths=search_paths,
+            arguments=arguments,
+            borrowed=borrowed,
+        )
+
+    return Configuration(entry, resolved_text(bound, reached), borrowed or {}, again)
 
 
 def resolved_text(bound: Bindings, reached: Iterable[Call]) -> str:

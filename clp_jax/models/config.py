@@ -148,7 +148,8 @@ class ModelConfig:
         start_id: fed first: by encoder-decoders always, by decoders where there is no prompt.
         dtype: of activations, ``"float32"`` or ``"bfloat16"``; softmax, norms and logits are float32 always.
         param_dtype: of parameters.
-        remat: what the backward pass recomputes: ``"none"``, ``"minimal"`` (keeps matrix products) or ``"full"``.
+        remat: what the backward pass recomputes: ``"none"``, ``"minimal"`` (keeps products with parameters), ``"offload"``
+            (keeps them in the host's memory; a CPU has no other) or ``"full"``.
         scan_unroll: periods of layers in one iteration of the loop over them; None unrolls shallow stacks altogether.
     """
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int
 from clp_jax.models.config import LayerKind
-from clp_jax.models.transformer import KeysValues, Stack, View, layers_of
+from clp_jax.models.layer import KeysValues, View
+from clp_jax.models.transformer import Stack, layers_of
 from clp_jax.nn.attention import look
 from clp_jax.nn.attention_dense import Keys, Quantized, Sight, quantize
 from clp_jax.nn.kv_cache import Cache, LayerCache

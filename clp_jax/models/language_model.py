@@ -10,7 +10,7 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int, Metrics, PRNGKeyArray
 from clp_jax.models.config import ModelConfig, MoEConfig
-from clp_jax.models.transformer import fold
+from clp_jax.models.layer import fold
 from clp_jax.nn.embeddings import Embedding
 from clp_jax.nn.linear import Linear
 from clp_jax.nn.routing import RoutingStatistics
@@ -24,7 +24,7 @@ class Encoded:
     """Prompts that were read, as completions see them.
 
     Attributes:
-        content: an encoder's states ``[B, S, D]``, or a decoder's keys and values.
+        content: an encoder's states ``[B, S, D]``, or a decoder's keys and values; None where there are no prompts.
         tokens: ``int32[B, S]``.
         places: where they stand.
         routing: what the routers did with them: statistics of several layers each, stacked; none without experts.

@@ -46,9 +46,8 @@ class PaLM(LanguageModel):
             segments: packed examples; by default one, wherever there is no padding, which stands at the end.
             dropout_key: None is evaluation.
         """
-        if not tokens.shape[1]:  # One position of padding, so that no array is empty.
-            tokens = jnp.full((tokens.shape[0], 1), self.config.pad_id, tokens.dtype)
-            segments = jnp.zeros_like(tokens)
+        if not tokens.shape[1]:
+            return Encoded(None, tokens, in_order(tokens), ())
         unpacked = segments is None
         places = in_order((tokens != self.config.pad_id).astype(jnp.int32) if segments is None else segments)
         ran = self.decoder(
@@ -80,13 +79,17 @@ class PaLM(LanguageModel):
             present: which tokens experts make room for; by default all of any segment.
             dropout_key: None is evaluation.
         """
-        batch = encoded.tokens.shape[0]
+        batch, unpacked = encoded.tokens.shape[0], segments is None
         if segments is None:
             segments = jnp.ones_like(decoder_inputs)
             one = (encoded.places.segments > 0).astype(jnp.int32)
             encoded = dataclasses.replace(encoded, places=in_order(one))
-        ends = _ends(encoded.places.segments)
         since = _since_start(segments)
+        if encoded.content is None:
+            tokens = jnp.where(since == 0, self.config.start_id, decoder_inputs)
+            ran = self.decoder(self.embed(tokens), in_order(segments), dropout_key=dropout_key, unpacked=unpacked)
+            return Decoded(ran.states, ran.routing)
+        ends = _ends(encoded.places.segments)
         mine = jnp.minimum(segments, ends.shape[1] - 1).reshape(batch, -1)
         last = jnp.take_along_axis(ends, mine, axis=1)
         first = self._last_tokens(encoded, last).reshape(segments.shape)
@@ -101,6 +104,8 @@ class PaLM(LanguageModel):
 
     def first_tokens(self, encoded: Encoded) -> Int[Array, "B"]:
         """What every row feeds first: the last token of its prompt."""
+        if encoded.content is None:
+            return jnp.full(encoded.tokens.shape[:1], self.config.start_id, encoded.tokens.dtype)
         return self._last_tokens(encoded, _ends(encoded.places.segments)[:, 1:2])[:, 0]
 
     def init_cache(self, encoded: Encoded, *, max_length: int, num_samples: int = 1, int8: bool = False) -> Cache:
@@ -112,6 +117,9 @@ class PaLM(LanguageModel):
             num_samples: completions of each prompt.
             int8: whether keys and values are kept in eight bits.
         """
+        if encoded.content is None:  # One position of padding, so that no array is empty.
+            padding = jnp.full((encoded.tokens.shape[0], 1), self.config.pad_id, encoded.tokens.dtype)
+            encoded = self.encode(padding, jnp.zeros_like(padding))
         ends = _ends(encoded.places.segments)
         return init_cache(
             self.decoder,

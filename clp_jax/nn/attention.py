@@ -8,7 +8,8 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Float, PRNGKeyArray
 from clp_jax.nn.attention_dense import Keys, Quantized, Sight, dot_product_attention, look_at_all, swap_heads
-from clp_jax.nn.attention_kernels import SHORT_PAIRS, attention
+from clp_jax.nn.attention_kernels import SHORT_PAIRS, attention, ring_of_sets
+from clp_jax.nn.attention_ring import KeySet, ring_axes
 from clp_jax.nn.linear import Linear
 from clp_jax.nn.norms import RMSNorm
 from clp_jax.nn.rope import rotate
@@ -118,10 +119,15 @@ def look(
         unpacked: whether every row is one example from its start on.
         dense: whether masks and biases are held whole, however many pairs there are: for single queries.
     """
-    pairs = queries.positions.shape[1] * keys.positions.shape[1]
-    if not dense and pairs >= SHORT_PAIRS:
+    lengths = queries.positions.shape[1], keys.positions.shape[1]
+    if not dense and (lengths[0] * lengths[1] >= SHORT_PAIRS or ring_axes(*lengths)):
         return Sight(pattern, queries, keys, None, None, table=table, aligned=aligned, unpacked=unpacked)
     return look_at_all(pattern, queries, keys, table, aligned=aligned)
+
+
+def _as_set(part: Keys) -> KeySet:
+    assert not isinstance(part.key, Quantized) and not isinstance(part.value, Quantized)
+    return KeySet(part.key, part.value, part.sight.queries, part.sight.keys, part.sight.pattern)
 
 
 def _blocked_attention(
@@ -134,6 +140,10 @@ def _blocked_attention(
     """Attention that holds no array of all pairs."""
     rows = query.shape[0]
     first = keys[0].sight
+    if ring_axes(query.shape[1], *(part.sight.keys.positions.shape[1] for part in keys)):
+        sets = [_as_set(part) for part in keys]
+        table = keys[-1].sight.table if first.table is None else first.table
+        return ring_of_sets(query, sets, table=table, dropout_rate=dropout_rate, dropout_key=dropout_key)
     if len(keys) == 1:
         part = keys[0]
         assert not isinstance(part.key, Quantized) and not isinstance(part.value, Quantized)

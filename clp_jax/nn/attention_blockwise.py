@@ -6,6 +6,8 @@ again from the normalisers (FlashAttention, arXiv 2205.14135, algorithms 2 and 4
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from clp_jax.array_types import Array, Float, Int, PRNGKeyArray, Shaped
 from clp_jax.nn.attention_dense import MASKED, cap_logits, check_bias, check_heads, scale_query, sum_examples
 from clp_jax.nn.linear import dropout
-from clp_jax.nn.visibility import Pattern, Places, position_bias, visible
+from clp_jax.nn.visibility import Pattern, Places, block_extents, may_meet, position_bias, visible
 
 # A CPU is fastest with these; larger blocks leave its caches.
 QUERY_BLOCK = 256
@@ -91,6 +93,104 @@ def blockwise_attention(
     return _ungroup_heads(out[:, :, :, :length])
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Queries, and some of the keys that they see; the passes of other keys are merged by the normalisers.
+
+    Attributes:
+        query: scaled, heads first.
+        key: keys.
+        value: values.
+        table: of the bias, where the pattern has buckets.
+        queries: where queries stand.
+        keys: where keys stand.
+        pattern: who sees whom.
+    """
+
+    query: Float[Array, "B N T H"]
+    key: Float[Array, "B G S H"]
+    value: Float[Array, "B G S H"]
+    table: Float[Array, "N buckets"] | None
+    queries: Places
+    keys: Places
+    pattern: Pattern
+
+
+def blockwise_part(
+    part: Part, *, dropout_rate: float = 0.0, dropout_key: PRNGKeyArray | None = None
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+    """Attention to a part of the keys.
+
+    Args:
+        part: the queries and the keys.
+        dropout_rate: of the attention weights.
+        dropout_key: None turns dropout off.
+
+    Returns:
+        The output in float32, and the logarithm of each query's normaliser: below every logit for one that sees nothing.
+    """
+    plan, inputs = _part_inputs(part, dropout_rate, dropout_key)
+    out, log_z = _forward(plan, inputs)
+    out, log_z = (x.reshape(x.shape[0], -1, *x.shape[3:])[:, :, : plan.length] for x in (out, log_z))
+    return out, log_z
+
+
+def blockwise_part_gradients(
+    part: Part,
+    gradient: Float[Array, "B N T H"],
+    log_z: Float[Array, "B N T"],
+    common: Float[Array, "B N T"],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Gradients that flow through a part of the keys: of queries, keys, values and table, float32.
+
+    Args:
+        part: the queries and the keys.
+        gradient: of the output over all parts.
+        log_z: the logarithms of the normalisers over all parts.
+        common: of each query, the sum of its gradient times its output over all parts.
+        dropout_rate: as in `blockwise_part`.
+        dropout_key: as in `blockwise_part`.
+    """
+    plan, inputs = _part_inputs(part, dropout_rate, dropout_key)
+    more, groups = inputs.query.shape[3] - plan.length, part.key.shape[1]
+
+    def grouped(x: Array) -> Array:
+        return _pad(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), more, 3)
+
+    to_query, to_key, to_value, to_table = _backward(plan, inputs, grouped(gradient), grouped(log_z), grouped(common))
+    to_query = to_query.reshape(to_query.shape[0], -1, *to_query.shape[3:])[:, :, : plan.length]
+    return to_query, to_key[:, :, : plan.keys_length], to_value[:, :, : plan.keys_length], to_table
+
+
+def _part_inputs(part: Part, dropout_rate: float, dropout_key: PRNGKeyArray | None) -> tuple["_Plan", "_Inputs"]:
+    """The plan of a part, and its arrays filled up to whole blocks."""
+    batch, heads, length, size = part.query.shape
+    groups, keys_length = part.key.shape[1:3]
+    plan = _Plan(
+        pattern=part.pattern,
+        rows=min(QUERY_BLOCK, length),
+        columns=min(KEY_BLOCK, keys_length),
+        length=length,
+        keys_length=keys_length,
+        aligned=False,
+        dropout_rate=0.0 if dropout_key is None else dropout_rate,
+    )
+    more, more_keys = -length % plan.rows, -keys_length % plan.columns
+    inputs = _Inputs(
+        _pad(part.query.reshape(batch, groups, heads // groups, length, size), more, 3),
+        _pad(part.key, more_keys, 2),
+        _pad(part.value, more_keys, 2),
+        part.table,
+        pad_places(part.queries, more),
+        pad_places(part.keys, more_keys),
+        dropout_key if plan.dropout_rate else None,
+    )
+    return plan, inputs
+
+
 def check_aligned(aligned: bool, length: int, keys_length: int) -> None:
     """Raises a ValueError for a promise that cannot hold."""
     if aligned and length != keys_length:
@@ -165,6 +265,7 @@ def _attend(plan: _Plan, query, key, value, table, queries, keys, dropout_key) -
 def _attend_forward(plan: _Plan, query, key, value, table, queries, keys, dropout_key):
     inputs = _Inputs(query, key, value, table, Places(*queries), Places(*keys), dropout_key)
     out, log_z = _forward(plan, inputs)
+    out = out.astype(query.dtype)
     return out, (inputs, out, log_z)
 
 
@@ -182,12 +283,13 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _forward(plan: _Plan, inputs: _Inputs) -> tuple[Float[Array, "B G n T H"], Float[Array, "B G n T"]]:
-    """The output, and the logarithm of each query's normaliser."""
+    """The output in float32, and the logarithm of each query's normaliser."""
+    met = _meetings(plan, inputs)
 
     def query_block(_, row):
         query, queries = _rows(plan, inputs, row)
 
-        def key_block(column, carry):
+        def seen(column, carry):
             largest, total, out = carry
             key, value, keys = _columns(plan, inputs, column)
             logits = _logits(plan, query, key, inputs.table, queries, keys)
@@ -198,13 +300,16 @@ def _forward(plan: _Plan, inputs: _Inputs) -> tuple[Float[Array, "B G n T H"], F
             weights = _drop(plan, inputs.dropout_key, row, column, weights).astype(value.dtype)
             return larger, total, out * shrink[..., None] + _weigh_values(weights, value)
 
+        def key_block(column, carry):
+            return met(row, column, lambda: seen(column, carry), lambda: carry)
+
         shape = query.shape[:-1]
         start = (jnp.full(shape, FLOOR), jnp.zeros(shape), jnp.zeros(query.shape))
         largest, total, out = jax.lax.fori_loop(*plan.key_blocks(row), key_block, start)
         some = total > 0
         total = jnp.where(some, total, 1)
-        log_z = jnp.where(some, largest + jnp.log(total), 0)
-        return None, ((out / total[..., None]).astype(inputs.query.dtype), log_z)
+        log_z = jnp.where(some, largest + jnp.log(total), FLOOR)
+        return None, (out / total[..., None], log_z)
 
     _, (out, log_z) = jax.lax.scan(query_block, None, jnp.arange(plan.query_blocks))
     return _join(out), _join(log_z)
@@ -212,33 +317,59 @@ def _forward(plan: _Plan, inputs: _Inputs) -> tuple[Float[Array, "B G n T H"], F
 
 def _backward(plan: _Plan, inputs: _Inputs, gradient, log_z, common) -> tuple[Array, Array, Array, Array | None]:
     """Gradients of queries, keys, values and table, float32."""
+    met = _meetings(plan, inputs)
+    no_table = None if inputs.table is None else jnp.zeros(inputs.table.shape)
 
     def query_block(carry, row):
         query, queries = _rows(plan, inputs, row)
         gradient_block, log_z_block, common_block = (_cut(x, row, plan.rows, 3) for x in (gradient, log_z, common))
 
-        def key_block(column, carry):
-            to_query, to_key, to_value, to_table = carry
+        def seen(column):
             key, value, keys = _columns(plan, inputs, column)
             logits = _logits(plan, query, key, inputs.table, queries, keys)
             weights = jnp.exp(logits - log_z_block[..., None])
             dropped = _drop(plan, inputs.dropout_key, row, column, weights)
-            to_value = _add_block(to_value, _key_sums(dropped, gradient_block), column)
+            to_value = _key_sums(dropped, gradient_block)
             to_weights = _drop(plan, inputs.dropout_key, row, column, _pair_logits(gradient_block, value))
             to_logits = weights * (to_weights - common_block[..., None])
+            to_table = no_table
             if inputs.table is not None:
-                to_table = to_table + _table_gradient(plan, inputs.table, to_logits, queries, keys)
+                to_table = _table_gradient(plan, inputs.table, to_logits, queries, keys)
             to_products = (to_logits * _slope(plan, query, key)).astype(query.dtype)
-            to_key = _add_block(to_key, _key_sums(to_products, query), column)
-            return to_query + _weigh_values(to_products, key), to_key, to_value, to_table
+            return _weigh_values(to_products, key), _key_sums(to_products, query), to_value, to_table
+
+        def unseen():
+            of_keys = jnp.zeros((*inputs.key.shape[:2], plan.columns, inputs.key.shape[-1]))
+            return jnp.zeros(query.shape), of_keys, of_keys, no_table
+
+        def key_block(column, carry):
+            to_query, to_key, to_value, to_table = carry
+            # The sums stay outside of what may be skipped, or they would be copied for it.
+            part = met(row, column, lambda: seen(column), unseen)
+            to_key, to_value = _add_block(to_key, part[1], column), _add_block(to_value, part[2], column)
+            to_table = None if to_table is None else to_table + part[3]
+            return to_query + part[0], to_key, to_value, to_table
 
         to_query, *carry = jax.lax.fori_loop(*plan.key_blocks(row), key_block, (jnp.zeros(query.shape), *carry))
         return tuple(carry), to_query
 
-    to_table = None if inputs.table is None else jnp.zeros(inputs.table.shape)
-    start = (jnp.zeros(inputs.key.shape), jnp.zeros(inputs.value.shape), to_table)
+    start = (jnp.zeros(inputs.key.shape), jnp.zeros(inputs.value.shape), no_table)
     (to_key, to_value, to_table), to_query = jax.lax.scan(query_block, start, jnp.arange(plan.query_blocks))
     return _join(to_query), to_key, to_value, to_table
+
+
+def _meetings(plan: _Plan, inputs: _Inputs) -> Callable[..., Any]:
+    """``(row, column, seen, unseen) ->`` what `seen` gives where a query of the block may see a key of it, else `unseen`."""
+    if plan.aligned:
+        return lambda row, column, seen, unseen: seen()  # The loop leaves out what indices tell.
+    queries, keys = block_extents(inputs.queries, plan.rows), block_extents(inputs.keys, plan.columns)
+
+    def choose(row, column, seen, unseen):
+        query, key = queries[:, row], keys[:, column]
+        some = may_meet(plan.pattern, [query[:, i] for i in range(4)], [key[:, i] for i in range(4)])
+        return jax.lax.cond(jnp.any(some), seen, unseen)
+
+    return choose
 
 
 def _group_heads(query: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B G n T H"]:

@@ -1,6 +1,7 @@
 """Which implementation of attention computes what, and the choice among them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,6 +11,7 @@ from clp_jax.array_types import Array, Float, PRNGKeyArray
 from clp_jax.nn.attention_blockwise import blockwise_attention, check_aligned
 from clp_jax.nn.attention_dense import check_bias, check_heads, reference_attention
 from clp_jax.nn.attention_pallas import pallas_attention
+from clp_jax.nn.attention_ring import KeySet, ring_attention, ring_axes
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import activation_sharding
 
@@ -25,6 +27,7 @@ class Implementation:
         name: as `attention` takes it.
         platforms: where it runs; None is everywhere.
         linear: whether its memory grows with ``T + S``, not with ``T·S``.
+        ring: whether it is for positions that devices share, and for nothing else.
         dropout: whether it drops attention weights.
         bias: whether it adds a relative position bias.
         cap: whether it caps logits.
@@ -38,6 +41,7 @@ class Implementation:
     name: str
     platforms: tuple[str, ...] | None = None
     linear: bool = True
+    ring: bool = False
     dropout: bool = True
     bias: bool = True
     cap: bool = True
@@ -51,6 +55,7 @@ class Implementation:
 GPU = ("gpu", "cuda")
 REFERENCE = Implementation("reference", linear=False)
 BLOCKWISE = Implementation("blockwise")
+RING = Implementation("ring", ring=True)
 PALLAS = Implementation("pallas", platforms=("tpu",), dropout=False)
 CUDNN = Implementation(
     "cudnn",
@@ -68,7 +73,7 @@ CUDNN = Implementation(
 
 def implementations() -> tuple[Implementation, ...]:
     """All implementations; of those that can do what is asked, the first that is for long inputs is chosen."""
-    return (PALLAS, CUDNN, BLOCKWISE, REFERENCE)
+    return (RING, PALLAS, CUDNN, BLOCKWISE, REFERENCE)
 
 
 def attention(
@@ -88,8 +93,9 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """`reference_attention`, by the implementation that suits the inputs and the platform.
 
-    Short inputs and single queries take the reference; others Pallas on TPUs, cuDNN on GPUs, and blocks wherever those
-    lack something. The platform is that of the active mesh, so compiling ahead of time chooses for its target.
+    Where the active rules share positions among devices, a ring does it. Short inputs and single queries take the reference;
+    others Pallas on TPUs, cuDNN on GPUs, and blocks wherever those lack something. The platform is that of the active mesh,
+    so compiling ahead of time chooses for its target.
 
     Args:
         query: queries; head ``n`` uses key head ``n // (N // G)``.
@@ -115,8 +121,9 @@ def attention(
     check_bias(pattern, table)
     check_aligned(aligned, query.shape[1], key.shape[2])
     dropping = dropout_key is not None and dropout_rate > 0
+    shared = bool(ring_axes(query.shape[1], key.shape[2]))
     refusals = {
-        able.name: _refusal(able, query, pattern=pattern, dropping=dropping, unpacked=unpacked)
+        able.name: _refusal(able, query, pattern=pattern, dropping=dropping, unpacked=unpacked, shared=shared)
         for able in implementations()
     }
     chosen = _choose(refusals, query.shape[1], key.shape[2]) if implementation is None else implementation
@@ -130,9 +137,26 @@ def attention(
     if chosen == CUDNN.name:
         return cudnn_attention(query, key, value, **places)
     settings = places | {"table": table, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    if chosen == RING.name:
+        sets = [KeySet(key, value, queries, keys, pattern)]
+        return ring_of_sets(query, sets, table=table, dropout_rate=dropout_rate, dropout_key=dropout_key)
     if chosen == BLOCKWISE.name:
         return blockwise_attention(query, key, value, aligned=aligned, **settings)
     return reference_attention(query, key, value, **settings)
+
+
+def ring_of_sets(
+    query: Float[Array, "R T N H"],
+    sets: Sequence[KeySet],
+    *,
+    table: Float[Array, "N buckets"] | None,
+    dropout_rate: float,
+    dropout_key: PRNGKeyArray | None,
+) -> Float[Array, "R T N H"]:
+    """`ring_attention` whose parts are computed by what suits the platform; see there for the arguments."""
+    dropping = dropout_key is not None and dropout_rate > 0
+    engine = PALLAS.name if _platform() in (PALLAS.platforms or ()) and not dropping else BLOCKWISE.name
+    return ring_attention(query, sets, table=table, dropout_rate=dropout_rate, dropout_key=dropout_key, engine=engine)
 
 
 def cudnn_attention(
@@ -180,17 +204,22 @@ def _lengths(places: Places, batch: int) -> Array:
 
 
 def _choose(refusals: dict[str, str | None], length: int, keys_length: int) -> str:
+    if refusals[RING.name] is None:
+        return RING.name
     if length == 1 or length * keys_length < SHORT_PAIRS:
         return REFERENCE.name
     return next(able.name for able in implementations() if able.linear and refusals[able.name] is None)
 
 
-def _refusal(able: Implementation, query: Array, *, pattern: Pattern, dropping: bool, unpacked: bool) -> str | None:
+def _refusal(
+    able: Implementation, query: Array, *, pattern: Pattern, dropping: bool, unpacked: bool, shared: bool
+) -> str | None:
     """Why an implementation cannot do what is asked, or None."""
     platform, head_dim = _platform(), query.shape[-1]
     wrong = {
         f"runs on {' and '.join(able.platforms or ())}, and this is for {platform}": able.platforms is not None
         and platform not in able.platforms,
+        "is for rules that shard 'length' over devices which divide queries and keys": able.ring and not shared,
         "has no dropout of attention weights": dropping and not able.dropout,
         "has no relative position bias": pattern.buckets is not None and not able.bias,
         "has no cap of logits": pattern.cap is not None and not able.cap,

@@ -5,6 +5,7 @@ from flax import nnx
 
 from clp_jax.array_types import Array, Float, Int
 from clp_jax.nn.linear import flat_product, normal_parameter
+from clp_jax.partitioning import constrain, is_sharded
 
 
 class Embedding(nnx.Module):
@@ -22,7 +23,9 @@ class Embedding(nnx.Module):
 
         A gather: a product with one-hot rows, which TPUs once preferred, costs ``V`` times the arithmetic.
         """
-        return jnp.take(self.embedding[...].astype(dtype), tokens, axis=0, mode="clip")
+        x = jnp.take(self.embedding[...].astype(dtype), tokens, axis=0, mode="clip")
+        # Rows go to their devices before positions do: XLA makes no single exchange of both, but gathers everything.
+        return constrain(x, "batch", None, "embed") if tokens.ndim == 2 and is_sharded("length") else x
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """The tied head, float32."""

@@ -13,6 +13,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    # What "minimal" keeps, kept in the host's memory: it travels while other layers compute.
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 

@@ -1,6 +1,7 @@
 """Which key a query may see, and how its logits are formed: stated once, evaluated whole or block by block."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,38 @@ def visible(pattern: Pattern, queries: Places, keys: Places) -> Bool[Array, "b T
     if pattern.window is not None:
         seen = seen & (jnp.abs(distance) < pattern.window)
     return seen
+
+
+# Further than any position.
+_FAR = 2**30
+
+
+def block_extents(places: Places, size: int) -> Int[Array, "b blocks 4"]:
+    """Of each block of `size` tokens the least and largest position, and the least and largest segment, padding left out."""
+    rows = max(x.shape[0] for x in (places.positions, places.segments))
+    at, of = (
+        jnp.broadcast_to(x, (rows, x.shape[1])).reshape(rows, -1, size) for x in (places.positions, places.segments)
+    )
+    some = of > 0
+    numbers = (
+        jnp.where(some, at, _FAR).min(-1),
+        jnp.where(some, at, -_FAR).max(-1),
+        jnp.where(some, of, _FAR).min(-1),
+        of.max(-1),
+    )
+    return jnp.stack(numbers, axis=-1)
+
+
+def may_meet(pattern: Pattern, queries: Sequence[Array], keys: Sequence[Array]) -> Bool[Array, "..."]:
+    """Whether a query of one block may see a key of another, by the four numbers that `block_extents` has of each."""
+    first, last, lowest, highest = queries
+    key_first, key_last, key_lowest, key_highest = keys
+    met = (lowest <= key_highest) & (key_lowest <= highest)
+    if pattern.causal:
+        met = met & (key_first <= last)
+    if pattern.window is not None:
+        met = met & (key_first - last < pattern.window) & (first - key_last < pattern.window)
+    return met
 
 
 def position_bias(

@@ -62,8 +62,8 @@ def chunked_token_statistics(
         hidden: what the head reads; gradients flow to it and to what `head` closes over.
         head: logits of some positions; treats positions alike.
         targets: token ids, in ``[0, V)``.
-        chunk: positions of a chunk; None takes as many as `CHUNK_BYTES` of float32 logits hold on a device. Where all
-            fit there is no loop, and nothing is made again.
+        chunk: positions of a chunk; None takes as many as `CHUNK_BYTES` of float32 logits hold on a device, and at least
+            as many as make ``D`` rows there. Where all fit there is no loop, and nothing is made again.
         with_entropy: whether the entropy is wanted.
 
     Raises:
@@ -87,11 +87,12 @@ def chunked_token_statistics(
 
 def _fitting(hidden: Float[Array, "B T D"], head: Callable) -> int:
     """Positions of a chunk whose logits keep to the budget: as even as they come, and one at least."""
-    batch, length, _ = hidden.shape
+    batch, length, width = hidden.shape
     shape = (batch, length, jax.eval_shape(head, hidden).shape[-1])
     sharding = activation_sharding(shape, ("batch", "length", "act_vocab"))
     rows, _, vocabulary = shape if sharding is None else sharding.shard_shape(shape)
-    most = max(1, CHUNK_BYTES // (4 * rows * vocabulary))
+    # Every chunk adds to the head's gradient: with fewer rows than the model is wide, that moves more than the logits do.
+    most = max(1, CHUNK_BYTES // (4 * rows * vocabulary), width // rows)
     return int(np.ceil(length / np.ceil(length / most)))
 
 

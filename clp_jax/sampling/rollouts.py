@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
-from clp_jax.partitioning import constrain, use_groups
+from clp_jax.partitioning import Rules, active_rules, constrain, constrain_tree, use_groups, use_rules
 from clp_jax.preferences import Preference
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import Completions, SamplingConfig, generate, row_keys
@@ -78,6 +78,9 @@ class RolloutWorker:
         config: maximum length and strategy; temperature 1 samples the policy itself.
         num_samples: completions of each prompt, ``n``.
         num_groups: preferences in a batch; each is mixed once and serves ``B / num_groups`` prompts.
+        rules: where arrays live in the meantime, on the mesh of training; None leaves parameters where they are. A loop over
+            tokens reads every parameter for each token: gathered before it, or split so that each device reads its own part,
+            they do not travel for each of them.
     """
 
     policy: Policy
@@ -85,6 +88,7 @@ class RolloutWorker:
     config: SamplingConfig
     num_samples: int = 1
     num_groups: int = 1
+    rules: Rules | None = None
 
     def __post_init__(self):
         if self.num_samples < 1 or self.num_groups < 1:
@@ -112,19 +116,17 @@ class RolloutWorker:
         Raises:
             ValueError: when the batch does not divide into the groups.
         """
-        batch = inputs.shape[0]
-        if batch % self.num_groups:
-            raise ValueError(f"a batch of {batch} prompts does not divide into {self.num_groups} preference groups.")
-        rows = batch // self.num_groups
-        per_prompt = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), preference)
-        keys = row_keys(key, batch * self.num_samples)
+        per_prompt = self._per_prompt(inputs, preference)
+        keys = row_keys(key, inputs.shape[0] * self.num_samples)
+
+        home = active_rules()
 
         def one_group(inputs, preference, keys, params, reference) -> Completions:
-            model = self.policy.bind(self.conditioning.mix(params, reference, preference[0]))
-            inputs = self.conditioning.condition_inputs(inputs, preference)
-            return generate(CachedDecoder(model), inputs, keys=keys, config=self.config, num_samples=self.num_samples)
+            decoder, inputs = self._decoder(params, reference, inputs, preference, home)
+            return generate(decoder, inputs, keys=keys, config=self.config, num_samples=self.num_samples)
 
-        out = over_groups(one_group, self.num_groups, (inputs, per_prompt, keys), params, reference)
+        with use_rules(self.rules):
+            out = over_groups(one_group, self.num_groups, (inputs, per_prompt, keys), params, reference)
         reference_log_probs = score(self.policy.bind(reference), inputs, out.tokens)
         return Rollout(
             inputs=inputs,
@@ -134,3 +136,44 @@ class RolloutWorker:
             reference_log_probs=reference_log_probs,
             preference=jax.tree.map(lambda x: jnp.repeat(x, self.num_samples, axis=0), per_prompt),
         )
+
+    def prefill(self, params: Params, reference: Params, inputs: Int[Array, "B S"], preference: Preference) -> Any:
+        """What a rollout does before its first token: mixes the policy, reads the prompts and fills the cache.
+
+        Args:
+            params: as for a rollout.
+            reference: likewise.
+            inputs: likewise.
+            preference: likewise.
+
+        Returns:
+            The first tokens and the decoder's state, for each group.
+        """
+
+        home = active_rules()
+
+        def one_group(inputs, preference, params, reference) -> Any:
+            decoder, inputs = self._decoder(params, reference, inputs, preference, home)
+            return decoder.start(inputs, self.config.max_length, self.num_samples)
+
+        mapped = (inputs, self._per_prompt(inputs, preference))
+        with use_rules(self.rules):
+            return over_groups(one_group, self.num_groups, mapped, params, reference)
+
+    def _decoder(
+        self, params: Params, reference: Params, inputs: Array, preference: Preference, home: Rules | None
+    ) -> Any:
+        """The policy at a group's preference, and the prompts as it reads them; `home` is where its parameters are."""
+        mixed = self.conditioning.mix(params, reference, preference[0])
+        if self.rules is not None:
+            axes = self.policy.logical_axes()
+            with use_rules(home):  # Mixed first: the components stay at home, and one policy travels.
+                mixed = constrain_tree(mixed, axes)
+            mixed = constrain_tree(mixed, axes)
+        return CachedDecoder(self.policy.bind(mixed)), self.conditioning.condition_inputs(inputs, preference)
+
+    def _per_prompt(self, inputs: Array, preference: Preference) -> Preference:
+        batch = inputs.shape[0]
+        if batch % self.num_groups:
+            raise ValueError(f"a batch of {batch} prompts does not divide into {self.num_groups} preference groups.")
+        return jax.tree.map(lambda x: jnp.repeat(x, batch // self.num_groups, axis=0), preference)

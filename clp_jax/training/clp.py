@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clp_jax import processes
-from clp_jax.array_types import Params, PRNGKeyArray
+from clp_jax.array_types import Params, PRNGKeyArray, stand_in
 from clp_jax.data.manifest import Manifest
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
@@ -25,9 +26,11 @@ from clp_jax.models.conditioning import (
     Unconditioned,
     check_alpha,
 )
+from clp_jax.models.flops import Sizes, forward_flops, prompt_flops, training_flops
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.nn.routing import TokenChoice
+from clp_jax.partitioning import Rules
 from clp_jax.preferences import AlphaRange
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
@@ -39,10 +42,17 @@ from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
 from clp_jax.training.checkpoints import load_params, save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
-from clp_jax.training.experience import ExperienceSource, PreferenceSampler, chunk_rows, reward_inputs
+from clp_jax.training.experience import (
+    ChunkRollout,
+    Experience,
+    ExperienceSource,
+    PreferenceSampler,
+    chunk_rows,
+    reward_inputs,
+)
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
-from clp_jax.training.stage import StageSetup, inherited
+from clp_jax.training.stage import DataShape, Outline, Program, StageSetup, inherited
 from clp_jax.training.transfer import Transfer
 
 # To a trained policy: the value baseline, which is of all rewards together, is learned anew.
@@ -69,6 +79,7 @@ class ConditionalPolicy:
         num_groups: preferences in a batch; 1 is the paper's.
         num_chunks: parts a batch is rolled out in, so that the host scores one while the device generates the next.
         max_length: tokens of a completion at most.
+        rollout_rules: where arrays live while completions are sampled, on the same mesh; None samples where training is.
         statistics_prompts: prompts the reference answers to fix the rewards' mean and standard deviation.
     """
 
@@ -83,6 +94,7 @@ class ConditionalPolicy:
     num_groups: int = 1
     num_chunks: int = 2
     max_length: int = 32
+    rollout_rules: Rules | None = None
     statistics_prompts: int = 512
     initial_policy: str | None = None
     transfer: Transfer = ADD_COMPONENTS
@@ -106,6 +118,61 @@ class ConditionalPolicy:
                 f"ConditionalPolicy: LeaveOneOut compares samples of one prompt: num_samples is {self.num_samples}, "
                 "expected >= 2."
             )
+
+    def outline(self, data: DataShape) -> Outline:
+        """See `clp_jax.training.stage.OutlinedStage`."""
+        names = objective_names(self.rewards)
+        _check_objectives(self, names)
+        if data.model is None:
+            raise ValueError("the policy is the initial checkpoint's: give its model to compile it.")
+        if isinstance(self.conditioning, WrittenPreference):
+            raise ValueError("preferences written into prompts need a vocabulary, and data, to be compiled.")
+        policy, conditioning = Policy(data.model), self.conditioning
+        _check_experts(policy, self.batch_size * self.num_samples, self.max_length)
+        reference, axes = policy.abstract(), policy.logical_axes()
+        params = {
+            "policy": jax.eval_shape(conditioning.expand, reference),
+            "baseline": jax.eval_shape(lambda: self._baseline(policy, 0, names)),
+        }
+        expanded_axes = conditioning.logical_axes(axes)
+        rollout = ChunkRollout(self._worker(policy, conditioning), self.preferences, self.num_groups, self.num_chunks)
+        scalar = stand_in((), jnp.int32)
+        prompts = stand_in((self.batch_size // self.num_chunks, data.inputs), jnp.int32)
+        arguments = (params["policy"], reference, prompts, scalar, stand_in((), jnp.uint32), scalar)
+        argument_axes = (expanded_axes, axes, ("batch", None), None, None, None)
+        chunk = jax.eval_shape(rollout, *arguments)
+        whole = jax.tree.map(lambda x: stand_in((self.num_chunks * x.shape[0], *x.shape[1:]), x.dtype), chunk)
+        rows = self.batch_size * self.num_samples
+        sizes = Sizes(self.batch_size, data.inputs, rows, self.max_length)
+        part = Sizes(prompts.shape[0], data.inputs, rows // self.num_chunks, self.max_length)
+        return Outline(
+            params=params,
+            frozen={"reference": reference},
+            batch=Experience(whole, stand_in((rows, len(names)), jnp.float32)),
+            logical_axes={"policy": expanded_axes, "baseline": None},
+            frozen_logical_axes={"reference": axes},
+            loss_fn=self._loss(policy, conditioning, names),
+            flops=training_flops(data.model, sizes),
+            tokens_per_batch=rows * self.max_length,
+            programs={
+                "prefill": Program(
+                    rollout.prefill,
+                    arguments,
+                    argument_axes,
+                    flops=prompt_flops(data.model, part),
+                    tokens=prompts.shape[0] * data.inputs,
+                ),
+                # The policy samples, the reference scores.
+                "rollout": Program(
+                    rollout,
+                    arguments,
+                    argument_axes,
+                    flops=2 * forward_flops(data.model, part),
+                    tokens=part.rows * self.max_length,
+                    trips=self.max_length,
+                ),
+            },
+        )
 
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`; fixes the rewards' statistics and stores the reference the first time."""
@@ -133,9 +200,7 @@ class ConditionalPolicy:
         save_params(run_dir / REFERENCE_DIRECTORY, reference, description)
         params = {
             "policy": conditioning.expand(reference),
-            "baseline": self.estimator.init(
-                jax.random.fold_in(jax.random.key(seed), 1), policy.config.embed_dim, len(names)
-            ),
+            "baseline": self._baseline(policy, seed, names),
         }
         if self.initial_policy is not None:
             params = self._from_policy(params, self.initial_policy, description, names)
@@ -158,18 +223,35 @@ class ConditionalPolicy:
             frozen={"reference": reference},
             logical_axes={"policy": conditioning.logical_axes(axes), "baseline": None},
             frozen_logical_axes={"reference": axes},
-            loss_fn=PolicyGradientLoss(
-                policy=policy,
-                conditioning=conditioning,
-                estimator=self.estimator,
-                num_samples=self.num_samples,
-                rows_per_group=self.batch_size * self.num_samples // self.num_groups,
-                objectives=names,
-            ),
+            loss_fn=self._loss(policy, conditioning, names),
             source=self._source(policy, conditioning, vocabulary, statistics, seed),
             describe=lambda: own,
             tokens_per_batch=self.batch_size * self.num_samples * self.max_length,
             vocabulary=vocabulary,
+        )
+
+    def _baseline(self, policy: Policy, seed: int, names: tuple[str, ...]) -> Params:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return self.estimator.init(key, policy.config.embed_dim, len(names))
+
+    def _loss(self, policy: Policy, conditioning: Conditioning, names: tuple[str, ...]) -> PolicyGradientLoss:
+        return PolicyGradientLoss(
+            policy=policy,
+            conditioning=conditioning,
+            estimator=self.estimator,
+            num_samples=self.num_samples,
+            rows_per_group=self.batch_size * self.num_samples // self.num_groups,
+            objectives=names,
+        )
+
+    def _worker(self, policy: Policy, conditioning: Conditioning) -> RolloutWorker:
+        return RolloutWorker(
+            policy=policy,
+            conditioning=conditioning,
+            config=SamplingConfig(self.max_length),
+            num_samples=self.num_samples,
+            num_groups=max(1, self.num_groups // self.num_chunks),
+            rules=self.rollout_rules,
         )
 
     def _from_policy(self, fresh: Params, path: str, description: dict[str, Any], names: tuple[str, ...]) -> Params:
@@ -200,18 +282,11 @@ class ConditionalPolicy:
         statistics: RewardStatistics,
         seed: int,
     ) -> ExperienceSource:
-        worker = RolloutWorker(
-            policy=policy,
-            conditioning=conditioning,
-            config=SamplingConfig(self.max_length),
-            num_samples=self.num_samples,
-            num_groups=max(1, self.num_groups // self.num_chunks),
-        )
         return ExperienceSource(
             data=self._data(
                 seed, self.batch_size, policy.config.pad_id, functools.partial(chunk_rows, self.num_chunks)
             ),
-            worker=worker,
+            worker=self._worker(policy, conditioning),
             sampler=self.preferences,
             rewards=RewardStack(self.rewards, statistics),
             vocabulary=vocabulary,

@@ -74,6 +74,57 @@ def chunk_rows(num_chunks: int, count: int) -> np.ndarray:
     return np.concatenate([chunk * size + row_indices(size) for chunk in range(num_chunks)])
 
 
+@dataclasses.dataclass(frozen=True)
+class ChunkRollout:
+    """Rolls out one chunk of a batch; pure, for use inside `jit`.
+
+    Attributes:
+        worker: for the groups of one chunk.
+        sampler: draws the preferences of a batch.
+        num_groups: preferences in a batch.
+        num_chunks: chunks of a batch.
+    """
+
+    worker: RolloutWorker
+    sampler: PreferenceSampler
+    num_groups: int
+    num_chunks: int
+
+    def __call__(
+        self, params: Params, reference: Params, inputs: Array, step: Array, seed: Array, chunk: Array
+    ) -> Rollout:
+        """The chunk's rollout.
+
+        Args:
+            params: the policy's expanded parameters.
+            reference: the frozen reference's parameters.
+            inputs: ``int32[B / num_chunks, S]`` prompts.
+            step: with the seed, decides preferences and samples.
+            seed: of the run.
+            chunk: number of the chunk.
+        """
+        preference_key, sample_key = self._keys(step, seed)
+        preference = self._preference(preference_key, chunk)
+        rollout = self.worker(params, reference, inputs, preference, jax.random.fold_in(sample_key, chunk))
+        # Each process reads the tokens of its prompts: where those are, nothing must move first.
+        return dataclasses.replace(rollout, tokens=constrain(rollout.tokens, "batch", None))
+
+    def prefill(self, params: Params, reference: Params, inputs: Array, step: Array, seed: Array, chunk: Array) -> Any:
+        """What comes before the chunk's first token (`RolloutWorker.prefill`)."""
+        return self.worker.prefill(params, reference, inputs, self._preference(self._keys(step, seed)[0], chunk))
+
+    def _keys(self, step: Array, seed: Array) -> Array:
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+
+    def _preference(self, key: PRNGKeyArray, chunk: Array) -> Preference:
+        preference = self.sampler(key, self.num_groups)
+        if self.num_groups == 1:
+            return preference
+        per_chunk = self.num_groups // self.num_chunks
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=chunk * per_chunk, slice_size=per_chunk)
+        return jax.tree.map(take, preference)
+
+
 class ExperienceSource:
     """Yields the experience of one step after another; the position in the data is all its state.
 
@@ -108,24 +159,7 @@ class ExperienceSource:
         self._vocabulary = vocabulary
         self._num_chunks = num_chunks
         self._seed = seed
-
-        def roll_out(
-            params: Params, reference: Params, inputs: Array, step: Array, seed: Array, chunk: Array
-        ) -> Rollout:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            preference_key, sample_key = jax.random.split(key)
-            preference = sampler(preference_key, num_groups)
-            if num_groups > 1:
-                per_chunk = num_groups // num_chunks
-                take = functools.partial(
-                    jax.lax.dynamic_slice_in_dim, start_index=chunk * per_chunk, slice_size=per_chunk
-                )
-                preference = jax.tree.map(take, preference)
-            rollout = worker(params, reference, inputs, preference, jax.random.fold_in(sample_key, chunk))
-            # Each process reads the tokens of its prompts: where those are, nothing must move first.
-            return dataclasses.replace(rollout, tokens=constrain(rollout.tokens, "batch", None))
-
-        self._roll_out = jax.jit(roll_out)
+        self._roll_out = jax.jit(ChunkRollout(worker, sampler, num_groups, num_chunks))
         self._join = jax.jit(lambda chunks: jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks))
 
     def next(self, state: Any, frozen: Any) -> tuple[Experience, dict[str, float]]:

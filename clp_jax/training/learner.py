@@ -66,6 +66,11 @@ class Learner:
         self._jitted: Any = None
 
     @property
+    def mesh(self) -> Mesh:
+        """Of its devices."""
+        return self._mesh
+
+    @property
     def compile_count(self) -> int:
         """Programs compiled for the update so far; stays at 1 while shapes do."""
         return 0 if self._jitted is None else self._jitted._cache_size()
@@ -92,16 +97,24 @@ class Learner:
             params: a tree of arrays, or a function without arguments that makes one inside `jit`.
             seed: decides every random number of the learner.
         """
+        make = self.initialiser(params, seed)
+        if callable(params):
+            return make()
+        if jax.process_count() > 1:
+            params = place_whole(params, jax.tree.map(lambda x: x.sharding, self.abstract_state(params).params))
+        return make(params)
+
+    def initialiser(self, params: Params | Callable[[], Params], seed: int) -> Any:
+        """The program of `init_state`: of no argument where `params` is a function, of the arrays otherwise."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(params))
         if callable(params):
-            make = jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
-            return make()
-        make = jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
-        return make(params if jax.process_count() == 1 else place_whole(params, shardings.params))
+            return jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
+        return jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
 
     def place_frozen(self, frozen: PyTree) -> PyTree:
         """The frozen tree on the mesh, by its logical axes."""
-        return place_whole(frozen, tree_shardings(full_axes(self._frozen_axes, frozen), self._mesh, self._rules))
+        axes = full_axes(self._frozen_axes, frozen)
+        return place_whole(frozen, tree_shardings(axes, self._mesh, self._rules, frozen))
 
     def place_batch(self, batch: PyTree) -> PyTree:
         """A batch on the mesh, its examples spread over the data-parallel devices.
@@ -109,6 +122,9 @@ class Learner:
         Raises:
             ValueError: when the examples do not divide among micro-batches and devices.
         """
+        return jax.device_put(batch, self._batch_sharding(batch))
+
+    def _batch_sharding(self, batch: PyTree) -> NamedSharding:
         sharding = named_sharding(("batch",), self._mesh, self._rules)
         shards = len(sharding.device_set) // _replicas(sharding)
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
@@ -118,7 +134,7 @@ class Learner:
                     f"batch{jax.tree_util.keystr(path)} has shape {leaf.shape}: its leading dimension must divide into "
                     f"{self._accumulation} micro-batches on {shards} devices. Change the batch size or the accumulation."
                 )
-        return jax.device_put(batch, sharding)
+        return sharding
 
     def update(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         """One step.
@@ -134,11 +150,36 @@ class Learner:
         """
         batch = self.place_batch(batch)
         if self._jitted is None:
-            shardings = self._state_shardings(state)
-            replicated = named_sharding((), self._mesh, self._rules)
-            self._jitted = jax.jit(self._update, out_shardings=(shardings, replicated), donate_argnums=0)
+            self._jitted = self._program(state, self._update)
         with self.activate():
             return self._jitted(state, frozen, batch)
+
+    def lower(self, params: Params, frozen: PyTree, batch: PyTree) -> jax.stages.Lowered:
+        """The update for arrays of these shapes, ready to be compiled; the devices of the mesh need not exist.
+
+        Raises:
+            ValueError: when the examples do not divide among micro-batches and devices.
+        """
+        state, sharding = self.abstract_state(params), self._batch_sharding(batch)
+        leaves, treedef = jax.tree.flatten(batch)
+        structure: Any = treedef
+        examples = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in leaves]
+
+        def update(state: TrainState, frozen: PyTree, leaves: list[Array]) -> tuple[TrainState, Metrics]:
+            # JAX describes arguments with trees of its own things, which make no valid batch.
+            return self._update(state, frozen, structure.unflatten(leaves))
+
+        with self.activate():
+            return self._program(state, update).lower(state, self.abstract(frozen, self._frozen_axes), examples)
+
+    def abstract(self, tree: PyTree, logical_axes: PyTree) -> PyTree:
+        """Shapes, types and shardings of a tree by its logical axes, without making it."""
+        shardings = tree_shardings(full_axes(logical_axes, tree), self._mesh, self._rules, tree)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def _program(self, state: TrainState, update: Callable[..., Any]) -> Any:
+        replicated = named_sharding((), self._mesh, self._rules)
+        return jax.jit(update, out_shardings=(self._state_shardings(state), replicated), donate_argnums=0)
 
     def _new_state(self, params: Params, seed: int) -> TrainState:
         # Gradients reach the optimizer in float32, so its slots are float32 from the start.
@@ -212,7 +253,9 @@ class Learner:
                 # A factored slot keeps the rank of its parameter: a dimension that was summed out has size 1.
                 same_rank = slot.ndim == parameter.ndim
                 kept = [n if same_rank and slot.shape[i] == parameter.shape[i] else None for i, n in enumerate(names)]
-                return named_sharding(kept if same_rank else (), self._mesh, self._rules)
+                return named_sharding(
+                    kept if same_rank else (), self._mesh, self._rules, slot.shape if same_rank else ()
+                )
 
             return jax.tree.map(one, state.params, tree, axes)
 

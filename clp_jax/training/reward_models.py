@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax import processes
-from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, Params, PRNGKeyArray
+from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, Params, PRNGKeyArray, stand_in
 from clp_jax.data.batch import PromptBatch
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.host_rows import HostRows
 from clp_jax.models.config import T5Config
+from clp_jax.models.flops import BACKWARD, encoder_flops
 from clp_jax.models.heads import ScorerConfig
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
@@ -29,7 +30,7 @@ from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.run_directory import write_atomically
-from clp_jax.training.stage import StageSetup
+from clp_jax.training.stage import DataShape, Outline, StageSetup
 from clp_jax.training.train_state import TrainState
 from clp_jax.training.transfer import Transfer
 
@@ -76,6 +77,27 @@ LOSSES: dict[str, PairLoss] = {"preference": preference_loss, "entailment": enta
 
 
 @dataclasses.dataclass(frozen=True)
+class PairwiseLoss:
+    """The loss of pairs, as the learner calls every loss.
+
+    Attributes:
+        policy: the scorer.
+        compare: one of `LOSSES`.
+    """
+
+    policy: Policy
+    compare: PairLoss
+
+    def __call__(
+        self, params: Params, frozen: Any, batch: ScoredPairs, key: PRNGKeyArray
+    ) -> tuple[Array, Array, Metrics]:
+        """Summed loss, number of pairs, and the share that is right."""
+        losses, right = self.compare(*_scores(self.policy, params, batch, key))
+        count = jnp.asarray(losses.shape[0], jnp.float32)
+        return losses.sum(), count, {"accuracy": right.mean()}
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardModel:
     """Trains a scorer on true against bad summaries, and measures it on the validation split.
 
@@ -110,6 +132,20 @@ class RewardModel:
                 f"RewardModel.batch_size is {self.batch_size}: expected at least 2, to exchange summaries."
             )
 
+    def outline(self, data: DataShape) -> Outline:
+        """See `clp_jax.training.stage.OutlinedStage`."""
+        policy = Policy(ScorerConfig(trunk=self.trunk))
+        rows, length = self.batch_size, data.inputs + data.targets
+        tokens = stand_in((rows, length), jnp.int32)
+        return Outline(
+            params=policy.abstract(),
+            loss_fn=PairwiseLoss(policy, LOSSES[self.loss]),
+            batch=ScoredPairs(tokens, tokens, tokens, tokens),
+            flops=(1 + BACKWARD) * encoder_flops(self.trunk, 2 * rows, length),
+            tokens_per_batch=2 * rows * length,
+            logical_axes=policy.logical_axes(),
+        )
+
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`."""
         vocabulary = Vocabulary.load(self.data_dir)
@@ -129,11 +165,6 @@ class RewardModel:
             # Whole in every process, which all measure the same.
             return tuple(constrain(scores, None) for scores in _scores(policy, params, pairs, None))
 
-        def loss_fn(params: Params, frozen: Any, batch: ScoredPairs, key: PRNGKeyArray) -> tuple[Array, Array, Metrics]:
-            losses, right = LOSSES[self.loss](*_scores(policy, params, batch, key))
-            count = jnp.asarray(losses.shape[0], jnp.float32)
-            return losses.sum(), count, {"accuracy": right.mean()}
-
         def evaluate(params: Params) -> dict[str, float]:
             result = self._evaluate(score_pairs, params, dataclasses.replace(corrupter, seed=seed + 1))
             if processes.is_main():
@@ -150,7 +181,7 @@ class RewardModel:
         }
         return StageSetup(
             params=self._initial(policy, seed),
-            loss_fn=loss_fn,
+            loss_fn=PairwiseLoss(policy, LOSSES[self.loss]),
             source=PairSource(data, corrupter),
             describe=lambda: description,
             tokens_per_batch=2 * self.batch_size * sum(data.manifest.lengths.values()),

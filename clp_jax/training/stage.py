@@ -76,6 +76,74 @@ class StageSetup:
     slots: AdafactorSlots | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class DataShape:
+    """What a stage reads from disk before it knows its arrays, for those who only ask what they would be.
+
+    Attributes:
+        inputs: positions of an input, or of a prompt.
+        targets: positions of a target.
+        model: of the checkpoint that the stage begins with, where the stage has no model of its own.
+    """
+
+    inputs: int
+    targets: int
+    model: Any = None
+
+    def __post_init__(self):
+        for name, least in (("inputs", 0), ("targets", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"DataShape.{name} is {getattr(self, name)}: expected at least {least}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program that a stage runs besides the update.
+
+    Attributes:
+        function: pure, of arrays.
+        arguments: their shapes.
+        logical_axes: a tree for each argument; None, anywhere, is replicated.
+        flops: floating-point operations of the model itself (`clp_jax.models.flops`).
+        tokens: that it reads or makes.
+        trips: iterations of its loops that end when they like, at most.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[PyTree, ...]
+    logical_axes: tuple[PyTree, ...]
+    flops: float
+    tokens: int
+    trips: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A stage as shapes: enough to compile its programs. Nothing is read, and no array is made.
+
+    Attributes:
+        params: shapes of the parameters.
+        loss_fn: see `StageSetup`.
+        batch: shapes of a batch.
+        flops: of one update's forward and backward pass, by the model alone.
+        tokens_per_batch: see `StageSetup`.
+        frozen: shapes of what the loss reads and the learner leaves alone.
+        logical_axes: see `StageSetup`.
+        frozen_logical_axes: see `StageSetup`.
+        programs: what else the stage runs, by name.
+    """
+
+    params: Params
+    loss_fn: LossFn
+    batch: PyTree
+    flops: float
+    tokens_per_batch: int
+    frozen: PyTree = dataclasses.field(default_factory=dict)
+    logical_axes: PyTree = None
+    frozen_logical_axes: PyTree = None
+    programs: Mapping[str, Program] = dataclasses.field(default_factory=dict)
+
+
 @runtime_checkable
 class Stage(Protocol):
     """Settings of one kind of training."""
@@ -86,6 +154,18 @@ class Stage(Protocol):
         Args:
             run_dir: exists; the stage may write files of its own there, the same ones again when a run is resumed.
             seed: decides every random number.
+        """
+
+
+@runtime_checkable
+class OutlinedStage(Stage, Protocol):
+    """A stage that can be compiled without its data and its checkpoints."""
+
+    def outline(self, data: DataShape) -> Outline:
+        """What `setup` would build, as shapes.
+
+        Args:
+            data: stands for the prepared data and the checkpoints, which need not be there.
         """
 
 

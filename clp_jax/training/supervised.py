@@ -12,22 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray
-from clp_jax.data.batch import Batch
+from clp_jax.data.batch import Batch, abstract_batch
 from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.host_rows import HostRows
 from clp_jax.interop.t5x_slots import AdafactorSlots
 from clp_jax.models.config import PaLMConfig, T5Config
+from clp_jax.models.flops import Sizes, training_flops
 from clp_jax.models.language_model import routing_loss
+from clp_jax.models.layer import fold
 from clp_jax.models.layout import upcycled
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
-from clp_jax.models.transformer import fold
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.adafactor_slots import load_slots
 from clp_jax.training.checkpoints import find_checkpoint, load_params
-from clp_jax.training.stage import DataBatches, StageSetup, inherited
+from clp_jax.training.stage import DataBatches, DataShape, Outline, StageSetup, inherited
 from clp_jax.training.transfer import Transfer
 
 # A policy may be trained on with other values of these: they change how it is computed, not what.
@@ -72,6 +73,21 @@ class Supervised:
             raise ValueError(
                 "Supervised.model is None: expected a model, or an initial_checkpoint whose model is trained on."
             )
+
+    def outline(self, data: DataShape) -> Outline:
+        """See `clp_jax.training.stage.OutlinedStage`."""
+        model = data.model if self.model is None else self.model
+        if model is None:
+            raise ValueError("Supervised.model is None, the initial checkpoint's: give the model itself to compile it.")
+        policy = Policy(model)
+        return Outline(
+            params=policy.abstract(),
+            loss_fn=SupervisedLoss(policy, self.z_loss),
+            batch=abstract_batch(self.batch_size, data.inputs, data.targets),
+            flops=training_flops(model, Sizes(self.batch_size, data.inputs, self.batch_size, data.targets)),
+            tokens_per_batch=self.batch_size * (data.inputs + data.targets),
+            logical_axes=policy.logical_axes(),
+        )
 
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`."""

@@ -19,7 +19,7 @@ FLOORS = (
     ("nn", "objectives"),
     ("models", "data"),
     ("interop", "sampling", "rewards"),
-    ("training", "evaluation"),
+    ("training", "evaluation", "compilation"),
     ("prepare", "train", "evaluate", "report", "sample", "score", "experiment", "convert", "compile", "checkpoints"),
     ("gin_utils", "command_line", "main"),
 )

@@ -74,6 +74,7 @@ USES = {
     "algorithms/freeze.gin": ("train", (*SFT, "models/moe_tiny.gin", "algorithms/freeze.gin"), RUN),
     "runs/supervised.gin": ("train", SFT, RUN),
     "runs/train.gin": ("train", SFT, RUN),
+    "sharding/rollouts.gin": ("train", (*RL, "sharding/fsdp.gin", "sharding/rollouts.gin"), EXAMPLE),
 }
 
 
@@ -87,6 +88,8 @@ def use(name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
         return "train", ("algorithms/adamw.gin", "runs/supervised.gin", name), RUN
     if folder == "sharding":
         return "train", ("examples/pydoc_sft.gin", name), ()
+    if folder == "scale":
+        return "train", (name,), (*RUN, "SFT_DIR='sft'") if "clp" in name else RUN
     if folder == "conditioning":
         return "train", (*RL, name), EXAMPLE
     if folder == "rewards":

@@ -51,7 +51,7 @@ def installed_files() -> dict[str, Path]:
     files = {}
     for folder, where in INSTALLED_AS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".gin"):
+            if path.suffix in (".py", ".gin", ".yaml"):
                 files[f"{where}/{path.relative_to(ROOT / folder).as_posix()}"] = path
     return files
 

@@ -148,7 +148,8 @@ def run(plan, job):
     train(
         run_dir=job["run_dir"],
         stage=Recorded(stage, path, job.get("pause", 0.0), hang_at),
-        optimizer=AdamW(0.01, weight_decay=0.1),
+        # Adam divides a gradient by its own size, also one of rounding errors alone; a large epsilon leaves those small.
+        optimizer=AdamW(0.01, epsilon=1e-3, weight_decay=0.1),
         num_steps=job["num_steps"],
         log_every=1,
         evaluate_every=job.get("evaluate_every"),

@@ -86,7 +86,7 @@ def test_what_is_asked_for_arrives(chosen):
     [
         (
             dict(implementation="flash"),
-            "unknown implementation 'flash': expected one of pallas, cudnn, blockwise, refer",
+            "unknown implementation 'flash': expected one of ring, pallas, cudnn, blockwise, refer",
         ),
         (dict(implementation="pallas"), "'pallas' runs on tpu, and this is for gpu"),
         (dict(implementation="cudnn"), "'cudnn' needs the promise unpacked=True"),
@@ -107,8 +107,8 @@ def test_what_cannot_be_is_refused(chosen, settings, message):
 
 def test_the_table_says_who_is_there():
     able = {each.name: each for each in implementations()}
-    assert list(able) == ["pallas", "cudnn", "blockwise", "reference"]
-    assert [each.name for each in able.values() if each.dropout] == ["blockwise", "reference"]
+    assert list(able) == ["ring", "pallas", "cudnn", "blockwise", "reference"]
+    assert [each.name for each in able.values() if each.dropout] == ["ring", "blockwise", "reference"]
     assert [each.name for each in able.values() if not each.linear] == ["reference"]
 
 

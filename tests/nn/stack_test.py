@@ -76,11 +76,11 @@ def _linearised(remat: str):
     return run, state
 
 
-@pytest.mark.parametrize("remat", ["minimal", "full"])
+@pytest.mark.parametrize("remat", ["minimal", "full", "offload"])
 def test_recomputing_changes_no_gradient(remat):
     expected = jax.grad(_linearised("none")[0])(_linearised("none")[1], X)
     run, state = _linearised(remat)
-    gradient = jax.grad(run)(state, X)
+    gradient = jax.jit(jax.grad(run))(state, X)  # Only programs move arrays between memories.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), gradient, expected)
 
 
@@ -91,4 +91,19 @@ def test_recomputing_keeps_less_for_the_backward_pass():
 
     sizes = [kept(remat) for remat in ("none", "minimal", "full")]
     assert sizes[0] > sizes[1] > sizes[2], sizes
-    assert set(REMAT_POLICIES) == {"none", "minimal", "full"}
+    assert set(REMAT_POLICIES) == {"none", "minimal", "full", "offload"}
+
+
+def test_products_wait_in_the_memory_of_the_host():
+    """What "minimal" keeps, and only that, goes out in the forward pass and comes back in the backward pass."""
+
+    def placed(remat):
+        run, state = _linearised(remat)
+        return jax.jit(jax.grad(run)).trace(state, X).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "pinned_host" in placed("offload") and "pinned_host" not in placed("minimal")
+    run, state = _linearised("offload")
+    kept = jax.eval_shape(lambda state, x: jax.vjp(run, state, x)[1], state, X)
+    run, state = _linearised("minimal")
+    same = jax.eval_shape(lambda state, x: jax.vjp(run, state, x)[1], state, X)
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(kept)) == sorted(leaf.shape for leaf in jax.tree.leaves(same))

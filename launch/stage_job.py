@@ -1,0 +1,104 @@
+"""The command of a stage as a job on a target, which runs on without its pipeline."""
+
+import contextlib
+import dataclasses
+import hashlib
+import re
+import signal
+import time
+from pathlib import Path
+
+from clp_jax.launch.calls import show
+from clp_jax.launch.code import code_version
+from clp_jax.launch.command import create, run_dir_of
+from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.options import split
+from clp_jax.launch.pipeline import Stage
+from clp_jax.launch.supervisor import Patience, advance, describe
+from clp_jax.launch.target import Target, Unreachable
+from clp_jax.launch.targets import find_target
+
+
+def stage_target(stage: Stage) -> Target:
+    """The target of a stage.
+
+    Raises:
+        LaunchError: for an unknown one, or a wrong option.
+    """
+    places, options, command = split(stage.target)
+    if len(places) != 1 or command:
+        raise LaunchError(f"stage {stage.name}: target: expected its name and its options, as in local --processes=2.")
+    try:
+        return find_target(places[0], options)
+    except LaunchError as error:
+        raise LaunchError(f"stage {stage.name}: {error}") from None
+
+
+def stage_job(pipeline: str, stage: Stage, made: str) -> Job:
+    """The job of a stage.
+
+    Args:
+        pipeline: its name.
+        stage: what to run.
+        made: names what the stage is made of: the same is the same job, so that it is never begun twice.
+    """
+    digest = hashlib.sha256(f"{Path.cwd()} {made}".encode()).hexdigest()[:8]
+    name = re.sub("[^a-z0-9]+", "-", f"{pipeline[:14]}-{stage.name[:14]}-{digest}")
+    places, options, _ = split(stage.target)
+    return Job(
+        name=name,
+        command=stage.command,
+        target=places[0],
+        options=options,
+        run_dir=run_dir_of(stage.command),
+        code_version=code_version(),
+        directory=str(Path.cwd()),
+    )
+
+
+class StageJob:
+    """A stage that a target runs, looked after until it is over.
+
+    Args:
+        job: of the stage.
+        target: where it runs.
+        patience: how long to wait between two looks.
+    """
+
+    def __init__(self, job: Job, target: Target, patience: Patience):
+        self._target, self._patience = target, patience
+        path = jobs_directory() / job.name
+        self._record = JobRecord.load(path) if path.is_dir() else create(jobs_directory(), job, target)
+        self._locks = contextlib.ExitStack()
+        self._locks.enter_context(self._record.lock())
+        if self._record.is_over:
+            # Its outputs are gone, or it failed and is tried again.
+            self._record.append("retried")
+        self._told: object = None
+        self._next_look = 0.0
+
+    def poll(self) -> str | None:
+        """What went wrong when it is over, empty text when nothing did; None while it runs."""
+        if time.monotonic() < self._next_look:
+            return None
+        self._next_look = time.monotonic() + self._patience.look
+        with contextlib.suppress(Unreachable):
+            advance(self._record, self._target, self._patience)
+        state = self._record.state
+        if state != self._told:
+            self._told = state
+            show(describe(self._record))
+        if state is None or not (self._record.is_over and self._record.kept("deleted")):
+            return None
+        self._locks.close()
+        return "" if state.phase == "succeeded" else f"{state.phase}: clp jobs logs {self._record.job.name}"
+
+    def stop(self, number: signal.Signals) -> None:
+        """Leaves it running: it does not need this process."""
+        show(f"{self._record.job.name} runs on; clp jobs stop {self._record.job.name} ends it.")
+        self._locks.close()
+
+
+def patience_for(target: Target) -> Patience:
+    """How often to look: what runs on this machine costs nothing to look at."""
+    return dataclasses.replace(Patience(), look=0.5) if target.name == "local" else Patience()

@@ -1,0 +1,319 @@
+"""Runs the trials of a sweep as jobs, so many at once; everything it knows is in files, so it goes on wherever it was.
+
+    DIR/sweep.json         the command, and the name that the sweep's jobs begin with
+    DIR/trials.jsonl       one line for each trial: its hash, its bindings, its seed
+    DIR/trials/HASH/       the run directory of a trial
+    DIR/table.md, .csv     states and metrics
+
+The record of a trial's job is where those of all jobs are, so `clp jobs` knows it.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from clp_jax.launch.calls import show
+from clp_jax.launch.code import code_version
+from clp_jax.launch.command import check_before_creating, create
+from clp_jax.launch.command_words import program_words
+from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory, write
+from clp_jax.launch.lock import hold
+from clp_jax.launch.supervisor import Patience, advance, retry
+from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines
+from clp_jax.launch.sweep_table import Row, add_trial, read_metrics, read_trials, shown_metrics, to_csv, to_markdown
+from clp_jax.launch.target import Target, Unreachable
+
+SWEEP_FILE, TRIALS = "sweep.json", "trials"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepDirectory:
+    """Everything one sweep writes.
+
+    Attributes:
+        path: the directory.
+        name: that the names of its jobs begin with.
+        commands: of every trial, one after another.
+        metrics: ``minimize`` or ``maximize`` by name.
+        jobs: the directory of its jobs' records.
+    """
+
+    path: Path
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    metrics: Mapping[str, str]
+    jobs: Path
+
+    @classmethod
+    def load(cls, path: Path) -> "SweepDirectory":
+        """Reads the directory of a sweep.
+
+        Raises:
+            LaunchError: when it is none.
+        """
+        try:
+            stored = json.loads((path / SWEEP_FILE).read_text())
+            commands = tuple(tuple(words) for words in stored["commands"])
+            return cls(path, stored["name"], commands, stored["metrics"], Path(stored["jobs"]))
+        except FileNotFoundError:
+            raise LaunchError(f"{path} holds no sweep: there is no {SWEEP_FILE}.") from None
+        except (ValueError, KeyError, TypeError):
+            raise LaunchError(f"{path / SWEEP_FILE} is damaged: expected what clp sweep wrote.") from None
+
+    @classmethod
+    def of(cls, path: Path, sweep: Sweep) -> "SweepDirectory":
+        """The directory of a new sweep, or of one of the same commands; writes nothing.
+
+        Raises:
+            LaunchError: when the directory holds a sweep of other commands, or something else.
+        """
+        commands = tuple(sweep.commands())
+        if (path / SWEEP_FILE).is_file():
+            found = dataclasses.replace(cls.load(path), metrics=dict(sweep.metrics))
+            if found.commands != commands:
+                raise LaunchError(
+                    f"{path} holds a sweep of other commands ({' '.join(found.commands[0])} ...): give another --dir."
+                )
+            return found
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise LaunchError(f"{path} is there and holds no sweep: give another --dir.")
+        begin = re.sub("[^a-z0-9]+", "-", path.absolute().name.lower()).strip("-")
+        begin = (begin if begin[:1].isalpha() else f"sweep-{begin}")[:18].strip("-")
+        return cls(path, f"{begin}-{secrets.token_hex(2)}", commands, dict(sweep.metrics), jobs_directory())
+
+    def write(self) -> None:
+        """Stores what `load` reads."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        stored = dataclasses.asdict(self) | {"jobs": str(self.jobs)}
+        del stored["path"]
+        write(self.path / SWEEP_FILE, json.dumps(stored, indent=1) + "\n")
+
+    def run_dir(self, trial: Trial) -> Path:
+        """Where a trial writes."""
+        return self.path / TRIALS / trial.name
+
+    def job_name(self, trial: Trial, number: int) -> str:
+        """The name of the job that runs a command of a trial."""
+        return f"{self.name}-{trial.name}" + (f"-{number}" if number else "")
+
+    def state(self, trial: Trial) -> str:
+        """``waiting``, or the phase of the job that the trial has come to."""
+        for number in range(len(self.commands)):
+            path = self.jobs / self.job_name(trial, number)
+            state = JobRecord.load(path).state if path.is_dir() else None
+            if state is None or state.phase != "succeeded":
+                return "waiting" if state is None else state.phase
+        return "succeeded"
+
+    def rows(self) -> list[Row]:
+        """The table."""
+        return [Row(t, self.state(t), read_metrics(self.run_dir(t))) for t in read_trials(self.path)]
+
+    def write_table(self) -> list[Row]:
+        """Writes ``table.md`` and ``table.csv``; returns the table."""
+        rows = self.rows()
+        known = {name for row in rows for name in row.metrics}
+        metrics = shown_metrics(rows, {name: goal for name, goal in self.metrics.items() if name in known})
+        write(self.path / "table.csv", to_csv(rows))
+        write(self.path / "table.md", to_markdown(rows, metrics))
+        return rows
+
+
+class _Run:
+    """The jobs of one trial, one after another."""
+
+    def __init__(self, trial: Trial, jobs: Sequence[Job], directory: SweepDirectory, settings: "Settings"):
+        self.trial = trial
+        self._jobs, self._records = jobs, directory.jobs
+        self._target, self._patience = settings.target, settings.patience
+        self._locks = contextlib.ExitStack()
+        self._held: dict[str, JobRecord] = {}
+
+    def look(self) -> str | None:
+        """Looks after the trial once; its last phase when it is over."""
+        for job in self._jobs:
+            record = self._hold(job)
+            state = record.state
+            if state is not None and state.phase == "succeeded" and record.kept("deleted"):
+                continue
+            try:
+                state = advance(record, self._target, self._patience)
+            except Unreachable as error:
+                show(f"{job.name}: {error} Asking again.")
+                return None
+            if not record.is_over or not record.kept("deleted"):
+                return None
+            if state.phase != "succeeded":
+                self._locks.close()
+                return state.phase
+        self._locks.close()
+        return "succeeded"
+
+    def last_line(self) -> str:
+        """What is known of how it ended."""
+        states = [record.state for record in self._held.values()]
+        return states[-1].detail.strip().rpartition("\n")[2] if states and states[-1] else ""
+
+    def _hold(self, job: Job) -> JobRecord:
+        if job.name not in self._held:
+            path = self._records / job.name
+            record = JobRecord.load(path) if path.is_dir() else create(self._records, job, self._target)
+            self._locks.enter_context(record.lock())
+            self._held[job.name] = record
+        return self._held[job.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a sweep runs.
+
+    Attributes:
+        target: where.
+        options: of the target, as they were typed.
+        commands: of `clp`; a command that begins with something else is any other program.
+        max_concurrent: trials at once.
+        retry_failed: whether trials that failed are tried again.
+        force: whether what does not fit its slice runs all the same.
+        patience: how long to wait between looks.
+        code_version: of the code that runs.
+    """
+
+    target: Target
+    options: Mapping[str, str]
+    commands: Collection[str]
+    max_concurrent: int = 1
+    retry_failed: bool = False
+    force: bool = False
+    patience: Patience = dataclasses.field(default_factory=Patience)
+    code_version: str = dataclasses.field(default_factory=code_version)
+
+    def __post_init__(self) -> None:
+        if self.max_concurrent < 1:
+            raise LaunchError(f"--max_concurrent is {self.max_concurrent}: expected at least 1.")
+
+
+def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
+    """Runs what is left of a sweep.
+
+    Args:
+        sweep: what to try.
+        path: of its directory.
+        settings: where, and how many at once.
+
+    Returns:
+        The table.
+
+    Raises:
+        LaunchError: for a binding that does not exist, another sweep's directory, or another launcher at work.
+    """
+    directory = SweepDirectory.of(path, sweep)
+    # Nothing is made before all names are known to exist.
+    known = {trial.name for trial in read_trials(path)}
+    check_trials(
+        sweep, [t for t in _examples(sweep) if t.name not in known], str(path / TRIALS / "HASH"), settings.commands
+    )
+    for trial in itertools.islice(_examples(sweep), 1):
+        for job in jobs_of(directory, trial, settings):
+            check_before_creating(settings.target, job, settings.commands, settings.force)
+    with hold(path / ".lock", f"another launcher runs the sweep in {path}: wait for it."):
+        directory.write()
+        if settings.retry_failed:
+            _retry_failed(directory)
+        if sweep.search is None:
+            trials = sweep.trials()
+            for trial in trials:
+                add_trial(path, trial)
+            waiting = iter(trials)
+            _run_all(directory, lambda: next(waiting, None), lambda trial: None, settings)
+        else:
+            from clp_jax.launch.search import Searcher
+
+            searcher = Searcher(sweep, directory)
+            _run_all(directory, searcher.next_trial, searcher.tell, settings)
+        return directory.write_table()
+
+
+def _run_all(
+    directory: SweepDirectory,
+    next_trial: Callable[[], Trial | None],
+    tell: Callable[[Trial], None],
+    settings: Settings,
+) -> None:
+    """Runs trials, so many at once, until there are no more."""
+    active: list[_Run] = []
+    while True:
+        while len(active) < settings.max_concurrent:
+            trial = next_trial()
+            if trial is None:
+                break
+            add_trial(directory.path, trial)
+            run = _Run(trial, jobs_of(directory, trial, settings), directory, settings)
+            if run.look() is None:
+                show(f"{trial.name}: {trial}")
+                active.append(run)
+            else:
+                tell(trial)
+        if not active:
+            return
+        ended = [(run, phase) for run in active if (phase := run.look()) is not None]
+        for run, phase in ended:
+            active.remove(run)
+            show(f"{run.trial.name}: {phase}" + (f": {run.last_line()}" if phase != "succeeded" else ""))
+            tell(run.trial)
+        if ended:
+            directory.write_table()
+        else:
+            time.sleep(settings.patience.look)
+
+
+def jobs_of(directory: SweepDirectory, trial: Trial, settings: Settings) -> list[Job]:
+    """The jobs of a trial, one after another."""
+    lines = command_lines(directory.commands, trial, str(directory.run_dir(trial)))
+    return [
+        Job(
+            name=directory.job_name(trial, number),
+            command=program_words(words, settings.commands, "command"),
+            target=settings.target.name,
+            options=settings.options,
+            run_dir=str(directory.run_dir(trial)),
+            code_version=settings.code_version,
+            directory=str(Path.cwd()),
+        )
+        for number, words in enumerate(lines)
+    ]
+
+
+def preview(sweep: Sweep, path: Path, commands: Collection[str]) -> tuple[list[Trial], SweepDirectory]:
+    """The trials of a sweep, of a search the first that it may ask for, and where they would go; makes nothing.
+
+    Raises:
+        LaunchError: for a binding that does not exist, or another sweep's directory.
+    """
+    check_trials(sweep, _examples(sweep), str(path / TRIALS / "HASH"), commands)
+    return list(_examples(sweep)), SweepDirectory.of(path, sweep)
+
+
+def _retry_failed(directory: SweepDirectory) -> None:
+    for trial in read_trials(directory.path):
+        if directory.state(trial) in ("failed", "stopped"):
+            for number in range(len(directory.commands)):
+                path = directory.jobs / directory.job_name(trial, number)
+                record = JobRecord.load(path) if path.is_dir() else None
+                if record is not None and record.is_over and record.state and record.state.phase != "succeeded":
+                    with record.lock():
+                        retry(record)
+
+
+def _examples(sweep: Sweep) -> Iterator[Trial]:
+    """Trials that bind all that the sweep binds."""
+    if sweep.search is None:
+        yield from sweep.trials()
+        return
+    for place in (0.0, 0.5):
+        yield from sweep.repeats({name: given.at(place) for name, given in sweep.search.ranges.items()})[:1]

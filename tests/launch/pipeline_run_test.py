@@ -1,0 +1,225 @@
+"""Pipelines of a program without a model, in real processes: what runs again, and what does not."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from clp_jax.main import main
+
+PROGRAM = Path(__file__).parents[1] / "fixtures" / "stage_program.py"
+RUN = f"{sys.executable} {PROGRAM}"
+ONE = "- {name: one, command: RUN out/one a.txt MORE, outputs: [out/one]}\n"
+TWO = "- {name: two, command: RUN out/two out/one, needs: [one], inputs: [b.txt], outputs: [out/two]}\n"
+THREE = "- {name: three, command: RUN out/three a.txt MORE, outputs: [out/three]}\n"
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path / "jobs"))
+    Path("a.txt").write_text("a")
+    Path("b.txt").write_text("b")
+    write(TWO, ONE)
+
+
+def write(*stages, more=""):
+    Path("p.yaml").write_text("name: toy\nstages:\n" + "".join(stages).replace("RUN", RUN).replace("MORE", more))
+
+
+def run(*words):
+    """Runs the pipeline; its exit code, and which stages began."""
+    Path("notes").write_text("")
+    code = main(["pipeline", "p.yaml", *words])
+    return code, [line.split("/")[1] for line in notes() if line.startswith("begin")]
+
+
+def notes():
+    return Path("notes").read_text().splitlines() if Path("notes").is_file() else []
+
+
+def test_stages_run_once_in_order(capfd):
+    assert run() == (0, ["one", "two"])
+    assert Path("out/two").read_text() == "a"
+    assert "made out/one" in capfd.readouterr().out
+    assert run() == (0, [])
+    assert "one: nothing to do: out/one" in capfd.readouterr().err
+    assert not list(Path().rglob("*.old*"))
+
+
+def test_what_has_changed_runs_again_and_only_that(capfd):
+    run()
+    os.utime("a.txt", (1, 1))
+    assert run() == (0, [])
+    Path("b.txt").write_text("c")
+    assert run() == (0, ["two"])
+    assert "two: b.txt has changed" in capfd.readouterr().err
+    Path("a.txt").write_text("aa")
+    assert run() == (0, ["one", "two"])
+    # What was there before is kept.
+    assert (Path("out/one").read_text(), Path("out/one.old-1").read_text()) == ("aa", "a")
+    assert {path.name for path in Path("out").iterdir()} == {"one", "one.old-1", "two", "two.old-1", "two.old-2"}
+    Path("out/two").unlink()
+    assert run() == (0, ["two"])
+    Path("out/one").write_text("mine")
+    assert run() == (0, ["two"])
+    assert Path("out/two").read_text() == "mine"
+    write(TWO, ONE, more="--together=1")
+    # The command of one has changed, and what it makes is as it was before mine.
+    assert run() == (0, ["one", "two"])
+    assert "its command has changed" in capfd.readouterr().err
+
+
+def test_the_same_outputs_end_the_changes(capfd):
+    run()
+    write(TWO, ONE, more="--together=1")
+    assert run() == (0, ["one"])
+
+
+def test_a_dry_run_tells_why_and_makes_nothing(capsys):
+    assert run("--dry_run") == (0, [])
+    assert capsys.readouterr().out.splitlines()[::2] == [
+        "one: would run: it has not run here before", "two: would run: one would run",
+    ]  # fmt: skip
+    assert not Path("runs").exists() and not Path("out").exists()
+    run()
+    Path("b.txt").write_text("c")
+    capsys.readouterr()
+    assert run("--dry_run") == (0, [])
+    assert capsys.readouterr().out.splitlines()[:2] == ["one: nothing to do", "two: would run: b.txt has changed"]
+
+
+def test_chosen_stages_and_what_they_need():
+    write(ONE, TWO, THREE)
+    assert run("--stages=two") == (0, ["one", "two"])
+    assert run() == (0, ["three"])
+
+
+def test_a_stage_that_fails_ends_the_pipeline_and_goes_on_in_place(capfd):
+    Path("broken").write_text("")
+    assert run() == (1, ["one"])
+    said = capfd.readouterr().err
+    assert "one: failed: exit code 3" in said and "toy: one failed; the same command goes on from there" in said
+    Path("broken").unlink()
+    assert run() == (0, ["one", "two"])
+    assert not list(Path().rglob("*.old*"))
+
+
+def test_an_output_that_is_not_there_after_all(capfd):
+    Path("forgetful").write_text("")
+    assert run() == (1, ["one"])
+    assert "one: failed: it ended well, but left no out/one" in capfd.readouterr().err
+
+
+def test_independent_stages_run_at_once_when_asked(capfd):
+    write(ONE, THREE, more="--together=2")
+    assert run("--max_concurrent=2")[0] == 0
+    assert [line.split()[0] for line in notes()] == ["begin", "begin", "end", "end"]
+    assert "[one] made out/one" in capfd.readouterr().err
+    write(ONE, THREE)
+    assert run()[0] == 0
+    assert [line.split()[0] for line in notes()] == ["begin", "end"] * 2
+
+
+def launcher(*words):
+    program = "import sys\nfrom clp_jax.main import main\nsys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, "pipeline", "p.yaml", *words], env=environment, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert condition()
+
+
+def test_killed_in_the_middle_it_waits_for_what_it_left_running(capfd):
+    write(TWO, ONE, more="--until=go")
+    process = launcher()
+    wait_for(notes)
+    process.kill()
+    process.wait()
+    threading.Timer(5.0, Path("go").touch).start()
+    assert main(["pipeline", "p.yaml"]) == 0
+    assert "one: it still runs, begun by a pipeline that is gone: waiting for it" in capfd.readouterr().err
+    # Never two at a time: the second look at one begins when the first has ended.
+    assert [line.split()[0] for line in notes()] == ["begin", "end"] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_end_it_ends_its_stage(number):
+    write(TWO, ONE, more="--until=never")
+    process = launcher()
+    wait_for(notes)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    write(TWO, ONE)
+    assert run() == (0, ["one", "two"])
+
+
+def test_a_second_pipeline_does_not_run(capfd):
+    write(ONE, more="--until=go")
+    process = launcher()
+    wait_for(notes)
+    assert main(["pipeline", "p.yaml"]) == 2
+    assert "another process runs this pipeline in runs/toy/pipeline: wait for it." in capfd.readouterr().err
+    Path("go").touch()
+    assert process.wait(timeout=60) == 0
+
+
+def test_a_stage_on_a_target(capfd):
+    write(ONE, TWO.replace("inputs:", "target: local, inputs:"))
+    assert run() == (0, ["one", "two"])
+    assert "succeeded" in capfd.readouterr().err
+    assert run() == (0, [])
+    Path("out/two").unlink()
+    # The same making again is the same job, once more.
+    assert run() == (0, ["two"])
+    assert len(list(Path("jobs").iterdir())) == 1
+    Path("broken").write_text("")
+    Path("b.txt").write_text("c")
+
+
+def test_directories_are_inputs_but_not_what_others_leave_in_them():
+    inside = "- {name: inside, command: RUN out/dir/inside a.txt, needs: [all], outputs: [out/dir/inside]}\n"
+    whole = "- {name: all, command: RUN out/dir/all a.txt, outputs: [out/dir]}\n"
+    last = "- {name: last, command: RUN out/last a.txt, needs: [all], outputs: [out/last]}\n"
+    write(whole, inside, last)
+    assert run() == (0, ["dir", "dir", "last"])
+    assert run() == (0, [])
+    Path("out/dir/more").write_text("x")
+    assert run() == (0, ["dir", "last"])
+
+
+@pytest.mark.parametrize(
+    ("words", "stages", "message"),
+    [
+        (["--max_concurrent=0"], ONE, "--max_concurrent is 0"),
+        (["--stages=tow"], ONE, "there is no stage 'tow'"),
+        (["more"], ONE, "what is 'more'? clp pipeline FILE"),
+        (["--stagse=one"], ONE, "no option --stagse (did you mean stages?)"),
+        ([], ONE.replace("}", ", target: locla}"), "stage one: there is no target 'locla'"),
+        ([], ONE.replace("}", ", target: local --x=1}"), "stage one: clp launch local has no option --x"),
+        ([], ONE.replace("}", ", inputs: [none.txt]}"), "stage one: its input none.txt is not there"),
+        (
+            [],
+            "- {name: one, command: train --gin_file=examples/pydoc_sft.gin --gin.NUM_STEP=1, outputs: [x]}\n",
+            "stage one: --gin.NUM_STEP: nothing here uses a macro NUM_STEP (did you mean NUM_STEPS?)",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_before_any_stage_runs(words, stages, message, capfd):
+    write(stages)
+    code, began = run(*words)
+    said = capfd.readouterr().err
+    assert (code, began) == (2, [])
+    assert message in said and said.count("\n") == 1
+    assert not Path("out").exists()

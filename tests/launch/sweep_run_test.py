@@ -1,0 +1,184 @@
+"""Sweeps of a program without a model, in real processes: how many at once, what is done twice, what survives a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from clp_jax.launch import space
+from clp_jax.launch.job import all_records
+from clp_jax.launch.supervisor import Patience
+from clp_jax.launch.sweep import Sweep
+from clp_jax.launch.sweep_run import Settings, SweepDirectory, run_sweep
+from clp_jax.launch.targets import find_target
+
+from clp_jax.main import main
+
+PROGRAM = Path(__file__).parents[1] / "fixtures" / "trial_program.py"
+COMMAND = f"{sys.executable} {PROGRAM}"
+QUICK = Patience(look=0.02, first_wait=0.02, longest_wait=0.1)
+METRICS = {"loss": "minimize"}
+YAML = f"command: {COMMAND} --seconds=0.2\nspace: {{grid: {{A: [1, 2, 3]}}}}\nseeds: 2\nmetrics: {{loss: minimize}}\n"
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path / "jobs"))
+
+
+def run(sweep, **settings):
+    return run_sweep(
+        sweep, Path("sweep"), Settings(find_target("local", {}), {}, ["train"], patience=QUICK, **settings)
+    )
+
+
+def notes():
+    return [tuple(line.split()) for line in Path("notes").read_text().splitlines()] if Path("notes").is_file() else []
+
+
+def begun():
+    return [name for what, name in notes() if what == "begin"]
+
+
+def most_at_once():
+    running = most = 0
+    for what, _ in notes():
+        running += 1 if what == "begin" else -1
+        most = max(most, running)
+    return most
+
+
+def test_every_trial_runs_once_and_so_many_at_once():
+    sweep = Sweep(f"{COMMAND} --together=3", space.grid({"A": [1, 2, 3]}), seeds=2, metrics=METRICS)
+    rows = run(sweep, max_concurrent=3)
+    assert [row.state for row in rows] == ["succeeded"] * 6
+    assert [(row.trial.bindings["A"], row.trial.seed, row.metrics["loss"]) for row in rows] == [
+        (str(a), seed, (a - 3) ** 2 + seed) for a in (1, 2, 3) for seed in (0, 1)
+    ]
+    assert sorted(begun()) == sorted(trial.name for trial in sweep.trials())
+    assert most_at_once() == 3
+    assert {path.name for path in Path("sweep/trials").iterdir()} == {trial.name for trial in sweep.trials()}
+    # Once more, and with a value and a seed more: what is done is not done again.
+    run(sweep)
+    assert len(begun()) == 6
+    grown = Sweep(f"{COMMAND} --together=3", space.grid({"A": [1, 2, 3, 4]}), seeds=3, metrics=METRICS)
+    assert len(run(grown, max_concurrent=3)) == 12
+    assert len(begun()) == len(set(begun())) == 12
+    assert "| 3 | 3 | 1 ± 0.58 |" in Path("sweep/table.md").read_text()
+
+
+def test_one_at_a_time_is_the_default():
+    run(Sweep(f"{COMMAND} --seconds=0.1", space.grid({"A": [1, 2]})))
+    assert most_at_once() == 1
+
+
+def test_failed_trials_are_listed_and_tried_again_when_asked():
+    Path("broken").write_text("2")
+    sweep = Sweep(COMMAND, space.grid({"A": [1, 2, 3]}), metrics=METRICS)
+    assert [row.state for row in run(sweep)] == ["succeeded", "failed", "succeeded"]
+    assert [row.state for row in run(sweep)] == ["succeeded", "failed", "succeeded"]
+    assert len(begun()) == 3
+    Path("broken").unlink()
+    assert [row.state for row in run(sweep, retry_failed=True)] == ["succeeded"] * 3
+    assert len(begun()) == 4
+
+
+def test_commands_after_the_first_wait_for_it_and_are_not_run_without_it():
+    Path("broken").write_text("2")
+    then = [f"{COMMAND} --run_dir={{run_dir}}"]
+    sweep = Sweep(COMMAND, space.grid({"A": [1, 2]}), then=then, metrics=METRICS)
+    one, two = run(sweep)
+    assert (one.state, one.metrics["hypervolume"], two.state, dict(two.metrics)) == ("succeeded", 1.5, "failed", {})
+    assert begun() == [one.trial.name, one.trial.name, two.trial.name]
+
+
+def test_a_sweep_goes_on_after_its_launcher_was_killed():
+    Path("sweep.yaml").write_text(YAML)
+    words = ["sweep", "--file", "sweep.yaml", "local", "--dir=sweep", "--max_concurrent=2"]
+    program = "import sys\nfrom clp_jax.main import main\nmain(sys.argv[1:])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    launcher = subprocess.Popen([sys.executable, "-c", program, *words], env=environment, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not [what for what, _ in notes() if what == "end"] and time.monotonic() < until:
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    before = len(begun())
+    assert 1 <= before < 6
+    assert main(words) == 0
+    assert len(begun()) == len(set(begun())) == 6
+    assert all(record.state.attempt == 1 for record in all_records(Path("jobs")))
+
+
+def test_the_command_line(capsys):
+    Path("sweep.yaml").write_text(YAML.replace("0.2", "0"))
+    words = ["sweep", "--file", "sweep.yaml", "local"]
+    assert main([*words, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(": A=") == 6 and "trial_program.py" in out
+    assert not Path("runs").exists() and not Path("jobs").exists()
+    Path("broken").write_text("2")
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert "2 of 6 trials failed: " in said.err and "--retry_failed" in said.err and "trial: error: A is 2" in said.err
+    directory = Path("runs/sweeps/sweep")
+    assert said.out.strip() == (directory / "table.md").read_text().strip()
+    assert {path.name for path in directory.iterdir() if path.name[0] != "."} == {
+        "sweep.json", "trials.jsonl", "trials", "table.md", "table.csv", "parallel.png",
+    }  # fmt: skip
+    Path("broken").unlink()
+    assert main([*words, "--retry_failed"]) == 0
+    assert main(["sweep", "report", str(directory), "--metrics=loss:minimize,A:maximize"]) == 0
+    assert (directory / "front_loss_A.png").is_file()
+    assert (capsys.readouterr().out).count("●") == 1
+    assert main(["sweep"]) == 0
+    assert main(["sweep", "local", "--help"]) == 0
+    assert "--processes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["local"], "which file? clp sweep --file=FILE TARGET"),
+        (["--file=sweep.yaml"], "which target? clp sweep --file=FILE TARGET"),
+        (["--file=none.yaml", "local"], "none.yaml: no such file or directory"),
+        (["--file=sweep.yaml", "locla"], "there is no target 'locla'"),
+        (["--file=sweep.yaml", "local", "--procesess=2"], "no option --procesess (did you mean processes?)"),
+        (["--file=sweep.yaml", "local", "--max_concurrent=0"], "--max_concurrent is 0"),
+        (["--file=sweep.yaml", "local", "train"], "what is 'train'? The file says the command"),
+        (["--file=sweep.yaml", "local", "--dir=taken"], "taken is there and holds no sweep"),
+        (["--file=typo.yaml", "local"], "there is no command 'trian' (did you mean train?)"),
+        (["report"], "of which sweep? clp sweep report DIR"),
+        (["report", "taken"], "taken holds no sweep"),
+        (["report", "taken", "--metrics=loss"], "'loss': expected NAME:minimize or NAME:maximize"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_made(words, message, capsys):
+    Path("sweep.yaml").write_text(YAML)
+    Path("typo.yaml").write_text("command: trian --gin_file=x.gin\nspace: [{A: 1}]\n")
+    Path("taken").mkdir()
+    Path("taken/file").write_text("")
+    there = set(Path().rglob("*"))
+    assert main(["sweep", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and said.startswith("clp sweep: error: ")
+    assert set(Path().rglob("*")) == there
+
+
+def test_a_directory_is_of_one_command_and_one_launcher():
+    run(Sweep(COMMAND, [{"A": 1}]))
+    with pytest.raises(ValueError, match=r"sweep holds a sweep of other commands"):
+        run(Sweep(f"{COMMAND} --more=1", [{"A": 1}]))
+    import fcntl
+
+    with open("sweep/.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"another launcher runs the sweep in sweep"):
+            run(Sweep(COMMAND, [{"A": 1}]))
+    (Path("sweep") / "sweep.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"sweep.json is damaged"):
+        SweepDirectory.load(Path("sweep"))

@@ -1,0 +1,65 @@
+"""Rollouts in a layout of their own: the same tokens, and no parameter travels for each of them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny_policies import tiny_config, varied_params
+from workloads import layout
+
+from clp_jax.models.conditioning import ParameterConditioning
+from clp_jax.models.policy import Policy
+from clp_jax.partitioning import Rules, tree_shardings, use_mesh
+from clp_jax.preferences import Preference
+from clp_jax.sampling.generate import SamplingConfig
+from clp_jax.sampling.rollouts import RolloutWorker
+
+POLICY = Policy(tiny_config(num_encoder_layers=1, num_decoder_layers=1))
+CONDITIONING = ParameterConditioning("full", 2)
+OWN = Rules((("batch", ("slice", "data", "fsdp")), ("heads", "tensor"), ("mlp", "tensor"), ("act_mlp", "tensor")))
+INPUTS = jnp.asarray(np.random.default_rng(0).integers(2, 11, (16, 6)), jnp.int32)
+PREFERENCE = Preference(jnp.asarray([[0.3, 0.7]]), jnp.asarray([0.2]))
+
+
+def _rolled_out(rules):
+    """The rollout under sharded parameters, and the program's text."""
+    place = layout("fsdp")
+    mesh, home = place["mesh"], place["rules"]
+    reference = varied_params(POLICY)
+    params = jax.tree.map(lambda x: jnp.stack([x, x[..., ::-1]]), reference)
+    axes = POLICY.logical_axes()
+    params = jax.device_put(params, tree_shardings(CONDITIONING.logical_axes(axes), mesh, home, params))
+    reference = jax.device_put(reference, tree_shardings(axes, mesh, home, reference))
+    worker = RolloutWorker(POLICY, CONDITIONING, SamplingConfig(6), num_samples=1, rules=rules)
+
+    def run(params, reference, inputs, weights, alpha):
+        rollout = worker(params, reference, inputs, Preference(weights, alpha), jax.random.key(3))
+        return rollout.tokens, rollout.log_probs, rollout.reference_log_probs
+
+    arguments = (params, reference, INPUTS, PREFERENCE.weights, PREFERENCE.alpha)
+    with use_mesh(mesh, home):
+        program = jax.jit(run).lower(*arguments).compile()
+    return program(*arguments), program.as_text()
+
+
+def _gathered_in_loops(text):
+    """Collectives that gather, inside the bodies of loops."""
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found = 0
+    for computation in re.split(r"\n\n", text):
+        name = re.match(r"\s*(?:ENTRY )?%?([\w.\-]+) ", computation)
+        if name and name[1] in bodies:
+            found += len(re.findall(r" all-gather(?:-start)?\(", computation))
+    return found
+
+
+def test_tokens_are_the_same_and_parameters_stay():
+    there, text = _rolled_out(None)
+    own, own_text = _rolled_out(OWN)
+    np.testing.assert_array_equal(there[0], own[0])
+    for now, then in zip(own[1:], there[1:], strict=True):
+        np.testing.assert_allclose(now, then, rtol=1e-5, atol=2e-6)
+    assert len(set(np.asarray(own[0]).ravel().tolist())) > 3
+    assert _gathered_in_loops(text) > 0
+    assert _gathered_in_loops(own_text) == 0
