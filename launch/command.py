@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -186,14 +187,29 @@ def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> N
     if not _has_compiler():
         show("The extra `aot` is not installed: whether this fits the slice is not known before it runs.")
         return
-    words = [word for word in job.command[2:] if not word.startswith("--debug")]
     show(f"compiling for {' '.join(asked)}; --force launches without")
-    done = call(Run((*local_command(("clp", "compile", *words)), *asked), timeout=3600.0), may_fail=True)
-    if done.code:
-        reason = (done.error.strip() or done.output.strip() or f"exit code {done.code}").splitlines()[-1]
-        raise LaunchError(
-            f"it does not fit, or can't be compiled for the slice: {reason} (--force launches it all the same)"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        words = ("clp", "compile", *_gin_words(job.command[2:]), *asked, f"--output={report}")
+        done = call(Run(local_command(words), timeout=3600.0), may_fail=True)
+        fits = json.loads(report.read_text()).get("fits") if done.code == 0 and report.is_file() else None
+    if fits is not True:
+        what = "it does not fit the slice" if fits is False else "it can't be compiled for the slice"
+        lines = [line.strip() for line in (done.error.strip() or done.output.strip()).splitlines() if line.strip()]
+        told = [line for line in lines if "does not fit" in line] or lines[-1:] or [f"exit code {done.code}"]
+        raise LaunchError(f"{what}: {told[0]} (--force launches it all the same)")
+
+
+def _gin_words(words: Sequence[str]) -> list[str]:
+    """Those words of a command that are gin's: the others are the command's own."""
+    waiting, found = list(words), []
+    while waiting:
+        word = waiting.pop(0)
+        if word.startswith("--gin"):
+            found.append(word)
+            if "=" not in word and waiting:
+                found.append(waiting.pop(0))
+    return found
 
 
 def print_plan(target: Target, job: Job, jobs: Path) -> None:

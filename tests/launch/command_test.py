@@ -193,21 +193,41 @@ def test_the_run_directory_is_what_the_configuration_says(tmp_path):
 SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "num_slices": "2"})
 
 
-@pytest.mark.parametrize(("code", "fits"), [(0, True), (1, False)])
-def test_what_does_not_fit_is_refused_before_anything_is_rented(tmp_path, monkeypatch, code, fits):
+COMPILER = """#!/bin/sh
+echo "$@" > {folder}/asked
+for word in "$@"; do case "$word" in --output=*) echo '{{"fits": {fits}}}' > "${{word#--output=}}";; esac; done
+echo "update: does not fit, 24.0 GiB too much"
+echo "a mesh of 3." >&2
+exit {code}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "fits", "message"),
+    [
+        (0, "true", None),
+        (0, "false", r"it does not fit the slice: .*\(--force launches it all the same\)"),
+        (2, "true", r"it can't be compiled for the slice: a mesh of 3\. \(--force"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_rented(tmp_path, monkeypatch, code, fits, message):
     program = tmp_path / "compiler"
-    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "needs 40 GiB of 16 GiB." >&2\nexit {code}\n')
+    program.write_text(COMPILER.format(folder=tmp_path, fits=fits, code=code))
     program.chmod(0o755)
     monkeypatch.setattr(launching, "local_command", lambda words: (str(program), *words))
     monkeypatch.setattr(launching, "_has_compiler", lambda: True)
-    job = launching.Job("job", ("clp", "train", "--gin_file=a.gin"), "tpu-vm")
-    if fits:
+    words = ("clp", "train", "--gin_file=a.gin", "--run_dir=x", "--gin_file", "b.gin", "--num_steps", "3")
+    job = launching.Job("job", words, "tpu-vm")
+    if message is None:
         launching.check_that_it_fits(SLICES, job, ("train", "compile"))
     else:
-        with pytest.raises(LaunchError, match=r"needs 40 GiB of 16 GiB. \(--force launches it all the same\)"):
+        with pytest.raises(LaunchError, match=message):
             launching.check_that_it_fits(SLICES, job, ("train", "compile"))
     asked = (tmp_path / "asked").read_text().split()
-    assert asked == ["clp", "compile", "--gin_file=a.gin", "--topology=v5e:4x4", "--num_slices=2"]
+    assert asked[:-1] == [
+        *("clp", "compile", "--gin_file=a.gin", "--gin_file", "b.gin"),
+        *("--topology=v5e:4x4", "--num_slices=2"),
+    ]
 
 
 def test_without_the_compiler_it_is_said_that_nobody_knows(capsys, monkeypatch):
