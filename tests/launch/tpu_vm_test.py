@@ -146,7 +146,7 @@ def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
         again = JobRecord.load(record.path)
         advance(again, find_target(again.job.target, again.job.options), QUICK)
         looks += 1
-    assert looks > 4
+    assert looks >= 4
     assert len(world.runs) == 1
     assert actions(world) == [("create", "job-1"), ("delete", "job-1")]
 
