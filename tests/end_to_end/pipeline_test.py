@@ -168,7 +168,7 @@ def test_only_comparable_experts_are_combined(home, capfd):
     rows = "--gin.evaluate.weights=[(1.0, 0.0), (0.0, 1.0)]"
     assert "other rewards of the same names" in refuses(capfd, *words, "--gin.METHOD=per_weight", rows)
     words[-2] = "--gin.CHECKPOINTS=['expert_1', 'full']"
-    assert "full is conditioned" in refuses(capfd, *words, "--gin.METHOD=per_weight", rows)
+    assert "full/checkpoints/3 is conditioned" in refuses(capfd, *words, "--gin.METHOD=per_weight", rows)
     assert not (home / "none.json").exists()
 
 
@@ -307,7 +307,7 @@ def test_samples_that_can_not_be_made(home, words, message, capfd):
 def test_other_rewards_than_the_runs(capfd):
     words = [w for w in EVALUATE if w != "--gin_file=rewards.gin"]
     message = refuses(capfd, *words, "--gin_file=rewards/rouge_brevity.gin", "--gin.RUN_DIR=full")
-    assert "full was trained for letters, brevity; the rewards given are rouge_l, brevity" in message
+    assert "full/checkpoints/3 was trained for letters, brevity; the rewards given are rouge_l, brevity" in message
 
 
 def test_more_objectives_than_rewards(capfd):
