@@ -18,10 +18,10 @@ from rich.console import Console
 
 from clp_jax.array_types import Params
 from clp_jax.data.vocabulary import DIRECTORY_NAME, FILE_NAME, Vocabulary
-from clp_jax.interop import huggingface, links, t5x
+from clp_jax.interop import huggingface, links, t5x, t5x_settings
 from clp_jax.interop.model_card import model_card
 from clp_jax.models.conditioning import PromptConditioning
-from clp_jax.models.config import ModelConfig
+from clp_jax.models.config import ModelConfig, PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import to_json
 from clp_jax.training.adafactor_slots import load_slots, save_slots
@@ -35,6 +35,7 @@ _DTYPES = {"hf": ("float32", "bfloat16", "float16"), "t5x": ("float32", "bfloat1
 _USED_BY = {
     "step": ("t5x:",),
     "overrides": ("hf:", "t5x:"),
+    "model": ("t5x:",),
     "layout": (":t5x",),
     "scanned": (":t5x",),
     "max_shard_gb": (":hf",),
@@ -74,6 +75,7 @@ def convert(
     vocabulary: str | None = None,
     step: int | None = None,
     overrides: Mapping[str, int | float | bool | str] | None = None,
+    model: T5Config | PaLMConfig | None = None,
     layout: str | None = None,
     scanned: bool = False,
     optimizer: bool = False,
@@ -96,6 +98,8 @@ def convert(
         step: of a T5X directory with several checkpoints; the newest by default.
         overrides: fields of the policy's configuration, for what a checkpoint of others does not tell, as
             NAME=VALUE,NAME=VALUE.
+        model: the policy's configuration, for a T5X directory: nothing is then assumed that shapes don't tell, such as the
+            router of experts. ``--gin_file=models/NAME.gin --gin.convert.model=%MODEL`` gives one.
         layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr; the default) or ``orbax``.
         scanned: whether a T5X checkpoint is written with its layers stacked, for scalable T5.
         optimizer: whether Adafactor's state is carried between T5X and clp too; `train` goes on from it where the policy is
@@ -115,6 +119,7 @@ def convert(
     given = {
         "step": step,
         "overrides": overrides,
+        "model": model,
         "layout": layout,
         "scanned": scanned or None,
         "max_shard_gb": max_shard_gb,
@@ -124,9 +129,11 @@ def convert(
             raise ValueError(f"{name} says nothing about {kind} to {target_kind}: leave it out.")
     if dtype is not None and dtype not in _DTYPES[target_kind]:
         raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(_DTYPES[target_kind])} for {target_kind}.")
+    if max_shard_gb is not None and max_shard_gb <= 0:
+        raise ValueError(f"max_shard_gb is {max_shard_gb}: expected a positive number, 5 by default.")
     readers: dict[str, Callable[[], Converted]] = {
         "hf": lambda: _read_hf(place, dtype, overrides),
-        "t5x": lambda: _read_t5x(place, dtype, step, overrides, optimizer),
+        "t5x": lambda: _read_t5x(place, dtype, step, overrides, model, optimizer),
         "clp": lambda: _read_clp(place, weights, alpha, optimizer),
     }
     console = Console(emoji=False, markup=False, highlight=False)
@@ -135,7 +142,8 @@ def convert(
     console.print(f"{source}: {type(found.config).__name__}, {count:,} parameters.")
     if vocabulary is not None:
         found = dataclasses.replace(found, tokenizer=Path(vocabulary).expanduser())
-    card = functools.partial(model_card, found.config, (*found.provenance, f"`clp convert {source} {target}`"))
+    told = _told(found.config, scanned) if target_kind == "t5x" else ()
+    card = functools.partial(model_card, found.config, (*found.provenance, f"`clp convert {source} {target}`", *told))
     if target_kind == "hf":
         huggingface.write(
             target_place,
@@ -144,7 +152,7 @@ def convert(
             origin=found.origin,
             files=() if found.tokenizer is None else _text_files(found.tokenizer),
             dtype=dtype,
-            max_shard_bytes=int((max_shard_gb or 5.0) * 1e9),
+            max_shard_bytes=int((5.0 if max_shard_gb is None else max_shard_gb) * 1e9),
             card=card(),
         )
     elif target_kind == "t5x":
@@ -164,6 +172,8 @@ def convert(
     if target_kind != "clp" and found.tokenizer is not None:
         _carry(found.tokenizer, target_place)
     console.print(f"{target}: written.")
+    for line in told:
+        console.print(f"{target}: {line}", soft_wrap=True)
 
 
 def _parse(name: str, text: str) -> tuple[str, Path]:
@@ -182,9 +192,18 @@ def _read_hf(place: Path, dtype: str | None, overrides: Mapping[str, Any] | None
 
 
 def _read_t5x(
-    place: Path, dtype: str | None, step: int | None, overrides: Mapping[str, Any] | None, optimizer: bool
+    place: Path,
+    dtype: str | None,
+    step: int | None,
+    overrides: Mapping[str, Any] | None,
+    model: ModelConfig | None,
+    optimizer: bool,
 ) -> Converted:
-    found = t5x.open_checkpoint(place, step=step, dtype=_own_dtype(dtype), overrides=overrides, optimizer=optimizer)
+    found = t5x.open_checkpoint(
+        place, step=step, dtype=_own_dtype(dtype), overrides=overrides, model=model, optimizer=optimizer
+    )
+    if model is None:
+        print(f"{place}: {t5x_settings.assumed(found.config, overrides or {})}")
     provenance = (f"From the T5X checkpoint `{place.name}` at step {found.step}.",)
     tokenizer = _tokenizer(place)
     return Converted(found.config, found.params, found.origin, tokenizer, found.step, provenance, found.slots)
@@ -210,6 +229,14 @@ def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimi
     slots = _read_slots(loaded.run_dir) if optimizer else None
     tokenizer = _tokenizer(loaded.run_dir)
     return Converted(loaded.policy.config, params, dict(loaded.origin), tokenizer, loaded.step, provenance, slots)
+
+
+def _told(config: ModelConfig, scanned: bool) -> tuple[str, ...]:
+    """What a reader of the T5X directory must be told, if anything."""
+    if not isinstance(config, T5Config):
+        return ()
+    fields = t5x_settings.untold(config, t5x.SCAN_AXIS if scanned else None)
+    return (t5x_settings.told(fields),) if fields else ()
 
 
 def _write_clp(place: Path, found: Converted, dtype: str | None) -> None:

@@ -57,7 +57,8 @@ def check_complete(bound: Bindings, reached: Iterable[Call], has_files: bool) ->
             short = call.path.rsplit(".", 1)[-1]
             unset[f"--{name}=VALUE" if is_flag else f"--gin.{short}.{name}=VALUE"] = None
     if unset:
-        hint = "" if has_files else "; most of it comes from a gin file: --gin_file=FILE"
+        typed = all(not name.startswith("--gin.") for name in unset)
+        hint = "" if has_files or typed else "; most of it comes from a gin file: --gin_file=FILE"
         raise ConfigError(f"{bound.entry.rsplit('.', 1)[-1]} still needs {', '.join(unset)}{hint}.")
 
 

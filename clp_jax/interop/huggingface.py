@@ -13,6 +13,7 @@ from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.hf_decoders import GEMMA3
 from clp_jax.interop.hf_families import config_json, family_for, family_named, same
 from clp_jax.interop.links import check_tree, loaded, opened, specs, write_tensors
+from clp_jax.interop.overrides import checked
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
 
@@ -76,6 +77,8 @@ def open_checkpoint(
         ValueError: for a model, a setting or a tensor that is not supported.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        safetensors_files.refuse_pickle(directory)
     values, generation = _read_json(directory / CONFIG), {}
     if (directory / GENERATION).is_file():
         generation = _read_json(directory / GENERATION)
@@ -90,7 +93,7 @@ def open_checkpoint(
         source, left_out = _text_part(source)
     family = family_named(text.get("model_type"))
     config = family.config(text, generation, source.keys())
-    config = dataclasses.replace(config, **{"param_dtype": dtype, **(overrides or {})})
+    config = dataclasses.replace(config, **checked(type(config), {"param_dtype": dtype, **(overrides or {})}))
     params = opened(
         family.links(config),
         source,

@@ -65,7 +65,7 @@ def read(path: Path) -> dict[str, LazyArray]:
         CheckpointFileError: a file is damaged, or is a pickle, which is never opened.
     """
     path = _file_of(path) if path.is_dir() else path
-    _refuse_pickle(path)
+    refuse_pickle(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a directory or file of safetensors.")
     if path.name.endswith(".json"):
@@ -85,7 +85,7 @@ def read_file(path: Path) -> dict[str, LazyArray]:
     Raises:
         CheckpointFileError: the header is not one, or does not describe the file exactly.
     """
-    _refuse_pickle(path)
+    refuse_pickle(path)
     start, header = _read_header(path)
     tensors = {name: _entry(path, name, entry) for name, entry in header.items() if name != _METADATA}
     expected = 0
@@ -113,13 +113,14 @@ def _file_of(directory: Path) -> Path:
     if len(files) == 1:
         return files[0]
     for path in sorted(directory.iterdir()):
-        _refuse_pickle(path)
+        refuse_pickle(path)
     raise FileNotFoundError(
         f"{directory} holds {len(files)} safetensors files and none of {SINGLE_FILE} and {INDEX_FILE}: expected one of these."
     )
 
 
-def _refuse_pickle(path: Path) -> None:
+def refuse_pickle(path: Path) -> None:
+    """Raises CheckpointFileError, with advice, for a file that is a pickle by its name."""
     if path.suffix in _PICKLED or path.name.endswith(".bin.index.json"):
         raise CheckpointFileError(
             f"{path} is a pickle, which runs code when it is opened: only safetensors are read. In an environment you trust, "

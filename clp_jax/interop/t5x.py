@@ -11,7 +11,9 @@ from clp_jax.array_types import Params
 from clp_jax.interop import t5x_files
 from clp_jax.interop.arrays import ArraySpec
 from clp_jax.interop.links import check_tree, loaded, opened, specs, write_tensors
+from clp_jax.interop.overrides import checked
 from clp_jax.interop.t5x_names import infer, is_scanned, links
+from clp_jax.interop.t5x_settings import untold
 from clp_jax.interop.t5x_slots import AdafactorSlots, read_slots, written_slots
 from clp_jax.models.config import ModelConfig, T5Config
 from clp_jax.models.policy import Policy
@@ -60,6 +62,7 @@ def open_checkpoint(
     step: int | None = None,
     dtype: str = "float32",
     overrides: Mapping[str, Any] | None = None,
+    model: ModelConfig | None = None,
     scan_axis: int = SCAN_AXIS,
     optimizer: bool = False,
 ) -> Imported:
@@ -70,6 +73,7 @@ def open_checkpoint(
         step: which one; None is the newest.
         dtype: of the parameters, ``"float32"`` or ``"bfloat16"``.
         overrides: fields of the configuration that shapes don't tell, by name (`clp_jax.interop.t5x_names.infer`).
+        model: the configuration, where it is not to be inferred from shapes; those must be its.
         scan_axis: where scanned layers are stacked in T5X's tensors.
         optimizer: whether to read Adafactor's state too, at once.
 
@@ -81,7 +85,11 @@ def open_checkpoint(
     checkpoint = t5x_files.read(path, step)
     axis = scan_axis if is_scanned(checkpoint.parameters) else None
     shapes = {name: array.shape for name, array in checkpoint.parameters.items()}
-    config = infer(shapes, {"param_dtype": dtype, **(overrides or {})}, scan_axis)
+    stated = {"param_dtype": dtype, **(overrides or {})}
+    if model is None:
+        config = infer(shapes, stated, scan_axis)
+    else:
+        config = dataclasses.replace(_encoder_decoder(model), **checked(T5Config, stated))
     found, abstract = links(config, axis), Policy(config).abstract()
     params = opened(found, checkpoint.parameters, abstract, config.param_dtype, where=str(path))
     slots = read_slots(found, checkpoint.slots, Policy(config), checkpoint.step) if optimizer else None
@@ -126,11 +134,13 @@ def write(
         ValueError: when T5X has no place for the policy, or the checkpoint exists.
     """
     directory = Path(directory)
-    if not isinstance(config, T5Config):
-        raise ValueError(f"T5X checkpoints hold encoder-decoders, not {type(config).__name__}: write another format.")
+    config = _encoder_decoder(config)
+    if layout not in t5x_files.FORMS:
+        raise ValueError(f"layout is {layout!r}: expected one of {', '.join(t5x_files.FORMS)}.")
     check_tree(Policy(config).abstract(), params)
     axis = scan_axis if scanned else None
     found = links(config, axis)
+    untold(config, axis)
     stored = dtype or config.param_dtype
     written = dict(written_slots(found, slots, Policy(config))) if slots is not None else {}
     slot_specs = {name: ArraySpec(array.shape, array.dtype) for name, array in written.items()}
@@ -142,3 +152,9 @@ def write(
     if card is not None:
         (directory / "README.md").write_text(card, "utf-8")
     return directory / f"checkpoint_{step}"
+
+
+def _encoder_decoder(config: ModelConfig) -> T5Config:
+    if not isinstance(config, T5Config):
+        raise ValueError(f"T5X checkpoints hold encoder-decoders, not {type(config).__name__}: take another format.")
+    return config

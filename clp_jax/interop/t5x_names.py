@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clp_jax.interop.links import Link, link
+from clp_jax.interop.overrides import checked
 from clp_jax.interop.slots import Slot, slots
 from clp_jax.models.config import MoEConfig, T5Config
 from clp_jax.nn.routing import TokenChoice
@@ -97,7 +98,7 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
 
     Args:
         shapes: of the tensors, by T5X's names.
-        overrides: fields of the configuration.
+        overrides: fields of the configuration (`clp_jax.interop.overrides.checked`).
         scan_axis: of the layers, in scanned tensors.
 
     Raises:
@@ -122,12 +123,11 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
         "bias_per_layer": scanned,
     }
     table = layered.get(f"{first if scanned else 'encoder'}/{_SHARED_BIAS}")
-    if table is not None:
-        found |= {"num_heads": table[-2], "num_buckets": table[-1]}
-    found |= dict(overrides)
+    found |= {"num_buckets": 0} if table is None else {"num_heads": table[-2], "num_buckets": table[-1]}
+    found |= checked(T5Config, overrides)
     if "num_heads" not in found:
         raise ValueError(f"the checkpoint has no {_SHARED_BIAS!r}, which tells the heads: override num_heads.")
-    if query_shape[-1] % found["num_heads"]:
+    if found["num_heads"] < 1 or query_shape[-1] % found["num_heads"]:
         raise ValueError(
             f"{query!r} has {query_shape[-1]} columns: expected a multiple of num_heads={found['num_heads']}."
         )
