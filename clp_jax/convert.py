@@ -112,25 +112,19 @@ def convert(
     (kind, place), (target_kind, target_place) = _parse("source", source), _parse("target", target)
     if target_place.exists() and (not target_place.is_dir() or any(target_place.iterdir())):
         raise ValueError(f"{target_place} exists: it was not overwritten. Give another directory.")
-    if optimizer and "hf" in (kind, target_kind):
-        raise ValueError("optimizer: Hugging Face's checkpoints hold no optimizer's state: leave it out.")
-    if weights is not None and kind != "clp":
-        raise ValueError("weights mix a policy that was trained to be steered: the source must be clp:RUN_DIR.")
-    given = {
-        "step": step,
-        "overrides": overrides,
-        "model": model,
-        "layout": layout,
-        "scanned": scanned or None,
-        "max_shard_gb": max_shard_gb,
-    }
-    for name, value in given.items():
-        if value is not None and not {kind + ":", ":" + target_kind} & set(_USED_BY[name]):
-            raise ValueError(f"{name} says nothing about {kind} to {target_kind}: leave it out.")
-    if dtype is not None and dtype not in _DTYPES[target_kind]:
-        raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(_DTYPES[target_kind])} for {target_kind}.")
-    if max_shard_gb is not None and max_shard_gb <= 0:
-        raise ValueError(f"max_shard_gb is {max_shard_gb}: expected a positive number, 5 by default.")
+    _check_options(
+        kind,
+        target_kind,
+        weights=weights,
+        dtype=dtype,
+        step=step,
+        overrides=overrides,
+        model=model,
+        layout=layout,
+        scanned=scanned or None,
+        optimizer=optimizer,
+        max_shard_gb=max_shard_gb,
+    )
     readers: dict[str, Callable[[], Converted]] = {
         "hf": lambda: _read_hf(place, dtype, overrides),
         "t5x": lambda: _read_t5x(place, dtype, step, overrides, model, optimizer),
@@ -138,8 +132,7 @@ def convert(
     }
     console = Console(emoji=False, markup=False, highlight=False)
     found = readers[kind]()
-    count = Policy(found.config).num_params()
-    console.print(f"{source}: {type(found.config).__name__}, {count:,} parameters.")
+    console.print(f"{source}: {type(found.config).__name__}, {Policy(found.config).num_params():,} parameters.")
     if vocabulary is not None:
         found = dataclasses.replace(found, tokenizer=Path(vocabulary).expanduser())
     told = _told(found.config, scanned) if target_kind == "t5x" else ()
@@ -171,9 +164,24 @@ def convert(
         _write_clp(target_place, found, dtype)
     if target_kind != "clp" and found.tokenizer is not None:
         _carry(found.tokenizer, target_place)
-    console.print(f"{target}: written.")
-    for line in told:
-        console.print(f"{target}: {line}", soft_wrap=True)
+    console.print("\n".join(f"{target}: {line}" for line in ("written.", *told)), soft_wrap=True)
+
+
+def _check_options(kind: str, target_kind: str, **given: Any) -> None:
+    """Refuses options that say nothing about two formats, or nothing at all."""
+    if given["optimizer"] and "hf" in (kind, target_kind):
+        raise ValueError("optimizer: Hugging Face's checkpoints hold no optimizer's state: leave it out.")
+    if given["weights"] is not None and kind != "clp":
+        raise ValueError("weights mix a policy that was trained to be steered: the source must be clp:RUN_DIR.")
+    for name, places in _USED_BY.items():
+        if given[name] is not None and not {kind + ":", ":" + target_kind} & set(places):
+            raise ValueError(f"{name} says nothing about {kind} to {target_kind}: leave it out.")
+    dtype, known = given["dtype"], _DTYPES[target_kind]
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(known)} for {target_kind}.")
+    size = given["max_shard_gb"]
+    if size is not None and size <= 0:
+        raise ValueError(f"max_shard_gb is {size}: expected a positive number, 5 by default.")
 
 
 def _parse(name: str, text: str) -> tuple[str, Path]:

@@ -48,11 +48,13 @@ def read(
     step: int | None = None,
     dtype: str = "float32",
     overrides: Mapping[str, Any] | None = None,
+    model: ModelConfig | None = None,
     scan_axis: int = SCAN_AXIS,
     optimizer: bool = False,
 ) -> Imported:
     """`open_checkpoint` with its parameters as numpy arrays, read one tensor at a time."""
-    found = open_checkpoint(path, step=step, dtype=dtype, overrides=overrides, scan_axis=scan_axis, optimizer=optimizer)
+    options: dict[str, Any] = {"overrides": overrides, "model": model, "scan_axis": scan_axis, "optimizer": optimizer}
+    found = open_checkpoint(path, step=step, dtype=dtype, **options)
     return dataclasses.replace(found, params=loaded(found.params))
 
 

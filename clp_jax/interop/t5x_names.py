@@ -127,7 +127,9 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
     found |= checked(T5Config, overrides)
     if "num_heads" not in found:
         raise ValueError(f"the checkpoint has no {_SHARED_BIAS!r}, which tells the heads: override num_heads.")
-    if found["num_heads"] < 1 or query_shape[-1] % found["num_heads"]:
+    if found["num_heads"] < 1:
+        raise ValueError(f"overrides: num_heads is {found['num_heads']}: expected at least 1.")
+    if query_shape[-1] % found["num_heads"]:
         raise ValueError(
             f"{query!r} has {query_shape[-1]} columns: expected a multiple of num_heads={found['num_heads']}."
         )

@@ -1,5 +1,6 @@
 """T5X checkpoints as policies: the forms that T5X wrote, scanned layers, experts, optimizer state, and the way back."""
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from tiny_policies import varied_params
 
-from clp_jax.interop import t5x, t5x_files
+from clp_jax.interop import t5x, t5x_files, t5x_settings
+from clp_jax.interop.hf_families import canonical
 from clp_jax.interop.slots import flatten
 from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
-from clp_jax.nn.routing import TokenChoice
+from clp_jax.nn.routing import Dropless, TokenChoice
 from clp_jax.training.optimizers import Adafactor
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -208,6 +210,124 @@ def test_every_layout_comes_back(tmp_path, changes, scan_axis):
 
 def flatten_names(tree):
     return {"/".join(path): leaf for path, leaf in flatten(tree)}.items()
+
+
+ST_MOE = MoEConfig(
+    num_experts=2,
+    router=TokenChoice(k=2, min_capacity=4),
+    decoder_router=Dropless(k=2),
+    every=2,
+    extra_mlp=True,
+    dropout_rate=0.2,
+)
+
+
+def test_a_stated_policy_is_what_is_read(tmp_path):
+    """Of experts' routers nothing is in the tree: two for each token are read as one, unless the policy is stated."""
+    config = T5Config(**SIZES, moe=ST_MOE, activation="silu", dropout_rate=0.1)
+    t5x.write(tmp_path, config, varied_params(Policy(config)), step=0)
+    assumed = t5x.read(tmp_path).config
+    assert (assumed.moe.router, assumed.moe.decoder_router) == (TokenChoice(k=1, min_capacity=4), None)
+    stated = t5x.read(tmp_path, model=config)
+    assert stated.config == config
+    jax.tree.map(np.testing.assert_array_equal, stated.params, varied_params(Policy(config)))
+    assert t5x.read(tmp_path, model=config, overrides={"dropout_rate": 0}).config.dropout_rate == 0.0
+    wrong = [
+        (
+            T5Config(**SIZES | dict(vocab_size=12), moe=ST_MOE),
+            r"'token_embedder/embedding' has shape \(11, 8\), expected \(12, 8\)",
+        ),
+        (
+            T5Config(**SIZES),
+            "lacks 6 of .* 'encoder/layers_1/mlp/wi_0/kernel'|tensors that its configuration does not tell of",
+        ),
+        (
+            PaLMConfig.llama(vocab_size=4, embed_dim=4, mlp_dim=4, num_heads=1, head_dim=4, num_layers=1),
+            "not PaLMConfig",
+        ),
+    ]
+    for other, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            t5x.read(tmp_path, model=other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        (dict(activation="silu", norm_eps=1e-5), dict(activation="silu", norm_eps=1e-5)),
+        (dict(tied_head=True, gated=False, activation="gelu"), dict(activation="gelu")),
+        (
+            dict(dropout_rate=0.1, max_distance=64, eos_ids=(2, 3)),
+            dict(max_distance=64, dropout_rate=0.1, eos_ids=(2, 3)),
+        ),
+        (dict(moe=ST_MOE), dict(moe=ST_MOE)),
+        (dict(moe=EXPERTS), {}),
+        (dict(num_kv_heads=2, dtype="bfloat16", remat="full", scale_tied_head=False), {}),
+    ],
+    ids=["1.1", "ul2", "1.0", "task", "st_moe", "switch", "free"],
+)
+def test_what_a_directory_does_not_say_is_what_reading_it_needs(tmp_path, changes, expected):
+    config = T5Config(**SIZES | changes)
+    found = t5x_settings.untold(config, None)
+    assert found == expected
+    t5x.write(tmp_path, config, varied_params(Policy(config)), step=0)
+    again = t5x.read(tmp_path, overrides=found).config
+    assert canonical(again) == canonical(config) and again.dropout_rate == config.dropout_rate
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(logit_cap=3.0),
+        dict(attention_cap=3.0),
+        dict(query_scale=0.3),
+        dict(scale_embeddings=True),
+        dict(tied_head=True, scale_tied_head=False),
+        dict(norm_offset=True),
+        dict(window=2),
+        dict(pad_id=3),
+        dict(num_kv_heads=1),
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_what_t5x_does_not_compute_is_not_written(tmp_path, changes):
+    config = T5Config(**SIZES | changes)
+    name = list(changes)[-1]
+    with pytest.raises(ValueError, match=rf"T5X can't express T5Config with .*{name}={changes[name]}"):
+        t5x.write(tmp_path, config, varied_params(Policy(config)), step=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"nonsense": 5}, "T5Config has no field 'nonsense'; it was to be 5."),
+        ({"num_decoder_layer": 3}, "T5Config has no field 'num_decoder_layer' (did you mean num_decoder_layers?); it was to be 3."),
+        ({"num_encoder_layers": "abc"}, "num_encoder_layers is 'abc': expected an integer."),
+        ({"mlp_dim": 2.5}, "mlp_dim is 2.5: expected an integer."),
+        ({"mlp_dim": True}, "mlp_dim is True: expected an integer."),
+        ({"norm_eps": "small"}, "norm_eps is 'small': expected a number."),
+        ({"logit_cap": "small"}, "logit_cap is 'small': expected a number or none."),
+        ({"tied_head": 3}, "tied_head is 3: expected true or false."),
+        ({"activation": 3}, "activation is 3: expected a name."),
+        ({"rope": 5}, "rope is 5: expected a Rope or none; it has fields of its own"),
+        ({"moe": 5}, "moe is 5: expected a MoEConfig or none; it has fields of its own"),
+        ({"eos_ids": "abc"}, "eos_ids is 'abc': expected an integer"),
+        ({"num_heads": 0}, "num_heads is 0: expected at least 1."),
+    ],
+    ids=str,
+)
+def test_overrides_that_can_not_be(nano, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(f"overrides: {message}")):
+        t5x.read(nano / "legacy", overrides=overrides)
+
+
+def test_overrides_as_they_are_typed(nano):
+    typed = {"eos_ids": 2, "norm_eps": 1, "attention_cap": "none", "remat": "full"}
+    config = t5x.read(nano / "legacy", overrides=typed).config
+    assert (config.eos_ids, config.norm_eps, config.attention_cap, config.remat) == ((2,), 1.0, None, "full")
+    assert type(config.norm_eps) is float
 
 
 def test_what_can_not_be(nano, tmp_path):
