@@ -5,15 +5,22 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_policies import varied_params
 
 from clp_jax.interop import huggingface
+from clp_jax.interop.slots import flatten, unflatten
 from clp_jax.main import main
-from clp_jax.models.config import PaLMConfig, T5Config
+from clp_jax.models.conditioning import PREDICATES, ParameterConditioning
+from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
+from clp_jax.models.serialization import to_json
+from clp_jax.nn.routing import Dropless, TokenChoice
+from clp_jax.rewards.normalisation import RewardStatistics
+from clp_jax.training.checkpoints import save_params
 from clp_jax.training.policies import load_policy
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -23,13 +30,26 @@ POLICIES = {
     "t5": T5Config.t5_1_1(**SIZES, num_encoder_layers=1, num_decoder_layers=1),
     "llama": PaLMConfig.llama(**SIZES, num_layers=2, num_kv_heads=1, eos_ids=(2,), start_id=1, pad_id=-1),
 }
+DEEP = SIZES | dict(num_layers=2, num_kv_heads=1)
+# Of these, there and back is all that is compiled for.
+FAMILIES = POLICIES | {
+    "gemma": PaLMConfig.gemma(**DEEP),
+    "qwen": PaLMConfig.llama(**DEEP, qkv_bias=True),
+    "mixtral": PaLMConfig.llama(**DEEP, moe=MoEConfig(num_experts=3, router=Dropless(k=2), balance_weight=0.02)),
+    "switch": T5Config.t5_1_0(
+        **SIZES,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        moe=MoEConfig(num_experts=2, router=TokenChoice(fixed_capacity=4, jitter=0.01), every=2, z_weight=0.001),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A directory with the policies as Hugging Face has them, and T5X's checkpoint."""
     home = tmp_path_factory.mktemp("convert")
-    for name, config in POLICIES.items():
+    for name, config in FAMILIES.items():
         huggingface.write(home / name, config, varied_params(Policy(config)))
     with tarfile.open(FIXTURES / "t5x_nano.tar.xz") as archive:
         archive.extractall(home / "t5x", filter="data")
@@ -53,8 +73,10 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_there_and_back_is_the_same_to_the_bit(home, name):
+    if name not in POLICIES:
+        clp("convert", f"hf:{name}", f"clp:run_{name}")
     clp("convert", f"clp:run_{name}", f"hf:back_{name}")
     first, second = (load_file(home / directory / "model.safetensors") for directory in (name, f"back_{name}"))
     assert first.keys() == second.keys()
@@ -151,7 +173,18 @@ def test_strategies(home, strategy):
         (["hf:t5", "clp:new", "--dtype=float16"], "dtype is 'float16': expected one of float32, bfloat16 for clp"),
         (["hf:t5", "t5x:new", "--step=3"], "step says nothing about hf to t5x"),
         (["clp:run_t5", "hf:new", "--scanned"], "scanned says nothing about clp to hf"),
-        (["hf:t5"], "target"),
+        (["hf:t5"], "convert still needs --target=VALUE.\n"),
+        (["hf:t5/model.pt", "clp:new"], "model.pt is a pickle, which runs code when it is opened"),
+        (["clp:run_t5", "t5x:new", "--layout=foo"], "layout is 'foo': expected one of legacy, orbax"),
+        (["clp:run_t5", "hf:new", "--max_shard_gb=0"], "max_shard_gb is 0.0: expected a positive number"),
+        (["hf:t5", "clp:new", "--overrides=nonsense=5"], "overrides: T5Config has no field 'nonsense'"),
+        (["hf:llama", "clp:new", "--overrides=num_layers=abc"], "num_layers is 'abc': expected an integer."),
+        (["hf:llama", "clp:new", "--overrides=num_heads=0"], "PaLMConfig.num_heads is 0: expected at least 1."),
+        (
+            ["hf:t5", "clp:new", "--gin_file=models/t5_1_1_tiny.gin", "--gin.convert.model=%MODEL"],
+            "model says nothing about hf",
+        ),
+        (["hf:t5", "t5x:new", "--overrides=logit_cap=3.0"], "T5X can't express T5Config with logit_cap=3.0"),
         (["hf:t5", "clp:new", "more"], "what is 'more'?"),
     ],
 )
@@ -174,6 +207,83 @@ def test_fields_may_be_overridden_and_types_chosen(home):
     )
     config = load_policy("run_override").policy.config
     assert (config.dropout_rate, config.remat, config.param_dtype) == (0.25, "full", "bfloat16")
+
+
+def test_what_t5xs_directories_do_not_say_is_told(home, capfd):
+    words = ["--overrides=activation=silu,eos_ids=2"]
+    clp("convert", f"t5x:{legacy(home)}", "clp:run_told", *words)
+    assumed = capfd.readouterr().out
+    assert "assumed, as T5X's directories don't say it: norm_eps=1e-06, max_distance=128, dropout_rate=0.0." in assumed
+    clp("convert", "clp:run_told", "t5x:told")
+    line = "T5X's directories don't say activation=silu, eos_ids=2: read it with --overrides activation=silu,eos_ids=2."
+    assert f"t5x:told: {line}" in capfd.readouterr().out and line in (home / "told" / "README.md").read_text()
+    clp("convert", "t5x:told", "clp:run_told_again", *words)
+    assert load_policy("run_told_again").policy.config == load_policy("run_told").policy.config
+
+
+def test_a_gin_file_states_a_t5x_policy(home, capfd):
+    sizes = dict(embed_dim=16, mlp_dim=32, num_heads=2, head_dim=8)
+    gin = ["--gin_file=models/t5_1_1_tiny.gin", "--gin.convert.model=%MODEL", "--gin.DROPOUT_RATE=0.1"]
+    gin += [f"--gin.T5Config.t5_1_1.{name}={value}" for name, value in sizes.items()]
+    assert "'decoder/logits_dense/kernel' has shape (16, 64), expected (16, 2048)" in refuses(
+        capfd, "convert", f"t5x:{legacy(home)}", "clp:new", *gin
+    )
+    clp("convert", f"t5x:{legacy(home)}", "clp:run_stated", *gin, "--gin.VOCAB_SIZE=64")
+    assert "assumed" not in capfd.readouterr().out
+    depth = dict(num_encoder_layers=2, num_decoder_layers=2)
+    assert load_policy("run_stated").policy.config == T5Config(vocab_size=64, **sizes, **depth, dropout_rate=0.1)
+
+
+@pytest.mark.parametrize("subset", ["full", "attention"])
+def test_a_conditioned_policy_is_exported_at_weights(home, subset):
+    """Every parameter is the closed form of the mixture, and transformers computes with it what the policy does."""
+    policy, weights = Policy(POLICIES["t5"]), (0.25, 0.75)
+    first, second, shared = (varied_params(policy, seed) for seed in (1, 2, 3))
+    ours = {path: [leaf for _, leaf in others] for path, others in zip_leaves(shared, first, second).items()}
+    chosen = PREDICATES[subset]
+    copies = {path: np.stack(leaves[1:]) if chosen(path) else np.asarray(leaves[0]) for path, leaves in ours.items()}
+    mixed = {
+        path: np.tensordot(np.float32(weights), leaf, 1) if chosen(path) else leaf for path, leaf in copies.items()
+    }
+    write_conditioned(home / f"run_{subset}", policy, ParameterConditioning(subset, 2), unflatten(copies), shared)
+    clp("convert", f"clp:run_{subset}", f"hf:at_{subset}", "--weights=0.25,0.75")
+    found = huggingface.read(home / f"at_{subset}")
+    assert found.config == policy.config
+    for path, leaf in flatten(found.params):
+        np.testing.assert_allclose(leaf, mixed[path], rtol=1e-6, atol=1e-7, err_msg="/".join(path))
+    assert "Mixed at the reward weights a 0.25, b 0.75." in (home / f"at_{subset}" / "README.md").read_text()
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(home / f"at_{subset}").eval()
+    inputs, tokens = np.asarray([[3, 4, 5, 1]], np.int32), np.asarray([[0, 6, 7]], np.int32)
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor(inputs), decoder_input_ids=torch.tensor(tokens)).logits.numpy()
+    logits = policy.bind(unflatten(mixed))(jnp.asarray(inputs), jnp.asarray(tokens))
+    np.testing.assert_allclose(logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+def zip_leaves(*trees):
+    """Leaves of equal trees by path."""
+    flat = [flatten(tree) for tree in trees]
+    return {leaves[0][0]: leaves for leaves in zip(*flat, strict=True)}
+
+
+def write_conditioned(place: Path, policy: Policy, conditioning: ParameterConditioning, params, reference) -> None:
+    """What training of a conditioned policy leaves."""
+    description = {
+        "stage": "clp",
+        "model": to_json(policy.config),
+        "conditioning": to_json(conditioning),
+        "rewards": ["a", "b"],
+        "reward_fingerprints": {},
+        "prompt_length": 8,
+        "max_length": 8,
+        "vocabulary": None,
+    }
+    save_params(place / "checkpoints" / "1", {"policy": params}, description, step=1)
+    save_params(place / "reference", reference, description)
+    RewardStatistics(("a", "b"), (0.0, 0.0), (1.0, 1.0), 4).save(place)
 
 
 def test_text_needs_a_tokenizer(home, capfd):
