@@ -18,7 +18,7 @@ from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.json_lines import Limits, answers, read_lines
 from clp_jax.sampling.processors import LogitProcessor, RepetitionPenalty
 from clp_jax.sampling.session import Server, ServingConfig
-from clp_jax.sampling.stop_strings import shown_length
+from clp_jax.sampling.stop_strings import Texts, shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
 from clp_jax.sampling.text import Completion, prompt_tokens
 from clp_jax.training.policies import LoadedPolicy, load_policy
@@ -183,7 +183,7 @@ def sample(
     repetition_penalty: float = 1.0,
     num_beams: int = 4,
     length_penalty: float = 1.0,
-    stop: Sequence[str] = (),
+    stop: Texts = (),
     max_tokens: int | None = None,
     max_prompt: int | None = None,
     seed: int = 0,
@@ -212,7 +212,8 @@ def sample(
             a policy has no encoder; 1 changes nothing.
         num_beams: of a beam search, at least `num_samples`.
         length_penalty: a beam's log-probability is divided by its length to this power.
-        stop: texts that end a completion, and are left out of it.
+        stop: texts that end a completion, and are left out of it; each is taken as it is typed, and the flag may be
+            repeated. A list in JSON gives several at once, and its escapes are read.
         max_tokens: of a completion; by default that of training.
         max_prompt: tokens of a prompt, by default as many as in training; longer ones lose their end, and a warning says
             so.
@@ -228,6 +229,8 @@ def sample(
     for name, number in (("num_samples", num_samples), ("max_tokens", max_tokens), ("max_prompt", max_prompt)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: expected at least 1.")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop is {stop!r}: expected texts of one character at least; an empty one is everywhere.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
     if input is not None and prompt is not None:

@@ -38,6 +38,11 @@ def penalised(model, logits, prompt: list[int], before: list[int]) -> list[int]:
     return written
 
 
+def test_an_empty_stop_text_is_an_error():
+    with pytest.raises(ValueError, match=r"stop is \('a', ''\): expected texts of one character at least; an empty one"):
+        sample(checkpoint="none", stop=("a", ""))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_repetition_penalty_counts_what_the_decoder_reads(kind, tmp_path):
     model = MODELS[kind]
