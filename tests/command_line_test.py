@@ -54,7 +54,9 @@ def test_arguments(words, arguments):
 SAMPLE, REPORT = EntryPoint.find("clp_jax.sample", "sample"), EntryPoint.find("clp_jax.report", "report")
 
 
-@pytest.mark.parametrize("text", ["\n", " ", ",", "\n\n,Q:", " Q: ", "(a)", "[a]", "[", "[1]", "['a', 2]", "a=b", "", "a\\n"])
+@pytest.mark.parametrize(
+    "text", ["\n", " ", ",", "\n\n,Q:", " Q: ", "(a)", "[a]", "[", "[1]", "['a', 2]", "a=b", "", "a\\n"]
+)
 def test_a_stop_text_is_taken_as_it_is(text):
     assert parse([f"--stop={text}"], SAMPLE).arguments == {"stop": (text,)}
     assert parse(["--stop", text], SAMPLE).arguments == {"stop": (text,)}

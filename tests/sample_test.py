@@ -39,7 +39,9 @@ def penalised(model, logits, prompt: list[int], before: list[int]) -> list[int]:
 
 
 def test_an_empty_stop_text_is_an_error():
-    with pytest.raises(ValueError, match=r"stop is \('a', ''\): expected texts of one character at least; an empty one"):
+    with pytest.raises(
+        ValueError, match=r"stop is \('a', ''\): expected texts of one character at least; an empty one"
+    ):
         sample(checkpoint="none", stop=("a", ""))
 
 
