@@ -41,7 +41,7 @@ def score(
             text of an encoder-decoder is cut before its end of sequence, with a warning; longer prompts of decoders and
             longer lists are bad lines.
         max_tokens: tokens of a target at most, 65,536 by default.
-        batch_size: lines scored together.
+        batch_size: lines scored together; fewer cost as much, so that a score does not depend on how many lines there are.
 
     Raises:
         ValueError: for weights that are not a point of the simplex, an output that exists, or an input without a good line.
@@ -74,6 +74,7 @@ def score(
         out.expect(lines)
         for batch in batches(lines, batch_size):
             targets = [line.targets or () for line in batch]
+            # Always as many rows: with fewer, sums are taken in another order.
             tokens = pad_rows(targets, batch_size, 0)
             lengths = np.asarray([len(row) for row in targets] + [0] * (batch_size - len(batch)))
             mask = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.float32)
