@@ -7,6 +7,7 @@ immediate and mistakes are found at once.
 import ast
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 import textwrap
@@ -33,6 +34,8 @@ SPANNING = ("train",)
 
 _ELEMENTARY = {"str", "int", "float", "bool", "None", "Path", "PathLike"}
 _SEQUENCES = {"Sequence", "list", "tuple", "Iterable", "Collection"}
+# `clp_jax.sampling.stop_strings.Texts`: commas and spaces are part of what is typed.
+_TEXTS = "Texts"
 _MAPPINGS = {"Mapping", "dict"}
 
 
@@ -249,7 +252,11 @@ def _store(invocation: Invocation, name: str, value: str, flags: dict[str, Argum
     elif name in PROCESS_FLAGS and name not in flags:
         invocation.processes[name] = value
     else:
-        invocation.arguments[name] = convert(value, flags[name])
+        converted = convert(value, flags[name])
+        before = invocation.arguments.get(name)
+        if isinstance(before, tuple) and _holds_strings(flags[name]):
+            converted = before + converted
+        invocation.arguments[name] = converted
 
 
 def _argument_texts(sections: str) -> dict[str, str]:
@@ -297,9 +304,31 @@ def _inner(annotation: ast.expr) -> list[ast.expr]:
 
 def _convertible(annotation: ast.expr) -> bool:
     name, inner = _name(annotation), _inner(annotation)
+    if name == _TEXTS:
+        return True
     if name in _SEQUENCES | _MAPPINGS:
         return bool(inner) and all(_name(m) in _ELEMENTARY - {"None"} for item in inner for m in _members(item))
     return name in _ELEMENTARY - {"None"} or name == "Literal"
+
+
+def _holds_strings(argument: Argument) -> bool:
+    """Whether it is a sequence of strings: every flag adds to it."""
+    members = [m for m in _members(argument.annotation) if _name(m) in _SEQUENCES | {_TEXTS}]
+    return any(_name(m) == _TEXTS or [_name(item) for item in _inner(m)] == ["str"] for m in members)
+
+
+def _string_list(text: str) -> tuple[str, ...] | None:
+    """The strings of a list as JSON or Python write it; None for any other text."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(item, str) for item in found):
+            return tuple(found)
+    return None
 
 
 def _is_boolean(argument: Argument) -> bool:
@@ -316,6 +345,12 @@ def _convert(text: str, annotation: ast.expr) -> Any:
                 continue
         raise ValueError
     name, inner = _name(annotation), _inner(annotation)
+    if name == _TEXTS or (name in _SEQUENCES and [_name(item) for item in inner] == ["str"]):
+        strings = _string_list(text)
+        if name == _TEXTS and strings is None:
+            strings = (text,)
+        if strings is not None:
+            return list(strings) if name == "list" else strings
     if name in _SEQUENCES:
         items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
         if name == "tuple" and len(inner) > 1 and len(inner) != len(items):

@@ -15,10 +15,10 @@ from clp_jax.preferences import Preference, validate_weights
 from clp_jax.sampling.beam_policies import PowerPenalty
 from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.generate import SamplingConfig
-from clp_jax.sampling.json_lines import Limits, answers, read_lines
+from clp_jax.sampling.json_lines import Limits, Skipped, answers, check_prompt, read_lines
 from clp_jax.sampling.processors import LogitProcessor, RepetitionPenalty
 from clp_jax.sampling.session import Server, ServingConfig
-from clp_jax.sampling.stop_strings import shown_length
+from clp_jax.sampling.stop_strings import Texts, shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
 from clp_jax.sampling.text import Completion, prompt_tokens
 from clp_jax.training.policies import LoadedPolicy, load_policy
@@ -51,6 +51,12 @@ class Session:
         self._steerable = loaded.steerable()
         self._servers: dict[ServingConfig, Server] = {}
         self._stream: _Stream | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """What a prompt may be."""
+        config = self.loaded.policy.config
+        return Limits(config.vocab_size, self.config.max_prompt, targets=0, pad_id=config.pad_id)
 
     def set_weights(self, weights: Sequence[float]) -> None:
         """Changes the trade-off.
@@ -96,8 +102,9 @@ class Session:
         """Prints the completions of a prompt; a single sample as it is written, where somebody looks on."""
         tokens, was_cut = prompt_tokens(self.loaded.vocabulary, prompt, self.config.max_prompt)
         if was_cut:
-            text = f"warning: the prompt is longer than {self.config.max_prompt} tokens: its end was cut."
+            text = f"warning: the prompt is longer than {self.config.max_prompt} tokens, --max_prompt: its end was cut."
             print(text, file=sys.stderr)
+        check_prompt(tokens, self.limits)
         single = self.config.num_samples == 1 and isinstance(self.config.generation, SamplingConfig)
         self._stream = _Stream(self.loaded.vocabulary, self.config.stop) if single and console.is_terminal else None
         for _, completions in self.complete([(tuple(tokens), self.seed)]):
@@ -181,9 +188,9 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    num_beams: int = 4,
-    length_penalty: float = 1.0,
-    stop: Sequence[str] = (),
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    stop: Texts = (),
     max_tokens: int | None = None,
     max_prompt: int | None = None,
     seed: int = 0,
@@ -193,9 +200,10 @@ def sample(
 ) -> None:
     """Prints completions of a prompt at given reward weights; without a prompt, reads lines and steers between them.
 
-    A line of `input` has ``inputs``, as text or as a list of token ids; a line of `output` has its number, ``inputs``,
-    ``tokens``, ``text`` and ``logprobs`` (of lists, where there are several samples). Lines keep their order; a bad one is
-    reported with its number and left out. A line's samples depend on the line and the seed alone.
+    A line of `input` has ``inputs``, as text or as a list of token ids; a line of `output` has its number, all that
+    the line has, ``tokens``, ``text`` and ``logprobs`` (of lists, where there are several samples). Lines keep
+    their order; a bad one is reported with its number and left out, and the exit code is 1 then. A line's samples depend on
+    its prompt, its number and the seed alone, or on its own ``seed`` instead of the two where it has one.
 
     Args:
         checkpoint: run directory of a policy, or ``RUN/checkpoints/STEP``.
@@ -210,12 +218,14 @@ def sample(
         min_p: keeps tokens at least this fraction as probable as the most probable one; 0 keeps all.
         repetition_penalty: divides the odds of tokens that were written already (CTRL), those of the prompt included where
             a policy has no encoder; 1 changes nothing.
-        num_beams: of a beam search, at least `num_samples`.
-        length_penalty: a beam's log-probability is divided by its length to this power.
-        stop: texts that end a completion, and are left out of it.
-        max_tokens: of a completion; by default that of training.
-        max_prompt: tokens of a prompt, by default as many as in training; longer ones lose their end, and a warning says
-            so.
+        num_beams: of a beam search, at least `num_samples`; 4 by default.
+        length_penalty: a beam's log-probability is divided by its length to this power; 1 by default.
+        stop: texts that end a completion, and are left out of it; each is taken as it is typed, and the flag may be
+            repeated. A list in JSON gives several at once, and its escapes are read.
+        max_tokens: of a completion; by default that of training with rewards, 64 for any other policy.
+        max_prompt: tokens of a prompt at most, by default as many as in training, or 65,536 for a converted policy. A longer
+            text of an encoder-decoder is cut before its end of sequence, with a warning; longer prompts of decoders and
+            longer lists are errors.
         seed: of the samples.
         input: JSON lines with ``inputs``, instead of a prompt.
         output: JSON lines with the completions of every line of `input`, in order.
@@ -224,10 +234,13 @@ def sample(
     Raises:
         ValueError: for weights that are not a point of the simplex or do not match the policy, and for settings that
             exclude each other.
+        SystemExit: with 1 when all is done, where lines were left out.
     """
     for name, number in (("num_samples", num_samples), ("max_tokens", max_tokens), ("max_prompt", max_prompt)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: expected at least 1.")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop is {stop!r}: expected texts of one character at least; an empty one is everywhere.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
     if input is not None and prompt is not None:
@@ -235,6 +248,8 @@ def sample(
     if output is not None and input is None:
         raise ValueError("sample: output is written for the lines of an input: give one, or redirect what is printed.")
     chosen = _strategy(strategy, temperature, Sampling(temperature or 1.0, top_k, top_p, min_p))
+    if chosen is not None and (num_beams is not None or length_penalty is not None):
+        raise ValueError(f"sample: num_beams and length_penalty do nothing with strategy={strategy}: leave them out.")
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
     loaded = load_policy(checkpoint)
@@ -242,10 +257,11 @@ def sample(
     length = max_tokens or loaded.max_length or 64
     generation: SamplingConfig | BeamConfig
     if chosen is None:
-        if num_beams < num_samples:
-            raise ValueError(f"num_beams is {num_beams}: expected at least num_samples, {num_samples}.")
-        penalty = PowerPenalty(length_penalty)
-        generation = BeamConfig(length, num_beams, num_samples, length_penalty=penalty, processors=processors)
+        beams = 4 if num_beams is None else num_beams
+        if beams < num_samples:
+            raise ValueError(f"num_beams is {beams}: expected at least num_samples, {num_samples}.")
+        penalty = PowerPenalty(1.0 if length_penalty is None else length_penalty)
+        generation = BeamConfig(length, beams, num_samples, length_penalty=penalty, processors=processors)
     else:
         generation = SamplingConfig(length, chosen, processors=processors)
     config = ServingConfig(
@@ -367,15 +383,18 @@ def parse_numbers(text: str) -> list[float]:
 
 def _complete_file(session: Session, source: Path, target: str | None) -> None:
     """Completes every line of a JSONL file; bad lines are reported by number and skipped."""
-    config = session.loaded.policy.config
-    limits = Limits(config.vocab_size, session.config.max_prompt, targets=0, pad_id=config.pad_id)
-    lines = read_lines(source, session.loaded.vocabulary, limits, with_targets=False)
-    # A line's seed is its own: files may be split, and their lines left out.
-    prompts = [(line.inputs, (session.seed * 1_000_003 + line.number) % 2**32) for line in lines]
-    with answers(target) as out:
+    skipped = Skipped(source)
+    lines = read_lines(source, session.loaded.vocabulary, session.limits, skipped, with_targets=False)
+    # Lines before may be left out; files that are to be split bring seeds.
+    prompts = [
+        (line.inputs, (session.seed * 1_000_003 + line.number) % 2**32 if line.seed is None else line.seed)
+        for line in lines
+    ]
+    with answers(target, skipped) as out:
         out.expect(lines)
         for number, completions in session.complete(prompts):
             out.put(lines[number], _columns(completions))
+    skipped.finish()
 
 
 def _columns(completions: Sequence[Completion]) -> dict[str, Any]:

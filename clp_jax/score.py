@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.sampling.json_lines import Limits, answers, batches, pad_rows, read_lines
+from clp_jax.sampling.json_lines import Limits, Skipped, answers, batches, pad_rows, read_lines
 from clp_jax.sampling.score import score as score_tokens
 from clp_jax.training.policies import load_policy
 
@@ -26,9 +26,10 @@ def score(
 ) -> None:
     """Writes the log-probability of every target token of every line, and their sum.
 
-    A line has ``inputs`` and ``targets``, as text or as lists of token ids; a line of the output has its number, ``inputs``,
-    ``targets``, ``logprobs`` and ``total``. Texts become what the policy reads and writes: targets end with an end of
-    sequence. Lists are taken as they are. Lines keep their order; a bad one is reported with its number and left out.
+    A line has ``inputs`` and ``targets``, as text or as lists of token ids; a line of the output has its number, all that the
+    line has, ``logprobs`` and ``total``. Texts become what the policy reads and writes: targets end with an end of sequence.
+    Lists are taken as they are. Lines keep their order; a bad one is reported with its number and left out, and the exit
+    code is 1 then.
 
     Args:
         checkpoint: run directory of a policy, or ``RUN/checkpoints/STEP``.
@@ -36,12 +37,15 @@ def score(
         output: a new file of JSON lines; printed by default.
         weights: of the rewards, summing to one, for a steerable policy; equal by default.
         alpha: KL weight, for policies conditioned on it.
-        max_prompt: tokens of a prompt at most; as many as in training by default, or more where the input has them.
-        max_tokens: tokens of a target at most.
-        batch_size: lines scored together.
+        max_prompt: tokens of a prompt at most, by default as many as in training, or 65,536 for a converted policy. A longer
+            text of an encoder-decoder is cut before its end of sequence, with a warning; longer prompts of decoders and
+            longer lists are bad lines.
+        max_tokens: tokens of a target at most, 65,536 by default.
+        batch_size: lines scored together; fewer cost as much, so that a score does not depend on how many lines there are.
 
     Raises:
         ValueError: for weights that are not a point of the simplex, an output that exists, or an input without a good line.
+        SystemExit: with 1 when all is done, where lines were left out.
     """
     for name, number in (("max_prompt", max_prompt), ("max_tokens", max_tokens), ("batch_size", batch_size)):
         if number is not None and number < 1:
@@ -53,11 +57,12 @@ def score(
     pad_id = loaded.policy.config.pad_id
     limits = Limits(
         vocab_size=loaded.policy.config.vocab_size,
-        inputs=max_prompt or 2**16,
+        inputs=max_prompt or loaded.prompt_length,
         targets=max_tokens or 2**16,
         pad_id=pad_id,
     )
-    lines = read_lines(Path(input), loaded.vocabulary, limits, with_targets=True)
+    skipped = Skipped(Path(input))
+    lines = read_lines(Path(input), loaded.vocabulary, limits, skipped, with_targets=True)
 
     @functools.partial(jax.jit)
     def run(params, reference, inputs, tokens, mask, preference):
@@ -65,10 +70,11 @@ def score(
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (inputs.shape[0], *x.shape)), preference)
         return score_tokens(model, loaded.conditioning.condition_inputs(inputs, rows), tokens, mask)
 
-    with answers(output) as out:
+    with answers(output, skipped) as out:
         out.expect(lines)
         for batch in batches(lines, batch_size):
             targets = [line.targets or () for line in batch]
+            # Always as many rows: with fewer, sums are taken in another order.
             tokens = pad_rows(targets, batch_size, 0)
             lengths = np.asarray([len(row) for row in targets] + [0] * (batch_size - len(batch)))
             mask = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.float32)
@@ -78,3 +84,4 @@ def score(
                 log_probs = row[: len(line.targets or ())]
                 total = float(log_probs.astype(np.float64).sum())
                 out.put(line, {"logprobs": [float(x) for x in log_probs], "total": total})
+    skipped.finish()

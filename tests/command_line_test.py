@@ -51,6 +51,51 @@ def test_arguments(words, arguments):
     assert parse(words, ENTRY).arguments == arguments
 
 
+SAMPLE, REPORT = EntryPoint.find("clp_jax.sample", "sample"), EntryPoint.find("clp_jax.report", "report")
+
+
+@pytest.mark.parametrize(
+    "text", ["\n", " ", ",", "\n\n,Q:", " Q: ", "(a)", "[a]", "[", "[1]", "['a', 2]", "a=b", "", "a\\n"]
+)
+def test_a_stop_text_is_taken_as_it_is(text):
+    assert parse([f"--stop={text}"], SAMPLE).arguments == {"stop": (text,)}
+    assert parse(["--stop", text], SAMPLE).arguments == {"stop": (text,)}
+
+
+@pytest.mark.parametrize(
+    ("words", "stop"),
+    [
+        (["--stop", "a", "--stop", "b, c"], ("a", "b, c")),
+        (['--stop=["\\n\\n", ",", " Q: "]'], ("\n\n", ",", " Q: ")),
+        (["--stop=['\\n', \"it's\"]"], ("\n", "it's")),
+        (["--stop=[]"], ()),
+        (["--stop=['a']", "--stop= b"], ("a", " b")),
+        # Data, never code.
+        (["--stop=[str(1)]"], ("[str(1)]",)),
+    ],
+)
+def test_several_stop_texts(words, stop):
+    assert parse(words, SAMPLE).arguments == {"stop": stop}
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--run_dirs=a,b"], ("a", "b")),
+        (["--run_dirs", "a, b"], ("a", "b")),
+        (["--run_dirs=a", "--run_dirs=b,c"], ("a", "b", "c")),
+        (["--run_dirs=['a,b', 'c d']"], ("a,b", "c d")),
+        (["--run_dirs=[a,b]"], ("a", "b")),
+    ],
+)
+def test_names_and_paths_are_separated_by_commas(words, names):
+    assert parse(words, REPORT).arguments == {"run_dirs": names}
+
+
+def test_numbers_given_again_replace_those_before():
+    assert parse(["--weights=0.8,0.2", "--weights=0.3,0.7"], SAMPLE).arguments == {"weights": (0.3, 0.7)}
+
+
 def test_gin_flags_and_switches():
     words = ["--gin_file=a.gin", "--gin_file", "b.gin", "--gin.X=1", "--gin.a/b.c='d=e'", "--gin_bindings=Y = 2"]
     parsed = parse([*words, "--gin_search_paths=p,q", "--gin_search_paths=r", "-h", "--debug"], ENTRY)

@@ -130,7 +130,15 @@ def test_what_is_sampled_scores_as_it_was_sampled(home, name):
     rows = [json.dumps({"inputs": prompt}) for prompt in prompts]
     (home / "prompts.jsonl").write_text("\n".join([*rows[:2], "{}", *rows[2:]]))
     out = home / f"samples_{name}.jsonl"
-    clp("sample", f"--checkpoint=run_{name}", "--input=prompts.jsonl", f"--output={out}", "--max_tokens=6", "--seed=3")
+    with pytest.raises(SystemExit, match="1"):
+        clp(
+            "sample",
+            f"--checkpoint=run_{name}",
+            "--input=prompts.jsonl",
+            f"--output={out}",
+            "--max_tokens=6",
+            "--seed=3",
+        )
     samples = lines_of(out)
     assert [line["line"] for line in samples] == [1, 2, 4, 5] and [line["inputs"] for line in samples] == prompts
     (home / "again.jsonl").write_text(
@@ -288,6 +296,7 @@ def write_conditioned(place: Path, policy: Policy, conditioning: ParameterCondit
 
 def test_text_needs_a_tokenizer(home, capfd):
     (home / "text.jsonl").write_text('{"inputs": "text", "targets": [3]}\n{"inputs": [3], "targets": [4]}')
-    clp("score", "--checkpoint=run_t5", "--input=text.jsonl")
+    with pytest.raises(SystemExit, match="1"):
+        clp("score", "--checkpoint=run_t5", "--input=text.jsonl")
     out = capfd.readouterr()
     assert "line 1 was skipped: this policy has no tokenizer" in out.err and json.loads(out.out)["line"] == 2

@@ -13,6 +13,7 @@ from tiny_runs import MODEL, VOCAB_SIZE, make_data, make_supervised
 from clp_jax.models.config import PaLMConfig
 from clp_jax.models.policy import Policy
 from clp_jax.sample import sample
+from clp_jax.score import score
 
 PENALTY, LENGTH = 3.0, 6
 PROMPTS = [[27, 21, 17, 10, 11, 3], [4, 2, 7, 26, 21, 29], [30, 21, 27, 22, 23, 13]]
@@ -36,6 +37,80 @@ def penalised(model, logits, prompt: list[int], before: list[int]) -> list[int]:
         written.append(int(scores.argmax()))
         seen.add(written[-1])
     return written
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with the runs of an encoder-decoder and of a decoder."""
+    home = tmp_path_factory.mktemp("sample")
+    data = make_data(home / "data")
+    for kind, model in MODELS.items():
+        make_supervised(home / kind, data, model)
+    return home
+
+
+def answered(function, home, kind, lines, **settings) -> list[dict]:
+    """What a command writes for lines; it ends with 1 where it left some out."""
+    source, target = home / "lines.jsonl", home / "answers.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    target.unlink(missing_ok=True)
+    function(checkpoint=str(home / kind), input=str(source), output=str(target), **settings)
+    return [json.loads(line) for line in target.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_scores_do_not_depend_on_how_many_lines_there_are(kind, home):
+    lines = [{"inputs": PROMPTS[i % 3], "targets": PROMPTS[i % 2][: 1 + i % 5], "id": f"n{i}"} for i in range(11)]
+    whole = answered(score, home, kind, lines)
+    assert [line["id"] for line in whole] == [line["id"] for line in lines]
+    for count in (1, 5):
+        assert answered(score, home, kind, lines[:count]) == whole[:count]
+
+
+def test_a_line_with_its_own_seed_is_sampled_alike_wherever_it_is(home):
+    lines = [{"inputs": prompt, "seed": 7 + i} for i, prompt in enumerate(PROMPTS)]
+    first = answered(sample, home, "encoder-decoder", lines, max_tokens=LENGTH)
+    again = answered(sample, home, "encoder-decoder", lines[::-1], max_tokens=LENGTH, seed=5)
+    assert [(line["tokens"], line["logprobs"]) for line in first] == [
+        (line["tokens"], line["logprobs"]) for line in again[::-1]
+    ]
+
+
+def test_a_run_that_left_lines_out_ends_with_one(home, capsys):
+    lines = [{"inputs": PROMPTS[0]}, {"inputs": [3, 0]}, {"inputs": PROMPTS[1]}]
+    with pytest.raises(SystemExit) as stop:
+        answered(sample, home, "encoder-decoder", lines, strategy="greedy", max_tokens=2)
+    assert stop.value.code == 1
+    assert [json.loads(line)["line"] for line in (home / "answers.jsonl").read_text().splitlines()] == [1, 3]
+    said = capsys.readouterr().err
+    assert "line 2 was skipped: inputs has the token id 0, which is padding" in said
+    assert "lines.jsonl: 1 line was skipped; the others have their answers." in said
+
+
+@pytest.mark.parametrize(("function", "settings"), [(sample, dict(strategy="greedy", max_tokens=2)), (score, {})])
+def test_policies_trained_here_read_prompts_of_their_training(function, settings, home, capsys):
+    lines = [{"inputs": [3] * length, "targets": [4]} for length in (9, 8)]
+    with pytest.raises(SystemExit):
+        answered(function, home, "decoder-only", lines, **settings)
+    expected = "line 1 was skipped: inputs has 9 tokens: expected at most 8; give a greater --max_prompt, or cut it"
+    assert expected in capsys.readouterr().err
+    assert [line["line"] for line in answered(score, home, "decoder-only", lines, max_prompt=9)] == [1, 2]
+
+
+@pytest.mark.parametrize("settings", [dict(num_beams=4), dict(length_penalty=1.0)])
+@pytest.mark.parametrize("strategy", ["sample", "greedy", "best_of_n"])
+def test_settings_of_a_search_are_refused_without_one(settings, strategy):
+    with pytest.raises(
+        ValueError, match=f"num_beams and length_penalty do nothing with strategy={strategy}: leave them"
+    ):
+        sample(checkpoint="none", strategy=strategy, **settings)
+
+
+def test_an_empty_stop_text_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"stop is \('a', ''\): expected texts of one character at least; an empty one"
+    ):
+        sample(checkpoint="none", stop=("a", ""))
 
 
 @pytest.mark.parametrize("kind", MODELS)

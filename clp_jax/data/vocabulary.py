@@ -143,6 +143,11 @@ class Vocabulary:
         """
         return [*self._before, *self.encode(text), *self._after]
 
+    @property
+    def prompt_end(self) -> tuple[int, ...]:
+        """What `encode_prompt` writes after the text: an end for encoder-decoders, nothing for decoders."""
+        return self._after
+
     def encode_target(self, text: str) -> list[int]:
         """Token ids as a policy is to write them: the text and its end."""
         return [*self.encode(text), self.eos_ids[0]]
@@ -230,6 +235,7 @@ class TokenIds:
         )
 
     encode_prompt = encode_target = encode
+    prompt_end: tuple[int, ...] = ()
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The ids, separated by spaces."""

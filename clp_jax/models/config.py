@@ -123,7 +123,7 @@ class ModelConfig:
         out_bias: a bias of the attention's output.
         mlp_bias: biases of the feed-forward block.
         num_buckets: buckets of T5's relative position bias; 0 for none.
-        max_distance: distances from here on share a bucket.
+        max_distance: distances from here on share a bucket; more than half of `num_buckets`.
         bias_per_layer: whether every layer has a bias of its own (T5X's scalable T5) or a stack shares one.
         rope: rotary positions; None for none.
         local_rope: of the layers with a window, where it differs.
@@ -213,6 +213,13 @@ class ModelConfig:
             raise self._error("num_kv_heads", f"a divisor of num_heads={self.num_heads}")
         if self.num_buckets and (self.num_buckets < 4 or self.num_buckets % 2):
             raise self._error("num_buckets", "an even number, at least 4, or 0 for no position bias")
+        # Causal stacks have as many exact buckets; bidirectional ones half of them.
+        if self.num_buckets and self.max_distance <= self.num_buckets // 2:
+            raise self._error(
+                "max_distance",
+                f"more than {self.num_buckets // 2}, the distances with a bucket of their own of num_buckets="
+                f"{self.num_buckets}",
+            )
         if not 0 <= self.dropout_rate < 1:
             raise self._error("dropout_rate", "a number in [0, 1)")
         for name in ("query_scale", "attention_cap", "logit_cap", "norm_eps"):

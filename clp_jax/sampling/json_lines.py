@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,12 +28,14 @@ class Line:
         given: what the line says, to be written with the answer.
         inputs: token ids of the prompt.
         targets: token ids of the completion; None where none is asked for.
+        seed: what the line says of it, in [0, 2**32); None where it says nothing.
     """
 
     number: int
     given: dict[str, Any]
     inputs: tuple[int, ...]
     targets: tuple[int, ...] | None
+    seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +44,10 @@ class Limits:
 
     Attributes:
         vocab_size: ids are below it.
-        inputs: tokens of a prompt at most; longer texts lose their end, and a warning says so; longer lists are refused.
+        inputs: tokens of a prompt at most; longer lists are refused, and longer texts are cut with a warning or refused, as
+            `prompt_tokens` says.
         targets: tokens of a completion at most; longer ones are refused: their score would be another's.
-        pad_id: refused in lists of ids: it would be read as padding.
+        pad_id: refused in prompts: it would be read as padding.
     """
 
     vocab_size: int
@@ -52,7 +56,37 @@ class Limits:
     pad_id: int
 
 
-def read_lines(source: Path, vocabulary: Vocabulary | TokenIds, limits: Limits, *, with_targets: bool) -> list[Line]:
+class Skipped:
+    """Lines without an answer: each is reported when it is found, their number at the end.
+
+    Args:
+        source: whose lines they are.
+    """
+
+    def __init__(self, source: Path):
+        self._source = source
+        self.count = 0
+
+    def report(self, number: int, what: object) -> None:
+        """Prints what is wrong with a line."""
+        self.count += 1
+        print(f"warning: {self._source}, line {number} was skipped: {what}", file=sys.stderr)
+
+    def finish(self) -> None:
+        """Says how many there were.
+
+        Raises:
+            SystemExit: with 1, where there was one: what was asked for is not all there.
+        """
+        if self.count:
+            lines = "1 line was" if self.count == 1 else f"{self.count} lines were"
+            print(f"{self._source}: {lines} skipped; the others have their answers.", file=sys.stderr)
+            raise SystemExit(1)
+
+
+def read_lines(
+    source: Path, vocabulary: Vocabulary | TokenIds, limits: Limits, skipped: Skipped, *, with_targets: bool
+) -> list[Line]:
     """Reads a file; what is wrong with a line is printed with its number, and the rest go on.
 
     Args:
@@ -60,11 +94,14 @@ def read_lines(source: Path, vocabulary: Vocabulary | TokenIds, limits: Limits, 
         vocabulary: of the policy; texts become what it reads and writes (`Vocabulary.encode_prompt`, `encode_target`),
             lists are taken as they are.
         limits: of lengths and ids.
-        with_targets: whether targets are read.
+        skipped: is told of bad lines.
+        with_targets: whether targets are read; where not, a line may have a ``seed``.
 
     Raises:
-        ValueError: when no line is good.
+        ValueError: when it is not a file, or no line is good.
     """
+    if source.is_dir():
+        raise ValueError(f"{source} is a directory: expected a file of JSON lines.")
     lines = []
     for number, raw in enumerate(source.read_bytes().splitlines(), start=1):
         if not raw.strip():
@@ -72,8 +109,7 @@ def read_lines(source: Path, vocabulary: Vocabulary | TokenIds, limits: Limits, 
         try:
             lines.append(_parse(number, raw, vocabulary, limits, with_targets, source))
         except (ValueError, KeyError, TypeError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else error
-            print(f"warning: {source}, line {number} was skipped: {what}", file=sys.stderr)
+            skipped.report(number, f"it has no {error}" if isinstance(error, KeyError) else error)
     if not lines:
         wanted = '"inputs" and "targets"' if with_targets else '"inputs"'
         raise ValueError(f"{source} has no good line: expected one JSON object a line, with {wanted}.")
@@ -87,23 +123,25 @@ def _parse(
     if not isinstance(given, dict):
         raise ValueError("it is not a JSON object")
     inputs, targets = given["inputs"], given["targets"] if with_targets else None
+    was_cut = False
     if isinstance(inputs, str):
-        tokens, was_cut = prompt_tokens(vocabulary, inputs, limits.inputs)
-        if was_cut:
-            print(f"warning: {source}, line {number}: the prompt was cut to {limits.inputs} tokens.", file=sys.stderr)
-    else:
-        tokens = _check_ids("inputs", inputs, limits.inputs, limits)
+        inputs, was_cut = prompt_tokens(vocabulary, inputs, limits.inputs)
+    check_prompt(inputs, limits)
     if isinstance(targets, str):
-        targets = _check_ids("targets", vocabulary.encode_target(targets), limits.targets, limits)
-    elif with_targets:
-        targets = _check_ids("targets", targets, limits.targets, limits)
-    keep = {name: given[name] for name in ("inputs", "targets") if name in given and (with_targets or name == "inputs")}
-    return Line(number, keep, tuple(tokens), None if targets is None else tuple(targets))
+        targets = vocabulary.encode_target(targets)
+    if with_targets:
+        _check_ids("targets", targets, limits.targets, "--max_tokens", limits.vocab_size)
+    if was_cut:
+        print(f"warning: {source}, line {number}: the prompt was cut to {limits.inputs} tokens.", file=sys.stderr)
+    seed = None if with_targets else given.get("seed")
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**32):
+        raise ValueError(f"seed is {json.dumps(seed)[:_SHOWN]}: expected a whole number in [0, 2**32)")
+    return Line(number, given, tuple(inputs), None if targets is None else tuple(targets), seed)
 
 
 def _object(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 at byte {error.start + 1}: {_shown(raw)}") from None
     except json.JSONDecodeError as error:
@@ -114,24 +152,40 @@ def _object(raw: bytes) -> Any:
         raise ValueError(f"it is not JSON that can be read (nested too deep): {_shown(raw)}") from None
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it has the number {text[:_SHOWN]}: expected finite ones")
+    return value
+
+
 def _shown(raw: bytes) -> str:
     """The start of a line, for messages."""
     text = raw.decode("utf-8", "backslashreplace").strip()
     return repr(text[:_SHOWN] + "..." if len(text) > _SHOWN else text)
 
 
-def _check_ids(name: str, ids: Any, longest: int, limits: Limits) -> list[int]:
+def check_prompt(ids: Any, limits: Limits) -> None:
+    """Checks the token ids of a prompt, given as such or made of a text.
+
+    Raises:
+        ValueError: when they are too many, outside the vocabulary, or padding.
+    """
+    _check_ids("inputs", ids, limits.inputs, "--max_prompt", limits.vocab_size)
+    if limits.pad_id in ids:
+        raise ValueError(f"inputs has the token id {limits.pad_id}, which is padding")
+
+
+def _check_ids(name: str, ids: Any, longest: int, flag: str, vocab_size: int) -> None:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise ValueError(f"{name} is {json.dumps(ids)[:40]}: expected text, or a list of token ids")
+        raise ValueError(f"{name} is {json.dumps(ids)[:_SHOWN]}: expected text, or a list of token ids")
     if not ids:
         raise ValueError(f"{name} is empty")
     if len(ids) > longest:
-        raise ValueError(f"{name} has {len(ids)} tokens: expected at most {longest}")
-    bad = [i for i in ids if not 0 <= i < limits.vocab_size or (name == "inputs" and i == limits.pad_id)]
+        raise ValueError(f"{name} has {len(ids)} tokens: expected at most {longest}; give a greater {flag}, or cut it")
+    bad = [i for i in ids if not 0 <= i < vocab_size]
     if bad:
-        what = "padding" if bad[0] == limits.pad_id else f"outside the vocabulary of {limits.vocab_size}"
-        raise ValueError(f"{name} has the token id {bad[0]}, which is {what}")
-    return ids
+        raise ValueError(f"{name} has the token id {bad[0]}, which is outside the vocabulary of {vocab_size}")
 
 
 def batches(lines: Sequence[Line], batch_size: int) -> Iterator[list[Line]]:
@@ -149,7 +203,7 @@ def batches(lines: Sequence[Line], batch_size: int) -> Iterator[list[Line]]:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> Int[np.ndarray, "B S"]:
-    """Rows of ids as an array of one bucketed length; a batch that is not full repeats its last row."""
+    """Rows of ids as an array of one bucketed length; where they are less than `batch_size`, the last is repeated."""
     out = np.full((batch_size, bucket(max(map(len, rows)))), pad_id, np.int32)
     for number in range(batch_size):
         row = rows[min(number, len(rows) - 1)]
@@ -158,21 +212,26 @@ def pad_rows(rows: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> Int
 
 
 @contextlib.contextmanager
-def answers(output: str | Path | None) -> Iterator["Answers"]:
+def answers(output: str | Path | None, skipped: Skipped) -> Iterator["Answers"]:
     """Where answers go: a new file, complete or, when interrupted, up to the first unanswered line; or the terminal."""
     if output is None:
-        yield Answers(sys.stdout)
+        yield Answers(sys.stdout, skipped)
         return
     with Path(output).open("x", encoding="utf-8") as file:
-        yield Answers(file)
+        yield Answers(file, skipped)
 
 
 class Answers:
-    """Writes answers into a text file in the order of their lines, each as soon as all before it are written."""
+    """Writes answers into a text file in the order of their lines, each as soon as all before it are written.
 
-    def __init__(self, file: Any):
-        self._file = file
-        self._waiting: dict[int, dict[str, Any]] = {}
+    Args:
+        file: that is written.
+        skipped: is told of lines whose answers are no numbers.
+    """
+
+    def __init__(self, file: Any, skipped: Skipped):
+        self._file, self._skipped = file, skipped
+        self._waiting: dict[int, str | None] = {}
         self._order: list[int] = []
 
     def expect(self, lines: Sequence[Line]) -> None:
@@ -180,8 +239,15 @@ class Answers:
         self._order = [line.number for line in lines]
 
     def put(self, line: Line, answer: dict[str, Any]) -> None:
-        """Takes one answer."""
-        self._waiting[line.number] = {"line": line.number} | line.given | answer
+        """Takes one answer; what the line says is written with it, up to what has the name of an answer's part."""
+        number = {"line": line.number}
+        try:
+            self._waiting[line.number] = json.dumps(number | line.given | number | answer, allow_nan=False)
+        except ValueError:
+            self._skipped.report(line.number, "what was found is not finite: the policy gave NaN or infinity")
+            self._waiting[line.number] = None
         while self._order and self._order[0] in self._waiting:
-            self._file.write(json.dumps(self._waiting.pop(self._order.pop(0))) + "\n")
+            written = self._waiting.pop(self._order.pop(0))
+            if written is not None:
+                self._file.write(written + "\n")
         self._file.flush()

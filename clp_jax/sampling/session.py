@@ -142,7 +142,7 @@ class Server:
         for start in range(0, len(order), self.config.slots):
             part = order[start : start + self.config.slots]
             size = bucket(max(len(prompts[i]) for i in part))
-            # A last batch is filled up, so that one program serves all.
+            # A last batch is filled up: fewer rows would be summed in another order, and a line depend on its neighbours.
             inputs = np.full((self.config.slots, size), self._policy.config.pad_id, np.int32)
             for row in range(self.config.slots):
                 tokens = prompts[part[min(row, len(part) - 1)]]

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+# On a command line each is taken as it is typed, commas and spaces included.
+Texts = Sequence[str]
+
 
 def truncate_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop string in it; all of it where there is none.

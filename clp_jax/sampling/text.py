@@ -36,7 +36,10 @@ def bucket(length: int, smallest: int = 32) -> int:
 
 
 def prompt_tokens(vocabulary: Vocabulary | TokenIds, prompt: str, max_length: int) -> tuple[list[int], bool]:
-    """Token ids of a prompt, and whether it was too long and lost its end.
+    """Token ids of a prompt, and whether it was too long and was cut.
+
+    A prompt that ends with an end of sequence loses the end of its text and keeps that token, as in transformers. A
+    decoder's goes on where the text ends, with a question or a turn: it is refused instead.
 
     Args:
         vocabulary: of the policy.
@@ -44,12 +47,18 @@ def prompt_tokens(vocabulary: Vocabulary | TokenIds, prompt: str, max_length: in
         max_length: tokens at most.
 
     Raises:
-        ValueError: for a prompt without a token.
+        ValueError: for a prompt without a token, or too long a one of a decoder.
     """
     if not vocabulary.encode(prompt):
         raise ValueError("the prompt is empty: expected some text.")
-    tokens = vocabulary.encode_prompt(prompt)
-    return tokens[:max_length], len(tokens) > max_length
+    tokens, end = vocabulary.encode_prompt(prompt), vocabulary.prompt_end
+    if len(tokens) <= max_length:
+        return tokens, False
+    if not end or len(end) >= max_length:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens: expected at most {max_length}; give a greater --max_prompt, or cut it."
+        )
+    return [*tokens[: max_length - len(end)], *end], True
 
 
 def complete(

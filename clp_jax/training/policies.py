@@ -27,7 +27,7 @@ from clp_jax.training.checkpoints import CheckpointError, find_checkpoint, load_
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
 
 # Tokens of a prompt, where no training says.
-PROMPT_LENGTH = 2048
+PROMPT_LENGTH = 2**16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -230,8 +230,10 @@ def test_sampling_by_hand(home, capfd, monkeypatch):
 
 def test_a_file_of_prompts(home, capfd):
     (home / "prompts.jsonl").write_text('{"inputs": "array file: how to sort it."}\nnot json\n{"inputs": "list"}\n')
-    clp("sample", "--checkpoint=full", "--input=prompts.jsonl", "--output=out.jsonl", "--max_prompt=16")
-    assert "line 2 was skipped" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        clp("sample", "--checkpoint=full", "--input=prompts.jsonl", "--output=out.jsonl", "--max_prompt=16")
+    said = capfd.readouterr().err
+    assert "line 2 was skipped" in said and "1 line was skipped; the others have their answers" in said
     lines = [json.loads(line) for line in (home / "out.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == [1, 3]
     assert all(len(line["tokens"]) == len(line["logprobs"]) for line in lines)

@@ -37,6 +37,15 @@ def test_buckets_halve_twice(buckets):
         tiny_config(num_buckets=buckets)
 
 
+@pytest.mark.parametrize("distance", [1, 15, 16])
+def test_distances_go_beyond_the_exact_buckets(distance):
+    says = rf"T5Config\.max_distance is {distance}: expected more than 16, the distances .* num_buckets=32"
+    with pytest.raises(ValueError, match=says):
+        tiny_config(num_buckets=32, max_distance=distance)
+    assert tiny_config(num_buckets=32, max_distance=17).max_distance == 17
+    assert tiny_config(num_buckets=0, max_distance=distance).max_distance == distance
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
 def test_dropout_rate_is_below_one(rate):
     with pytest.raises(ValueError, match=rf"dropout_rate is {rate}: expected a number in \[0, 1\)"):

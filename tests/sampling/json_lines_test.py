@@ -2,13 +2,15 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece  # noqa: F401 - the vocabulary needs it.
+from tiny_tokenizers import huggingface_directory, sentencepiece_directory
 
 from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
-from clp_jax.sampling.json_lines import Answers, Limits, Line, answers, batches, pad_rows, read_lines
+from clp_jax.sampling.json_lines import Answers, Limits, Line, Skipped, answers, batches, pad_rows, read_lines
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,8 @@ def vocabulary(tmp_path_factory) -> Vocabulary:
 def read(tmp_path, vocabulary, *lines: bytes, with_targets: bool = True, **limits) -> list[Line]:
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     sizes = dict(vocab_size=31, inputs=8, targets=6, pad_id=0) | limits
-    return read_lines(tmp_path / "in.jsonl", vocabulary, Limits(**sizes), with_targets=with_targets)
+    source = tmp_path / "in.jsonl"
+    return read_lines(source, vocabulary, Limits(**sizes), Skipped(source), with_targets=with_targets)
 
 
 def test_texts_become_what_the_policy_reads_and_lists_stay(tmp_path, vocabulary):
@@ -33,13 +36,24 @@ def test_texts_become_what_the_policy_reads_and_lists_stay(tmp_path, vocabulary)
         b'{"inputs": [3, 1], "targets": [4]}',
     )
     assert text.inputs == (*vocabulary.encode("fox"), 1) and text.targets == (*vocabulary.encode("dog"), 1)
-    assert (text.number, text.given) == (1, {"inputs": "fox", "targets": "dog"})
+    assert (text.number, text.given) == (1, {"inputs": "fox", "targets": "dog", "id": 7})
     assert (ids.number, ids.inputs, ids.targets) == (3, (3, 1), (4,))
 
 
 def test_targets_may_be_left_out(tmp_path, vocabulary):
     (line,) = read(tmp_path, vocabulary, b'{"inputs": [3], "targets": "ignored"}', with_targets=False)
-    assert line.targets is None and line.given == {"inputs": [3]}
+    assert line.targets is None and line.given == {"inputs": [3], "targets": "ignored"}
+
+
+def test_a_line_may_bring_its_seed(tmp_path, vocabulary, capsys):
+    lines = [
+        b'{"inputs": [3], "seed": %s}' % seed for seed in (b"0", b"4294967295", b"null", b"4294967296", b"-1", b"1.0")
+    ]
+    found = read(tmp_path, vocabulary, *lines, b'{"inputs": [3]}', with_targets=False)
+    assert [(line.number, line.seed) for line in found] == [(1, 0), (2, 2**32 - 1), (3, None), (7, None)]
+    assert "line 6 was skipped: seed is 1.0: expected a whole number in [0, 2**32)" in capsys.readouterr().err
+    (scored,) = read(tmp_path, vocabulary, b'{"inputs": [3], "targets": [4], "seed": "none of ours"}')
+    assert scored.seed is None
 
 
 @pytest.mark.parametrize(
@@ -64,6 +78,8 @@ def test_targets_may_be_left_out(tmp_path, vocabulary):
         (b'{"inputs": [3, true], "targets": "a"}', "expected text, or a list of token ids"),
         (b'{"inputs": [3], "targets": [3, 3, 3, 3, 3, 3, 3]}', "targets has 7 tokens: expected at most 6"),
         (b'{"inputs": [3, 3, 3, 3, 3, 3, 3, 3, 3], "targets": [3]}', "inputs has 9 tokens: expected at most 8"),
+        (b'{"inputs": [3], "targets": [4], "id": NaN}', "it has the number NaN: expected finite ones"),
+        (b'{"inputs": [3], "targets": [4], "id": -1e999}', "it has the number -1e999: expected finite ones"),
         (b'{"inputs": "caf\xe9", "targets": "a"}', 'line 2 was skipped: it is not UTF-8 at byte 16: \'{"inputs": "caf'),
     ],
 )
@@ -73,9 +89,48 @@ def test_a_bad_line_is_named_and_the_rest_go_on(tmp_path, vocabulary, bad, says,
     assert says in capsys.readouterr().err
 
 
-def test_a_long_text_is_cut_with_a_warning(tmp_path, vocabulary, capsys):
-    (line,) = read(tmp_path, vocabulary, b'{"inputs": "the quick brown fox", "targets": [4]}', inputs=3)
-    assert len(line.inputs) == 3 and "line 1: the prompt was cut to 3 tokens" in capsys.readouterr().err
+@pytest.mark.parametrize("text", ["fox<pad>", "<pad>fox", "quick<pad>fox", "fox<pad><pad>"])
+@pytest.mark.parametrize("with_targets", [True, False])
+def test_texts_with_padding_are_bad_lines(tmp_path, text, with_targets, capsys):
+    ours = Vocabulary(huggingface_directory(tmp_path / "t5", "t5"))
+    lines = [json.dumps({"inputs": inputs, "targets": "dog"}).encode() for inputs in ("fox", text, "dog")]
+    found = read(tmp_path, ours, *lines, with_targets=with_targets, vocab_size=128, inputs=90, targets=60)
+    assert [(line.number, line.inputs) for line in found] == [
+        (1, (*ours.encode("fox"), 1)),
+        (3, (*ours.encode("dog"), 1)),
+    ]
+    assert "line 2 was skipped: inputs has the token id 0, which is padding" in capsys.readouterr().err
+
+
+def test_tokens_of_texts_are_of_the_vocabulary(tmp_path, vocabulary, capsys):
+    highest = max(vocabulary.encode("fox"))
+    lines = [
+        b'{"inputs": "fox", "targets": [3]}',
+        b'{"inputs": [3], "targets": "fox"}',
+        b'{"inputs": [3], "targets": [3]}',
+    ]
+    assert [line.number for line in read(tmp_path, vocabulary, *lines, vocab_size=highest)] == [3]
+    said = capsys.readouterr().err
+    for number, name in ((1, "inputs"), (2, "targets")):
+        assert f"line {number} was skipped: {name} has the token id {highest}, which is outside the vocabulary" in said
+
+
+def test_a_long_text_is_cut_before_its_end_with_a_warning(tmp_path, vocabulary, capsys):
+    text = "the quick brown fox"
+    (line,) = read(tmp_path, vocabulary, json.dumps({"inputs": text, "targets": [4]}).encode(), inputs=3)
+    assert line.inputs == (*vocabulary.encode(text)[:2], 1)
+    assert "line 1: the prompt was cut to 3 tokens" in capsys.readouterr().err
+
+
+def test_long_texts_of_decoders_are_bad_lines(tmp_path, capsys):
+    ours = Vocabulary(sentencepiece_directory(tmp_path / "llama", "llama"))
+    long, short = (json.dumps({"inputs": text}).encode() for text in ("the quick brown fox", "fox"))
+    limit, length = len(ours.encode_prompt("fox")), len(ours.encode_prompt("the quick brown fox"))
+    assert length > limit
+    (line,) = read(tmp_path, ours, long, short, with_targets=False, vocab_size=340, inputs=limit, pad_id=-1)
+    assert (line.number, line.inputs) == (2, tuple(ours.encode_prompt("fox")))
+    expected = f"the prompt has {length} tokens: expected at most {limit}; give a greater --max_prompt, or cut it."
+    assert f"line 1 was skipped: {expected}" in capsys.readouterr().err
 
 
 def test_a_file_without_a_good_line(tmp_path, vocabulary):
@@ -83,6 +138,11 @@ def test_a_file_without_a_good_line(tmp_path, vocabulary):
         ValueError, match='in.jsonl has no good line: expected one JSON object a line, with "inputs" and'
     ):
         read(tmp_path, vocabulary, b"{}")
+
+
+def test_a_directory_is_no_input(tmp_path, vocabulary):
+    with pytest.raises(ValueError, match="is a directory: expected a file of JSON lines"):
+        read_lines(tmp_path, vocabulary, Limits(31, 8, 6, 0), Skipped(tmp_path), with_targets=True)
 
 
 def line(number: int, inputs: int, targets: int = 1) -> Line:
@@ -107,7 +167,7 @@ def test_rows_are_padded_and_repeated():
 
 def test_answers_keep_the_order_of_the_lines():
     file = io.StringIO()
-    out = Answers(file)
+    out = Answers(file, Skipped(Path("in.jsonl")))
     lines = [line(number, 1) for number in (2, 5, 9)]
     out.expect(lines)
     out.put(lines[1], {"x": 1})
@@ -118,8 +178,38 @@ def test_answers_keep_the_order_of_the_lines():
     assert written == [{"line": n, "inputs": n, "x": i} for i, n in enumerate((2, 5, 9))]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_answer_that_is_not_finite_is_reported(bad, capsys):
+    file, skipped = io.StringIO(), Skipped(Path("in.jsonl"))
+    out = Answers(file, skipped)
+    lines = [line(number, 1) for number in (2, 5, 9)]
+    out.expect(lines)
+    for one, value in zip(lines, (0.0, bad, 2.0), strict=True):
+        out.put(one, {"logprobs": [value]})
+    assert [json.loads(row)["line"] for row in file.getvalue().splitlines()] == [2, 9]
+    assert "in.jsonl, line 5 was skipped: what was found is not finite" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        skipped.finish()
+    assert stop.value.code == 1
+    assert "in.jsonl: 1 line was skipped; the others have their answers" in capsys.readouterr().err
+
+
+def test_without_skipped_lines_all_is_well(capsys):
+    Skipped(Path("in.jsonl")).finish()
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_line_has_is_kept_up_to_parts_of_the_answer():
+    file = io.StringIO()
+    out = Answers(file, Skipped(Path("in.jsonl")))
+    one = Line(4, {"id": "x", "line": 77, "text": "old", "inputs": [3]}, (3,), None)
+    out.expect([one])
+    out.put(one, {"text": "new"})
+    assert file.getvalue() == '{"line": 4, "id": "x", "text": "new", "inputs": [3]}\n'
+
+
 def test_an_output_is_never_overwritten(tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
-    with pytest.raises(FileExistsError), answers(tmp_path / "out.jsonl"):
+    with pytest.raises(FileExistsError), answers(tmp_path / "out.jsonl", Skipped(tmp_path)):
         pass
     assert (tmp_path / "out.jsonl").read_text() == "mine"

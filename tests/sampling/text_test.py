@@ -38,13 +38,25 @@ def test_prompts_of_decoders_have_a_start_and_no_end(tmp_path):
     assert prompt_tokens(ours, "lazy dog", 40) == ([1, *ours.encode("lazy dog")], False)
 
 
-def test_prompts_that_are_too_long_lose_their_end(vocabulary):
+def test_prompts_that_are_too_long_lose_the_end_of_their_text(vocabulary):
     long = "returns the mean of a sequence of numbers"
-    assert prompt_tokens(vocabulary, long, 6) == (vocabulary.encode(long)[:6], True)
+    assert prompt_tokens(vocabulary, long, 6) == ([*vocabulary.encode(long)[:5], EOS_ID], True)
+    with pytest.raises(ValueError, match="expected at most 1; give a greater --max_prompt"):
+        prompt_tokens(vocabulary, long, 1)
     # As long as it may be, with the end of sequence, is not too long.
     tokens = len(vocabulary.encode(long)) + 1
     assert not prompt_tokens(vocabulary, long, tokens)[1]
     assert prompt_tokens(vocabulary, long, tokens - 1)[1]
+
+
+def test_prompts_of_decoders_that_are_too_long_are_refused(tmp_path):
+    ours = Vocabulary.load(sentencepiece_directory(tmp_path / "llama", "llama"))
+    length = len(ours.encode_prompt("lazy dog"))
+    assert prompt_tokens(ours, "lazy dog", length)[1] is False
+    with pytest.raises(
+        ValueError, match=rf"has {length} tokens: expected at most {length - 1}; give a greater --max_prompt"
+    ):
+        prompt_tokens(ours, "lazy dog", length - 1)
 
 
 @pytest.mark.parametrize("empty", ["", "   "])
