@@ -126,6 +126,7 @@ def _canonical_experts(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         mlp_dim=width,
         dropout_rate=None,
         balance_weight=0.01,
+        balance_by="layer",
         z_weight=0.0,
     )
     # Nothing is as wide as the policy's own blocks where all are experts.

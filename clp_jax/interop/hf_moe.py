@@ -54,7 +54,10 @@ def _read_mixtral(settings: Settings) -> PaLMConfig:
         k=settings["num_experts_per_tok"], renormalize=True, jitter=float(settings["router_jitter_noise"])
     )
     moe = MoEConfig(
-        num_experts=settings["num_local_experts"], router=router, balance_weight=settings["router_aux_loss_coef"]
+        num_experts=settings["num_local_experts"],
+        router=router,
+        balance_weight=settings["router_aux_loss_coef"],
+        balance_by="model",
     )
     return PaLMConfig(**read_common(settings, window=settings["sliding_window"], moe=moe))
 
@@ -81,6 +84,7 @@ def _read_qwen_moe(settings: Settings, num_experts: int, shared_dim: int) -> MoE
         shared_dim=shared_dim,
         shared_gate=shared_dim > 0,
         balance_weight=settings["router_aux_loss_coef"],
+        balance_by="model",
     )
 
 

@@ -41,6 +41,9 @@ class MoEConfig:
         shared_gate: whether a sigmoid gate scales the shared expert (Qwen2-MoE).
         extra_mlp: a dense block, with its own norm and residual, after each sparse one (ST-MoE).
         balance_weight: of the load-balance loss.
+        balance_by: what that loss takes the experts' shares of: every ``"layer"``, for a mean of its losses (Switch,
+            arXiv 2101.03961; GShard), or the ``"model"``, all sparse layers together (Mixtral and Qwen-MoE as
+            transformers trains them), where one layer's favourites may make up for another's.
         z_weight: of the router z-loss.
         dense: the twin that costs the same: every sparse block becomes a dense one as wide as what a token visits.
     """
@@ -55,6 +58,7 @@ class MoEConfig:
     shared_gate: bool = False
     extra_mlp: bool = False
     balance_weight: float = 0.01
+    balance_by: str = "layer"
     z_weight: float = 0.0
     dense: bool = False
 
@@ -72,6 +76,8 @@ class MoEConfig:
                 raise ValueError(f"MoEConfig.{name} is {value}: expected at least {least}.")
         if self.dropout_rate is not None and not 0 <= self.dropout_rate < 1:
             raise ValueError(f"MoEConfig.dropout_rate is {self.dropout_rate}: expected a number in [0, 1).")
+        if self.balance_by not in ("layer", "model"):
+            raise ValueError(f"MoEConfig.balance_by is {self.balance_by!r}: expected 'layer' or 'model'.")
         for name in ("router", "decoder_router"):
             router = getattr(self, name)
             if router is not None and not isinstance(router, _ROUTERS):

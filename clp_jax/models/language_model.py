@@ -118,19 +118,27 @@ MAX_LOADS = 32
 
 
 def routing_loss(moe: MoEConfig | None, routing: Sequence[RoutingStatistics]) -> tuple[Float[Array, ""], Metrics]:
-    """The routers' auxiliary loss, averaged over all sparse layers, and metrics.
+    """The routers' auxiliary loss, of all sparse layers, and metrics.
 
     Args:
-        moe: the weights of load-balance loss and z-loss.
+        moe: the weights of load-balance loss and z-loss, and what balance is taken of.
         routing: of all stacks; none gives 0 and no metrics.
     """
     if moe is None or not routing:
         return jnp.zeros(()), {}
 
+    def of_layers(name: str) -> Array:
+        return jnp.concatenate([getattr(layers, name) for layers in routing])
+
     def mean(name: str) -> Array:
-        return jnp.concatenate([getattr(layers, name) for layers in routing]).mean(0)
+        return of_layers(name).mean(0)
 
     metrics = {f"router/{name}": mean(name) for name in ("balance_loss", "z_loss", "dropped", "entropy")}
+    if moe.balance_by == "model":
+        tokens = of_layers("tokens")
+        share = (tokens / jnp.maximum(tokens.sum(), 1))[:, None]
+        f, p = ((share * of_layers(name)).sum(0) for name in ("choice_share", "mean_probability"))
+        metrics["router/balance_loss"] = moe.num_experts * (f * p).sum()
     load = mean("load")
     metrics |= {"router/load_max": load.max(), "router/load_min": load.min()}
     if load.shape[0] <= MAX_LOADS:

@@ -50,9 +50,15 @@ class PaLM(LanguageModel):
             return Encoded(None, tokens, in_order(tokens), ())
         unpacked = segments is None
         places = in_order((tokens != self.config.pad_id).astype(jnp.int32) if segments is None else segments)
+        # A completion reads the last token again: experts see it once. In a prefix the other tokens see what they make of it.
+        present = None
+        if not self.config.prefix_lm:
+            last = jnp.take_along_axis(_ends(places.segments), places.segments, axis=1)
+            present = (places.segments > 0) & (jnp.arange(tokens.shape[1])[None] != last)
         ran = self.decoder(
             self.embed(tokens),
             places,
+            present=present,
             dropout_key=dropout_key,
             keep=True,
             causal=not self.config.prefix_lm,

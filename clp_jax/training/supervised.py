@@ -34,7 +34,16 @@ from clp_jax.training.transfer import Transfer
 # A policy may be trained on with other values of these: they change how it is computed, not what.
 _FREE_FIELDS = frozenset(
     {"dropout_rate", "dtype", "param_dtype", "remat", "scan_unroll", "pad_id", "eos_ids"}
-    | {"balance_weight", "z_weight", "jitter", "train_capacity", "eval_capacity", "fixed_capacity", "group"}
+    | {
+        "balance_weight",
+        "balance_by",
+        "z_weight",
+        "jitter",
+        "train_capacity",
+        "eval_capacity",
+        "fixed_capacity",
+        "group",
+    }
 )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import huggingface_results
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,46 +14,55 @@ from clp_jax.interop import huggingface
 from clp_jax.models.policy import Policy
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.decoder import CachedDecoder
-from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
-from clp_jax.sampling.strategies import Greedy
 
 RECORD = dict(np.load(Path(__file__).parents[1] / "fixtures" / "huggingface_golden.npz"))
 NAMES = sorted({name.partition("/")[0] for name in RECORD if "/" in name})
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_completions_and_the_way_back(name, tmp_path):
-    prefix = f"{name}/tensors/"
-    tensors = {key.removeprefix(prefix): value for key, value in RECORD.items() if key.startswith(prefix)}
-    (tmp_path / "in").mkdir()
-    save_file(tensors, tmp_path / "in" / "model.safetensors")
-    for file in ("config", "generation_config"):
-        (tmp_path / "in" / f"{file}.json").write_bytes(RECORD[f"{name}/{file}"].tobytes())
-    imported = huggingface.read(tmp_path / "in")
-    policy, inputs, greedy = Policy(imported.config), jnp.asarray(RECORD["inputs"]), RECORD[f"{name}/greedy"]
+def _part(prefix):
+    return {key.removeprefix(prefix): value for key, value in RECORD.items() if key.startswith(prefix)}
 
-    beams = RECORD.get(f"{name}/beams")  # Of one model of a family.
+
+@pytest.fixture(params=NAMES)
+def recorded(request, tmp_path):
+    """The name of a model, its directory as transformers wrote it, and one with its gradient for weights."""
+    name = request.param
+    for what, directory in (("tensors", tmp_path / "in"), ("gradient", tmp_path / "gradient")):
+        directory.mkdir()
+        save_file(huggingface_results.unpacked(**_part(f"{name}/{what}/")), directory / "model.safetensors")
+        for file in ("config", "generation_config"):
+            (directory / f"{file}.json").write_bytes(RECORD[f"{name}/{file}"].tobytes())
+    return name, tmp_path
+
+
+def test_logits_loss_gradients_auxiliary_losses_and_greedy_completions(recorded):
+    name, directory = recorded
+    imported = huggingface.read(directory / "in")
+    batch = huggingface_results.training_batch(*(RECORD[rows] for rows in ("inputs", "decoder_inputs", "targets")))
+    expected = {what: value for what, value in _part(f"{name}/").items() if what in huggingface_results.RESULTS}
+    expected["gradient"] = huggingface.read(directory / "gradient").params
+    huggingface_results.check(huggingface_results.compute(Policy(imported.config), imported.params, batch), expected)
+
+
+@pytest.mark.parametrize("recorded", [name for name in NAMES if f"{name}/beams" in RECORD], indirect=True)
+def test_beams(recorded):
+    name, directory = recorded
+    imported, inputs, beams = huggingface.read(directory / "in"), jnp.asarray(RECORD["inputs"]), RECORD[f"{name}/beams"]
     ending = Policy(dataclasses.replace(imported.config, eos_ids=tuple(RECORD["ends"].tolist())))
+    number = len(beams) // len(inputs)
 
     @jax.jit
-    def run(params):
-        bound = policy.bind(params)
-        config = SamplingConfig(max_length=greedy.shape[1], strategy=Greedy())
-        keys = row_keys(jax.random.key(0), len(inputs))
-        written = generate(CachedDecoder(bound), inputs, keys=keys, config=config)
-        found = None
-        if beams is not None:
-            number = len(beams) // len(inputs)
-            found = beam_search(CachedDecoder(ending.bind(params)), inputs, BeamConfig(beams.shape[1], number, number))
-        return bound(inputs, jnp.asarray(RECORD["decoder_inputs"])), written.tokens, found
+    def search(params):
+        return beam_search(CachedDecoder(ending.bind(params)), inputs, BeamConfig(beams.shape[1], number, number))
 
-    logits, written, found = run(jax.tree.map(jnp.asarray, imported.params))
-    np.testing.assert_allclose(logits, RECORD[f"{name}/logits"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(written, greedy)
-    if beams is not None:
-        np.testing.assert_array_equal(found.completions.tokens, beams)
-        np.testing.assert_allclose(found.scores, RECORD[f"{name}/scores"], rtol=1e-5)
+    found = search(jax.tree.map(jnp.asarray, imported.params))
+    np.testing.assert_array_equal(found.completions.tokens, beams)
+    np.testing.assert_allclose(found.scores, RECORD[f"{name}/scores"], rtol=1e-5)
 
+
+def test_written_back_it_is_what_it_was(recorded):
+    name, tmp_path = recorded
+    imported, tensors = huggingface.read(tmp_path / "in"), load_file(tmp_path / "in" / "model.safetensors")
     huggingface.write(
         tmp_path / "out", imported.config, imported.params, origin=imported.origin, files=imported.text_files
     )

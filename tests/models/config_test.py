@@ -88,6 +88,11 @@ def test_experts_that_choose_are_refused_in_causal_stacks():
         PaLMConfig.llama(**sizes, num_layers=1, moe=MoEConfig(num_experts=2, router=TokenChoice(k=3)))
 
 
+def test_experts_are_balanced_by_layer_or_by_model():
+    with pytest.raises(ValueError, match="MoEConfig.balance_by is 'token': expected 'layer' or 'model'"):
+        MoEConfig(num_experts=2, balance_by="token")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
