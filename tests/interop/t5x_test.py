@@ -239,7 +239,7 @@ def test_a_stated_policy_is_what_is_read(tmp_path):
         ),
         (
             T5Config(**SIZES),
-            r"lacks 6 of \d+ tensors: '.*layers_1/mlp/w",
+            r"lacks 6 of \d+ tensors: .*layers_1/mlp/w",
         ),
         (
             PaLMConfig.llama(vocab_size=4, embed_dim=4, mlp_dim=4, num_heads=1, head_dim=4, num_layers=1),
