@@ -247,23 +247,14 @@ def sample(
         raise ValueError("sample: a prompt and an input were given: expected one of them.")
     if output is not None and input is None:
         raise ValueError("sample: output is written for the lines of an input: give one, or redirect what is printed.")
-    chosen = _strategy(strategy, temperature, Sampling(temperature or 1.0, top_k, top_p, min_p))
-    if chosen is not None and (num_beams is not None or length_penalty is not None):
-        raise ValueError(f"sample: num_beams and length_penalty do nothing with strategy={strategy}: leave them out.")
+    is_search = num_beams is not None or length_penalty is not None
+    chosen = _strategy(strategy, temperature, Sampling(temperature or 1.0, top_k, top_p, min_p), is_search)
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
     loaded = load_policy(checkpoint)
     processors = _processors(repetition_penalty, loaded.policy.config)
     length = max_tokens or loaded.max_length or 64
-    generation: SamplingConfig | BeamConfig
-    if chosen is None:
-        beams = 4 if num_beams is None else num_beams
-        if beams < num_samples:
-            raise ValueError(f"num_beams is {beams}: expected at least num_samples, {num_samples}.")
-        penalty = PowerPenalty(1.0 if length_penalty is None else length_penalty)
-        generation = BeamConfig(length, beams, num_samples, length_penalty=penalty, processors=processors)
-    else:
-        generation = SamplingConfig(length, chosen, processors=processors)
+    generation = _generation(chosen, length, num_samples, num_beams, length_penalty, processors)
     config = ServingConfig(
         generation=generation,
         num_samples=1 if chosen is None else num_samples,
@@ -286,7 +277,25 @@ def sample(
         talk(session, sys.stdin, Console())
 
 
-def _strategy(name: str, temperature: float, sampling: Sampling) -> Sampling | Greedy | None:
+def _generation(
+    chosen: Sampling | Greedy | None,
+    length: int,
+    num_samples: int,
+    num_beams: int | None,
+    length_penalty: float | None,
+    processors: tuple[LogitProcessor, ...],
+) -> SamplingConfig | BeamConfig:
+    """How completions are written: by a search where no way to choose tokens is given."""
+    if chosen is not None:
+        return SamplingConfig(length, chosen, processors=processors)
+    beams = 4 if num_beams is None else num_beams
+    if beams < num_samples:
+        raise ValueError(f"num_beams is {beams}: expected at least num_samples, {num_samples}.")
+    penalty = PowerPenalty(1.0 if length_penalty is None else length_penalty)
+    return BeamConfig(length, beams, num_samples, length_penalty=penalty, processors=processors)
+
+
+def _strategy(name: str, temperature: float, sampling: Sampling, is_search: bool) -> Sampling | Greedy | None:
     """How tokens are chosen; None for a search.
 
     Raises:
@@ -294,6 +303,8 @@ def _strategy(name: str, temperature: float, sampling: Sampling) -> Sampling | G
     """
     if name not in STRATEGIES:
         raise ValueError(f"strategy is {name!r}: expected one of {', '.join(STRATEGIES)}.")
+    if is_search and name != "beam":
+        raise ValueError(f"sample: num_beams and length_penalty do nothing with strategy={name}: leave them out.")
     filtered = (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0)
     if temperature == 0 and filtered:
         raise ValueError("sample: top_k and top_p do nothing at temperature 0, which is greedy: leave them out.")
