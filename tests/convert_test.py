@@ -5,6 +5,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -267,7 +268,7 @@ def test_a_conditioned_policy_is_exported_at_weights(home, subset):
     inputs, tokens = np.asarray([[3, 4, 5, 1]], np.int32), np.asarray([[0, 6, 7]], np.int32)
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor(inputs), decoder_input_ids=torch.tensor(tokens)).logits.numpy()
-    logits = policy.bind(unflatten(mixed))(jnp.asarray(inputs), jnp.asarray(tokens))
+    logits = policy.bind(jax.tree.map(jnp.asarray, unflatten(mixed)))(jnp.asarray(inputs), jnp.asarray(tokens))
     np.testing.assert_allclose(logits, theirs, rtol=1e-5, atol=1e-5)
 
 
