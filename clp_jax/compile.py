@@ -110,12 +110,7 @@ class Job:
         settings = {name: value for name, value in arguments.items() if name in own}
 
         def learner(outline: Outline) -> Learner:
-            return Learner(
-                outline.loss_fn,
-                logical_axes=outline.logical_axes,
-                frozen_logical_axes=outline.frozen_logical_axes,
-                **settings,
-            )
+            return Learner.for_stage(outline, **settings)
 
         return cls(stage, learner)
 

@@ -4,26 +4,32 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from clp_jax import processes
+from clp_jax.compilation.chips import peak_flops
 from clp_jax.host_rows import meet
 from clp_jax.partitioning import Rules, make_mesh
 from clp_jax.training.adafactor_slots import take_over
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import Checkpoints
+from clp_jax.training.guards import Guards
 from clp_jax.training.learner import Learner
+from clp_jax.training.ledger import RESTORE, Ledger, carried, read_records, spending
 from clp_jax.training.loop import Cadence, TrainLoop
-from clp_jax.training.metrics import MetricWriter, read_metrics
+from clp_jax.training.metrics import MetricWriter, Scalars, read_metrics
 from clp_jax.training.optimizers import OptimizerConfig
+from clp_jax.training.profiling import Profile
 from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import RunDirectory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
 from clp_jax.training.train_state import TrainState
+from clp_jax.training.wandb_scalars import WandbScalars
 from clp_jax.training.watchdog import Watchdog
 
 
@@ -59,7 +65,10 @@ def train(
     ema_decay: float | None = None,
     mesh: Mesh | None = None,
     rules: Rules = Rules(),
+    guards: Guards = Guards(),
     watchdog_seconds: float | None = 1800.0,
+    profile_steps: tuple[int, int] | None = None,
+    wandb_project: str | None = None,
     config_text: str = "",
 ) -> TrainResult:
     """Trains a stage, or goes on where an earlier call in the same run directory was.
@@ -83,13 +92,17 @@ def train(
         ema_decay: of a moving average of the parameters, which is then evaluated and served; None keeps none.
         mesh: all devices, data-parallel, by default.
         rules: maps logical axes to mesh axes.
+        guards: which updates are left out: those of a NaN, and of a spike.
         watchdog_seconds: without a step after which the process shows what it is doing, and ends; None waits for ever.
+        profile_steps: the first and the last step of a trace by JAX's profiler, as in 10,13; it goes to ``profile/`` in the run
+            directory.
+        wandb_project: shows the metrics at W&B too, in this project; needs 'clp-jax[wandb]'.
         config_text: the resolved configuration, stored in the run directory; another one is refused there.
 
     Raises:
         RunDirectoryError: when the run directory can't be used.
         CheckpointError: when a checkpoint can't be written or read.
-        NonFiniteLossError: when the loss is NaN or infinite.
+        GuardError: when too many steps in a row are not finite.
         SystemExit: after a signal, once the state is saved: `clp_jax.processes.RESTARTABLE`, or 130 after Ctrl-C.
     """
     retention = Retention(keep_checkpoints, keep_every, keep_best)
@@ -97,6 +110,7 @@ def train(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
     with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(Ledger())
         directory, done, described = _enter(run_dir, config_text, stack)
         if done >= num_steps and described:
             _say(f"{directory.path} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
@@ -107,31 +121,36 @@ def train(
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
         mesh = meet(make_mesh() if mesh is None else mesh)
         setup = stage.setup(directory.path, seed)
-        learner = Learner(
-            setup.loss_fn,
-            optimizer,
-            logical_axes=setup.logical_axes,
-            frozen_logical_axes=setup.frozen_logical_axes,
-            mesh=mesh,
-            rules=rules,
-            accumulation=accumulation,
-            ema_decay=ema_decay,
+        learner = Learner.for_stage(
+            setup, optimizer, mesh=mesh, rules=rules, accumulation=accumulation, ema_decay=ema_decay, guards=guards
         )
         description = _describe(directory, setup)
+        stack.callback(_close, ledger, directory)
+        profile = stack.enter_context(Profile(directory.path, profile_steps))
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
-        state = _first_state(checkpoints, learner, setup, seed)
-        start = int(state.step)
+        with spending(RESTORE):
+            state = _first_state(checkpoints, learner, setup, seed)
+            start = int(state.step)
+        ledger.carry(*carried(read_records(directory.ledger), read_metrics(directory.metrics), start), start)
         name = str(description["stage"])
-        writer, progress = _reports(stack, directory, setup, name, start, num_steps)
+        also = (
+            [WandbScalars(wandb_project, directory.path, config_text)] if wandb_project and processes.is_main() else []
+        )
+        writer, progress = _reports(stack, directory, setup, name, start, num_steps, also)
         loop = TrainLoop(
             learner=learner,
+            guards=guards,
             setup=setup,
             frozen=learner.place_frozen(setup.frozen),
             cadence=cadence,
+            directory=directory,
             writer=writer,
             progress=progress,
             checkpoints=checkpoints,
             description=description | {"config": config_text},
+            ledger=ledger,
+            peak_flops=peak_flops(mesh.devices.flat[0].device_kind),
+            profile=profile,
             stop=stop,
             watchdog=watchdog,
         )
@@ -157,10 +176,16 @@ def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitS
 
 
 def _reports(
-    stack: contextlib.ExitStack, directory: RunDirectory, setup: StageSetup, name: str, start: int, num_steps: int
+    stack: contextlib.ExitStack,
+    directory: RunDirectory,
+    setup: StageSetup,
+    name: str,
+    start: int,
+    num_steps: int,
+    also: Sequence[Scalars],
 ) -> tuple[MetricWriter | None, Progress]:
     """Where metrics go, and what the user sees: of process 0 alone."""
-    writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
+    writer = stack.enter_context(MetricWriter(directory, name, start, also)) if processes.is_main() else None
     shown = sys.stderr if processes.is_main() else open(os.devnull, "w")  # noqa: SIM115 - closed with the process
     progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=shown))
     if start:
@@ -181,6 +206,14 @@ def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, 
     taken = "are left: the optimizer is another" if state is fresh else "are gone on from"
     _say(f"the {setup.slots.count} updates of the initial checkpoint's Adafactor {taken}.")
     return state
+
+
+def _close(ledger: Ledger, directory: RunDirectory) -> None:
+    """Says where the time went, and notes it for those who go on."""
+    if processes.is_main():
+        with contextlib.suppress(OSError):  # What ended the run is the error to look at.
+            ledger.note(directory.ledger)
+        _say(ledger.summary())
 
 
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:

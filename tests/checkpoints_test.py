@@ -10,6 +10,7 @@ from clp_jax.checkpoints import checkpoints
 from clp_jax.main import main
 from clp_jax.training.checkpoint_steps import Retention
 from clp_jax.training.checkpoints import CheckpointError, Checkpoints, save_params
+from clp_jax.training.guards import Guards
 from clp_jax.training.run_directory import RunDirectory, RunDirectoryError
 from clp_jax.training.train_state import TrainState
 
@@ -18,7 +19,7 @@ LOSSES = {2: 0.5, 4: 0.25, 6: 0.75, 8: 1.0}
 
 def state_of(step):
     params = {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.full((4,), step, jnp.bfloat16)}
-    return TrainState(jnp.int32(step), params, {"slot": jnp.ones(3)}, None, jnp.zeros(2, jnp.uint32))
+    return TrainState(jnp.int32(step), params, {"slot": jnp.ones(3)}, None, jnp.zeros(2, jnp.uint32), Guards().init())
 
 
 @pytest.fixture(scope="module")

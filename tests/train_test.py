@@ -22,7 +22,7 @@ from clp_jax.processes import RESTARTABLE
 from clp_jax.train import train
 from clp_jax.training.checkpoint_steps import KeepBest
 from clp_jax.training.checkpoints import CheckpointError, load_params
-from clp_jax.training.loop import NonFiniteLossError
+from clp_jax.training.guards import GuardError, Guards
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.optimizers import Adafactor, AdamW
 from clp_jax.training.run_directory import RunDirectoryError
@@ -48,6 +48,9 @@ class Noise:
 
     def restore(self, position):
         self.examples = position["examples"]
+
+    def example_ids(self, position):
+        return list(range(position["examples"], position["examples"] + 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +95,9 @@ class Toy:
 
 @dataclasses.dataclass(frozen=True)
 class Gradient(Toy):
-    """A finite loss whose gradient is NaN from some step on."""
+    """A finite loss whose gradient is NaN in some steps."""
 
-    after: int = 0
+    bad: frozenset = frozenset()
 
     def setup(self, run_dir, seed):
         setup = super().setup(run_dir, seed)
@@ -103,15 +106,14 @@ class Gradient(Toy):
 
         def next_with_flag(state, frozen):
             batch, metrics = draw(state, frozen)
-            late = source.examples // 4 > self.after
-            return batch | {"late": jnp.full((4,), float(late))}, metrics
+            return batch | {"bad": jnp.full((4,), float(source.examples // 4 in self.bad))}, metrics
 
         source.next = next_with_flag
 
         def loss_fn(params, frozen, batch, key):
             loss, weight, metrics = plain(params, frozen, batch, key)
             # The square root of 0 has an infinite slope: times 0, it is NaN.
-            return loss + jnp.sqrt(1 - batch["late"].max() + 0 * params["w"].sum()), weight, metrics
+            return loss + jnp.sqrt(1 - batch["bad"].max() + 0 * params["w"].sum()), weight, metrics
 
         return dataclasses.replace(setup, loss_fn=loss_fn)
 
@@ -257,24 +259,65 @@ def test_asking_less_of_a_complete_run_leaves_its_configuration(tmp_path):
     assert (tmp_path / "config.gin").read_text() == "NUM_STEPS = 5\n"
 
 
-def test_a_nan_stops_the_run_and_leaves_the_checkpoint(tmp_path):
+def test_non_finite_steps_in_a_row_end_the_run_and_leave_the_checkpoint(tmp_path):
     explode = AdamW(Linear(1e9, 20, warmup_steps=19), max_grad_norm=None)  # The first step has a rate of 0.
     with pytest.raises(
-        NonFiniteLossError, match=r"the loss of step \d is nan .*step \d is saved and intact.*learning rate"
+        GuardError,
+        match=r"steps 3 to 5 had a loss or a gradient that is not finite .*3 in a row.*step 4 is saved and intact.*learning rate",
     ):
-        run(tmp_path, 10, optimizer=explode, checkpoint_every=1)
+        run(tmp_path, 10, optimizer=explode, checkpoint_every=1, guards=Guards(patience=3))
     params, _, step = load_params(tmp_path)
-    assert np.isfinite(params["w"]).all() and step >= 1
-    assert np.isfinite([r["loss"] for r in lines(tmp_path)]).all()
+    assert np.isfinite(params["w"]).all() and step == 4
+    assert [(r["step"], r["loss"] is None, r["skipped"]) for r in lines(tmp_path)][-3:] == [
+        (2, False, 0),
+        (3, True, 1),
+        (4, True, 2),
+    ]
+    steps = json.loads((tmp_path / "non_finite.json").read_text())["steps"]
+    assert [(s["step"], s["position"], s["example_ids"]) for s in steps] == [
+        (3, {"examples": 8}, [8, 9, 10, 11]),
+        (4, {"examples": 12}, [12, 13, 14, 15]),
+        (5, {"examples": 16}, [16, 17, 18, 19]),
+    ]
+    assert [s["loss"] for s in steps] == ["nan"] * 3
+    with pytest.raises(GuardError, match="steps 3 to 5"):  # The row goes on where it was.
+        run(tmp_path, 10, optimizer=explode, checkpoint_every=1, guards=Guards(patience=3))
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_skipped_step_leaves_all_but_the_step_as_it_was_and_resuming_changes_nothing(tmp_path, capsys):
+    """The loss is finite, the gradient is not: steps 3, 4 and 7."""
+    stage = Gradient(bad=frozenset({3, 4, 7}))
+    run(tmp_path / "whole", 10, stage, checkpoint_every=1, keep_checkpoints=10)
+    for step in (3, 4, 7):
+        before, after = stored(tmp_path / "whole", step - 1), stored(tmp_path / "whole", step)
+        for item in ("params", "ema"):
+            jax.tree.map(np.testing.assert_array_equal, before[item], after[item])
+        jax.tree.map(np.testing.assert_array_equal, before["training"]["opt_state"], after["training"]["opt_state"])
+        assert after["training"]["step"] == step == before["training"]["step"] + 1
+    made = stored(tmp_path / "whole", 5)["params"]["w"]
+    assert (made != stored(tmp_path / "whole", 4)["params"]["w"]).any()
+    assert [r["skipped"] for r in lines(tmp_path / "whole")] == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert [r["step"] for r in lines(tmp_path / "whole") if r["update_norm"] == 0] == [
+        1,
+        3,
+        4,
+        7,
+    ]  # The first has a rate of 0.
+    said = capsys.readouterr().err
+    assert "step 7 is not finite, its update was left out: loss " in said and "grad_norm nan" in said
+    for num_steps in (3, 8, 10):
+        run(tmp_path / "parts", num_steps, stage)
+    one, other = stored(tmp_path / "whole", 10), stored(tmp_path / "parts", 10)
+    jax.tree.map(np.testing.assert_array_equal, one["training"], other["training"])
+    jax.tree.map(np.testing.assert_array_equal, one["params"], other["params"])
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
-    """The loss is that of the parameters before a step: it says nothing of what is saved after it."""
-    overflow = Gradient(after=2)
-    with pytest.raises(
-        NonFiniteLossError, match=r"step 3, whose loss is .* made parameters that are not finite.*step \d is saved"
-    ):
-        run(tmp_path, 6, overflow, checkpoint_every=1, ema_decay=None)
+    """The gradient of a step may be finite and its update too large."""
+    huge = AdamW(lambda step: jnp.where(step < 2, 0.1, 3e38), max_grad_norm=None, weight_decay=0.0)
+    with pytest.raises(GuardError, match=r"step 3 made parameters that are not finite .*step 2 is saved"):
+        run(tmp_path, 6, Gradient(), optimizer=huge, checkpoint_every=1, ema_decay=None)
     params, _, step = load_params(tmp_path)
     assert step == 2 and np.isfinite(params["w"]).all()
 
