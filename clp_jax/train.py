@@ -199,6 +199,11 @@ def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, 
         state, position = checkpoints.restore(learner.abstract_state(setup.params))
         setup.source.restore(position)
         return state
+    return fresh_state(learner, setup, seed)
+
+
+def fresh_state(learner: Learner, setup: StageSetup, seed: int) -> TrainState:
+    """The state before the first step of a stage, with the optimizer's state of what it begins with."""
     fresh = learner.init_state(setup.params, seed)
     if setup.slots is None:
         return fresh

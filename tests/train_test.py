@@ -17,119 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from failing_disks import no_file_longer_than
+from toy_runs import SETTINGS, Gradient, Toy, run
 
 from clp_jax.processes import RESTARTABLE
 from clp_jax.train import train
 from clp_jax.training.checkpoint_steps import KeepBest
 from clp_jax.training.checkpoints import CheckpointError, load_params
 from clp_jax.training.guards import GuardError, Guards
+from clp_jax.training.ledger import ACTIVITIES, LEDGER_METRICS
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
-from clp_jax.training.optimizers import Adafactor, AdamW
+from clp_jax.training.optimizers import AdamW
 from clp_jax.training.run_directory import RunDirectoryError
 from clp_jax.training.schedules import Linear
-from clp_jax.training.stage import StageSetup
-
-
-class Noise:
-    """A source whose batches depend on the position and, as rollouts do, on the parameters."""
-
-    def __init__(self, seed, log):
-        self.seed, self.examples, self.log = seed, 0, log
-
-    def next(self, state, frozen):
-        self.log.append(self.examples)
-        rng = np.random.default_rng([self.seed, self.examples])
-        self.examples += 4
-        shift = jax.random.normal(state.key(1)) + state.params["w"].sum()
-        return {"x": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) + shift * 0.01}, {"drawn": float(self.examples)}
-
-    def position(self):
-        return {"examples": self.examples}
-
-    def restore(self, position):
-        self.examples = position["examples"]
-
-    def example_ids(self, position):
-        return list(range(position["examples"], position["examples"] + 4))
-
-
-@dataclasses.dataclass(frozen=True)
-class Toy:
-    """Fits a line with noise from the learner's key; `hook(step, run_dir)` runs before each step."""
-
-    width: int = 3
-    hook: object = None
-    evaluations: list = dataclasses.field(default_factory=list)
-    consumed: list = dataclasses.field(default_factory=list)
-
-    def setup(self, run_dir, seed):
-        source = Noise(seed, self.consumed)
-        plain = source.next
-
-        def next_with_hook(state, frozen):
-            if self.hook is not None:
-                self.hook(source.examples // 4, run_dir)
-            return plain(state, frozen)
-
-        source.next = next_with_hook
-
-        def loss_fn(params, frozen, batch, key):
-            noise = jax.random.normal(key, batch["x"].shape[:1])
-            error = batch["x"] @ params["w"][:3] - 1 - 0.1 * noise
-            error = jnp.where(params["w"][0] > 1e6, jnp.nan, error)
-            return (error**2).sum(), jnp.float32(error.size), {"noise": noise.mean()}
-
-        def evaluate(params):
-            self.evaluations.append(len(self.consumed))
-            return {"size": float(jnp.abs(params["w"]).sum())}
-
-        return StageSetup(
-            params={"w": jnp.linspace(0.1, 1.0, self.width)},
-            loss_fn=loss_fn,
-            source=source,
-            describe=lambda: {"stage": "toy", "model": {"width": self.width}},
-            tokens_per_batch=12,
-            evaluate=evaluate,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Gradient(Toy):
-    """A finite loss whose gradient is NaN in some steps."""
-
-    bad: frozenset = frozenset()
-
-    def setup(self, run_dir, seed):
-        setup = super().setup(run_dir, seed)
-        plain, source = setup.loss_fn, setup.source
-        draw = source.next
-
-        def next_with_flag(state, frozen):
-            batch, metrics = draw(state, frozen)
-            return batch | {"bad": jnp.full((4,), float(source.examples // 4 in self.bad))}, metrics
-
-        source.next = next_with_flag
-
-        def loss_fn(params, frozen, batch, key):
-            loss, weight, metrics = plain(params, frozen, batch, key)
-            # The square root of 0 has an infinite slope: times 0, it is NaN.
-            return loss + jnp.sqrt(1 - batch["bad"].max() + 0 * params["w"].sum()), weight, metrics
-
-        return dataclasses.replace(setup, loss_fn=loss_fn)
-
-
-SETTINGS = {
-    "optimizer": Adafactor(Linear(0.1, 20, warmup_steps=2)),
-    "log_every": 1,
-    "evaluate_every": 4,
-    "checkpoint_every": 3,
-    "ema_decay": 0.9,
-    "seed": 11,
-}
-
-
-def run(path, num_steps, stage=None, **settings):
-    return train(run_dir=path, stage=stage or Toy(), num_steps=num_steps, **SETTINGS | settings)
 
 
 def lines(path):
@@ -193,6 +92,45 @@ def test_a_crash_between_checkpoints_loses_and_repeats_nothing(tmp_path):
     assert second.consumed == [24, 28, 32, 36]  # On from the checkpoint of step 6.
     run(tmp_path / "whole", 10)
     assert_same_run(tmp_path / "crashed", tmp_path / "whole", 10)
+    crashed, whole = (read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("crashed", "whole"))
+    assert crashed["repeated_steps"] == 2 and crashed["seconds/lost"] > 0  # Steps 7 and 8.
+    assert whole["repeated_steps"] == 0 == whole["seconds/lost"]
+
+
+def test_the_ledger_holds_every_second_of_a_run(tmp_path):
+    began = time.monotonic()
+    run(tmp_path, 7)
+    run(tmp_path, 10)
+    took = time.monotonic() - began
+    totals = []
+    for line in read_metrics(tmp_path / "metrics.jsonl"):
+        seconds = {name: value for name, value in line.items() if name.startswith("seconds/")}
+        assert seconds.keys() | {"repeated_steps"} == LEDGER_METRICS
+        totals.append(sum(seconds.values()))
+    assert totals == sorted(totals) and all(seconds[f"seconds/{name}"] > 0 for name in ACTIVITIES[:1] + ACTIVITIES[3:8])
+    # The rest is what comes before the first line and after the last one of the ledger: locks, and this test.
+    records = json.loads((tmp_path / "ledger.json").read_text())
+    assert [record["step"] for record in records] == [3, 6, 7, 7, 9, 10, 10]
+    assert totals[-1] <= sum(records[-1]["seconds"].values()) <= took
+
+
+def test_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Counted(Toy):
+        def setup(self, run_dir, seed):
+            return dataclasses.replace(super().setup(run_dir, seed), flops=36.0)
+
+    run(tmp_path / "unknown", 2, Counted())
+    monkeypatch.setattr("clp_jax.train.peak_flops", lambda kind: 1e6)
+    run(tmp_path / "known", 2, Counted())
+    run(tmp_path / "uncounted", 2)
+    assert not any(
+        "mfu" in r for name in ("unknown", "uncounted") for r in read_metrics(tmp_path / name / "metrics.jsonl")
+    )
+    for line in read_metrics(tmp_path / "known" / "metrics.jsonl"):
+        rate, devices = line["steps_per_second"], jax.device_count()
+        assert line["mfu"] == rate * 36 / (devices * 1e6)
+        assert line["tokens_per_second_per_device"] == rate * 12 / devices
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -425,14 +363,14 @@ def test_the_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(tmp_path
 
 SCRIPT = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/fixtures"]
-import train_test
+sys.path[:0] = [sys.argv[1] + "/fixtures"]
+import toy_runs
 def hook(step, run_dir):
     if step == 3:
         print("ready", flush=True)
         import time
         time.sleep(0.2)
-train_test.run(sys.argv[2], 100000, train_test.Toy(hook=hook))
+toy_runs.run(sys.argv[2], 100000, toy_runs.Toy(hook=hook))
 """
 
 

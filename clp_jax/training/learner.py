@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -309,6 +310,12 @@ class Learner:
             rng=replicated,
             guard=jax.tree.map(lambda _: replicated, state.guard),
         )
+
+
+def learner_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the arguments of `clp_jax.train.train` is the learner's, for `Learner.for_stage`."""
+    own = inspect.signature(Learner).parameters
+    return {name: value for name, value in arguments.items() if name in own}
 
 
 def _replicas(sharding: NamedSharding) -> int:
