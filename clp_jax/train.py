@@ -67,6 +67,7 @@ def train(
     rules: Rules = Rules(),
     guards: Guards = Guards(),
     watchdog_seconds: float | None = 1800.0,
+    replica_check_every: int | None = None,
     profile_steps: tuple[int, int] | None = None,
     wandb_project: str | None = None,
     config_text: str = "",
@@ -94,6 +95,7 @@ def train(
         rules: maps logical axes to mesh axes.
         guards: which updates are left out: those of a NaN, and of a spike.
         watchdog_seconds: without a step after which the process shows what it is doing, and ends; None waits for ever.
+        replica_check_every: steps between comparisons of the devices' copies of the state; None makes none.
         profile_steps: the first and the last step of a trace by JAX's profiler, as in 10,13; it goes to ``profile/`` in the run
             directory.
         wandb_project: shows the metrics at W&B too, in this project; needs 'clp-jax[wandb]'.
@@ -103,10 +105,11 @@ def train(
         RunDirectoryError: when the run directory can't be used.
         CheckpointError: when a checkpoint can't be written or read.
         GuardError: when too many steps in a row are not finite.
+        ReplicaError: when devices hold different copies of the state.
         SystemExit: after a signal, once the state is saved: `clp_jax.processes.RESTARTABLE`, or 130 after Ctrl-C.
     """
     retention = Retention(keep_checkpoints, keep_every, keep_best)
-    cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every)
+    cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every, replica_check_every)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
     with contextlib.ExitStack() as stack:

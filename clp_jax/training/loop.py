@@ -14,6 +14,7 @@ from clp_jax.training.ledger import DATA, EVALUATION, SAVE, STEP, Ledger, spendi
 from clp_jax.training.metrics import MetricWriter
 from clp_jax.training.profiling import Profile
 from clp_jax.training.progress import Progress
+from clp_jax.training.replicas import check_replicas
 from clp_jax.training.run_directory import RunDirectory, disk_errors
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.skipped import WATCHED, SkippedSteps
@@ -31,12 +32,14 @@ class Cadence:
         log_every: metrics are written.
         evaluate_every: the stage is evaluated; None evaluates at the end only.
         checkpoint_every: the state is saved; None saves at the end only.
+        replica_check_every: the devices' copies of the state are compared; None never does.
     """
 
     num_steps: int
     log_every: int = 10
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
+    replica_check_every: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -132,6 +135,7 @@ class TrainLoop:
         Raises:
             GuardError: when too many steps in a row are not finite.
             CheckpointError: when an earlier save failed.
+            ReplicaError: when devices hold different copies of the state.
         """
         step = start = int(state.step)
         self._saved = start or None
@@ -154,6 +158,10 @@ class TrainLoop:
             self._checkpoints.raise_if_failed()
             evaluate = self._setup.evaluate is not None and self._cadence.due(step, self._cadence.evaluate_every)
             save = self._cadence.due(step, self._cadence.checkpoint_every)
+            if self._cadence.replica_check_every is not None and self._cadence.due(
+                step, self._cadence.replica_check_every
+            ):
+                check_replicas(state, step)
             if evaluate or save:  # What is saved must be known to be finite.
                 evaluation = self._evaluate(state, metrics) if evaluate else {}
                 values = self._report(pending, evaluation)

@@ -38,6 +38,7 @@ FREE_BINDINGS = frozenset(
         "keep_best",
         "watchdog_seconds",
         "profile_steps",
+        "replica_check_every",
         "wandb_project",
     }
 )

@@ -38,7 +38,7 @@ class WandbScalars:
 
     def scalars(self, step: int, values: Mapping[str, float], wall_time: float) -> None:
         """Adds the numbers of a step."""
-        self._run.log(dict(values), step=step)
+        self._run.log(dict(values), step=step, commit=True)  # Otherwise it waits for the next step.
 
     def close(self) -> None:
         """Ends, when all is sent."""
