@@ -20,7 +20,7 @@ from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.guards import Guards
 from clp_jax.training.learner import Learner
 from clp_jax.training.ledger import RESTORE, Ledger, carried, read_records, spending
-from clp_jax.training.loop import Cadence, TrainLoop
+from clp_jax.training.loop import Cadence, Reports, TrainLoop
 from clp_jax.training.metrics import MetricWriter, Scalars, read_metrics
 from clp_jax.training.optimizers import OptimizerConfig
 from clp_jax.training.profiling import Profile
@@ -112,6 +112,7 @@ def train(
     cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every, replica_check_every)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
+    profile = Profile(Path(run_dir), profile_steps)
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(Ledger())
         directory, done, described = _enter(run_dir, config_text, stack)
@@ -129,17 +130,14 @@ def train(
         )
         description = _describe(directory, setup)
         stack.callback(_close, ledger, directory)
-        profile = stack.enter_context(Profile(directory.path, profile_steps))
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
-        with spending(RESTORE):
-            state = _first_state(checkpoints, learner, setup, seed)
-            start = int(state.step)
+        state = _first_state(checkpoints, learner, setup, seed)
+        start, name = int(state.step), str(description["stage"])
         ledger.carry(*carried(read_records(directory.ledger), read_metrics(directory.metrics), start), start)
-        name = str(description["stage"])
-        also = (
-            [WandbScalars(wandb_project, directory.path, config_text)] if wandb_project and processes.is_main() else []
-        )
+        also = _wandb(wandb_project, directory, config_text)
         writer, progress = _reports(stack, directory, setup, name, start, num_steps, also)
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        stack.enter_context(profile)
         loop = TrainLoop(
             learner=learner,
             guards=guards,
@@ -147,13 +145,9 @@ def train(
             frozen=learner.place_frozen(setup.frozen),
             cadence=cadence,
             directory=directory,
-            writer=writer,
-            progress=progress,
+            reports=Reports(writer, progress, ledger, profile, peak),
             checkpoints=checkpoints,
             description=description | {"config": config_text},
-            ledger=ledger,
-            peak_flops=peak_flops(mesh.devices.flat[0].device_kind),
-            profile=profile,
             stop=stop,
             watchdog=watchdog,
         )
@@ -198,11 +192,18 @@ def _reports(
 
 def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:
     """The newest intact checkpoint's, or a new one."""
-    if checkpoints.latest_step() is not None:
+    if checkpoints.latest_step() is None:
+        return fresh_state(learner, setup, seed)
+    with spending(RESTORE):
         state, position = checkpoints.restore(learner.abstract_state(setup.params))
         setup.source.restore(position)
-        return state
-    return fresh_state(learner, setup, seed)
+    return state
+
+
+def _wandb(project: str | None, directory: RunDirectory, config_text: str) -> list[WandbScalars]:
+    if project is None or not processes.is_main():
+        return []
+    return [WandbScalars(project, directory.path, config_text)]
 
 
 def fresh_state(learner: Learner, setup: StageSetup, seed: int) -> TrainState:

@@ -130,7 +130,7 @@ def test_diff_compares_leaf_by_leaf(run, tmp_path, capsys):
         ["run.json: position", "differs", "", ""],
         ["run.json: step", "differs", "", ""],
     ]
-    assert "3 arrays are the same to the bit, 4 differences" in shown
+    assert "5 arrays are the same to the bit, 4 differences" in shown
     checkpoints("diff", str(run / "checkpoints" / "2"), str(tmp_path / "other"))
     shown = capsys.readouterr().out
     for name, what in (

@@ -52,6 +52,25 @@ class Cadence:
         return step == self.num_steps or (every is not None and step % every == 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """What a run tells, and where.
+
+    Attributes:
+        writer: where metrics go; None in the processes that leave it to process 0.
+        progress: what the user sees.
+        ledger: of the run's time.
+        profile: the steps to record.
+        peak_flops: of one device, per second; None where it is not known.
+    """
+
+    writer: MetricWriter | None
+    progress: Progress
+    ledger: Ledger
+    profile: Profile
+    peak_flops: float | None = None
+
+
 class _Pending(NamedTuple):
     """A step that was dispatched and not looked at."""
 
@@ -74,13 +93,9 @@ class TrainLoop:
         frozen: that tree.
         cadence: how often things happen.
         directory: of the run.
-        writer: where metrics go; None in the processes that leave it to process 0.
-        progress: what the user sees.
+        reports: what it tells, and where.
         checkpoints: where states go.
         description: what rebuilds the model; is saved with every state.
-        ledger: of the run's time.
-        peak_flops: of one device, per second; None where it is not known.
-        profile: the steps to record.
         stop: tells that the process was asked to end.
         watchdog: hears of everything that gets done.
     """
@@ -94,13 +109,9 @@ class TrainLoop:
         frozen: Any,
         cadence: Cadence,
         directory: RunDirectory,
-        writer: MetricWriter | None,
-        progress: Progress,
+        reports: Reports,
         checkpoints: Checkpoints,
         description: dict[str, Any],
-        ledger: Ledger,
-        peak_flops: float | None,
-        profile: Profile,
         stop: StopSignal,
         watchdog: Watchdog,
     ):
@@ -110,13 +121,9 @@ class TrainLoop:
         self._frozen = frozen
         self._cadence = cadence
         self._directory = directory
-        self._writer = writer
-        self._progress = progress
+        self._reports = reports
         self._checkpoints = checkpoints
         self._description = description
-        self._ledger = ledger
-        self._peak_flops = peak_flops
-        self._profile = profile
         self._stop = stop
         self._watchdog = watchdog
         self._logged = (0, time.monotonic())  # Step and time of the last line of metrics.
@@ -148,12 +155,12 @@ class TrainLoop:
             with spending(DATA):
                 batch, source_metrics = self._setup.source.next(state, self._frozen)
             with spending(STEP):
-                self._profile.before(step + 1, state.step)
+                self._reports.profile.before(step + 1, state.step)
                 state, metrics = self._learner.update(state, self._frozen, batch)
                 if pending is not None:
                     self._report(pending)
                 step += 1
-                self._profile.after(step, metrics)
+                self._reports.profile.after(step, metrics)
             pending = _Pending(step, position, metrics, source_metrics)
             self._checkpoints.raise_if_failed()
             evaluate = self._setup.evaluate is not None and self._cadence.due(step, self._cadence.evaluate_every)
@@ -181,10 +188,10 @@ class TrainLoop:
             seen = jax.device_get({name: pending.metrics[name] for name in WATCHED})
         said = self._skipped.check(step, pending.position, seen, self._saved)
         if said is not None:
-            self._progress.message(said)
-        self._ledger.step = step
+            self._reports.progress.message(said)
+        self._reports.ledger.step = step
         self._watchdog.progress()
-        self._progress.update(step, f"loss {float(seen['loss']):.4g}")
+        self._reports.progress.update(step, f"loss {float(seen['loss']):.4g}")
         if not evaluation and not self._cadence.due(step, self._cadence.log_every):
             return {}
         fetched = jax.device_get(pending.metrics)
@@ -192,8 +199,8 @@ class TrainLoop:
         values = {name: value.item() for name, value in fetched.items()} | pending.source_metrics
         values |= {f"evaluation/{name}": float(value) for name, value in (evaluation or {}).items()}
         speed = self._speed(step)
-        if self._writer is not None:
-            self._writer.write(step, values | speed | self._ledger.metrics)
+        if self._reports.writer is not None:
+            self._reports.writer.write(step, values | speed | self._reports.ledger.metrics)
         return values
 
     def _speed(self, step: int) -> dict[str, float]:
@@ -208,14 +215,14 @@ class TrainLoop:
             "tokens_per_second": tokens,
             "tokens_per_second_per_device": tokens / devices,
         }
-        if self._peak_flops is not None and self._setup.flops is not None:
-            found["mfu"] = rate * self._setup.flops / (devices * self._peak_flops)
+        if self._reports.peak_flops is not None and self._setup.flops is not None:
+            found["mfu"] = rate * self._setup.flops / (devices * self._reports.peak_flops)
         return found
 
     def _evaluate(self, state: TrainState, metrics: dict[str, Any]) -> dict[str, float]:
         with spending(STEP):
             jax.block_until_ready(metrics)
-        with self._progress.activity("evaluating"), spending(EVALUATION):
+        with self._reports.progress.activity("evaluating"), spending(EVALUATION):
             assert self._setup.evaluate is not None
             values = self._setup.evaluate(state.averaged_params)
         self._watchdog.progress()
@@ -225,8 +232,8 @@ class TrainLoop:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         with spending(SAVE):
             self._checkpoints.save(step, state, self._setup.source.position(), self._description, finite)
-        if self._writer is not None:
+        if self._reports.writer is not None:
             with disk_errors(self._directory.path):
-                self._ledger.note(self._directory.ledger)
+                self._reports.ledger.note(self._directory.ledger)
         self._saved = step
         self._watchdog.progress()
