@@ -96,8 +96,7 @@ def train(
         guards: which updates are left out: those of a NaN, and of a spike.
         watchdog_seconds: without a step after which the process shows what it is doing, and ends; None waits for ever.
         replica_check_every: steps between comparisons of the devices' copies of the state; None makes none.
-        profile_steps: the first and the last step of a trace by JAX's profiler, as in 10,13; it goes to ``profile/`` in the run
-            directory.
+        profile_steps: the first and the last step of a trace by JAX's profiler, as in 10,13, in ``profile/``.
         wandb_project: shows the metrics at W&B too, in this project; needs 'clp-jax[wandb]'.
         config_text: the resolved configuration, stored in the run directory; another one is refused there.
 
@@ -119,8 +118,6 @@ def train(
         if done >= num_steps and described:
             _say(f"{directory.path} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
             return _result(directory, done)
-        if processes.is_main():
-            directory.write_config(config_text)
         stop = stack.enter_context(StopSignal())
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
         mesh = meet(make_mesh() if mesh is None else mesh)
@@ -128,16 +125,15 @@ def train(
         learner = Learner.for_stage(
             setup, optimizer, mesh=mesh, rules=rules, accumulation=accumulation, ema_decay=ema_decay, guards=guards
         )
-        description = _describe(directory, setup)
+        description = _describe(directory, setup, config_text)
         stack.callback(_close, ledger, directory)
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
         state = _first_state(checkpoints, learner, setup, seed)
         start, name = int(state.step), str(description["stage"])
         ledger.carry(*carried(read_records(directory.ledger), read_metrics(directory.metrics), start), start)
         also = _wandb(wandb_project, directory, config_text)
-        writer, progress = _reports(stack, directory, setup, name, start, num_steps, also)
+        writer, progress = _writers(stack, directory, setup, name, start, num_steps, also)
         peak = peak_flops(mesh.devices.flat[0].device_kind)
-        stack.enter_context(profile)
         loop = TrainLoop(
             learner=learner,
             guards=guards,
@@ -145,7 +141,7 @@ def train(
             frozen=learner.place_frozen(setup.frozen),
             cadence=cadence,
             directory=directory,
-            reports=Reports(writer, progress, ledger, profile, peak),
+            reports=Reports(writer, progress, ledger, stack.enter_context(profile), peak),
             checkpoints=checkpoints,
             description=description | {"config": config_text},
             stop=stop,
@@ -153,11 +149,7 @@ def train(
         )
         with learner.activate():  # Rollouts and evaluations follow the mesh, too.
             state = loop.run(state)
-    step = int(state.step)
-    if step < num_steps and stop.received is not None:
-        _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
-        raise SystemExit(stop.exit_code)
-    return _say_held_out(name, _result(directory, step))
+    return _end(name, directory, int(state.step), num_steps, stop)
 
 
 def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitStack) -> tuple[RunDirectory, int, bool]:
@@ -172,7 +164,7 @@ def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitS
     return RunDirectory(Path(path)), done, described
 
 
-def _reports(
+def _writers(
     stack: contextlib.ExitStack,
     directory: RunDirectory,
     setup: StageSetup,
@@ -225,6 +217,13 @@ def _close(ledger: Ledger, directory: RunDirectory) -> None:
         _say(ledger.summary())
 
 
+def _end(name: str, directory: RunDirectory, step: int, num_steps: int, stop: StopSignal) -> TrainResult:
+    if step < num_steps and stop.received is not None:
+        _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
+        raise SystemExit(stop.exit_code)
+    return _say_held_out(name, _result(directory, step))
+
+
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:
     found = {key.split("/", 1)[1]: value for key, value in result.metrics.items() if key.startswith("evaluation/")}
     if found:
@@ -232,13 +231,14 @@ def _say_held_out(name: str, result: TrainResult) -> TrainResult:
     return result
 
 
-def _describe(directory: RunDirectory, setup: StageSetup) -> dict[str, Any]:
+def _describe(directory: RunDirectory, setup: StageSetup, config_text: str) -> dict[str, Any]:
     description = setup.describe()
     if "stage" not in description:
         raise ValueError(f"the stage's description has no 'stage', only {sorted(description)}.")
 
     def write() -> None:
         directory.write_description(description)
+        directory.write_config(config_text)
         if setup.vocabulary is not None:
             setup.vocabulary.save(directory.path)
 
