@@ -129,11 +129,9 @@ def train(
         stack.callback(_close, ledger, directory)
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
         state = _first_state(checkpoints, learner, setup, seed)
-        start, name = int(state.step), str(description["stage"])
-        ledger.carry(*carried(read_records(directory.ledger), read_metrics(directory.metrics), start), start)
+        start, name = _carry(ledger, directory, state), str(description["stage"])
         also = _wandb(wandb_project, directory, config_text)
         writer, progress = _writers(stack, directory, setup, name, start, num_steps, also)
-        peak = peak_flops(mesh.devices.flat[0].device_kind)
         loop = TrainLoop(
             learner=learner,
             guards=guards,
@@ -141,7 +139,7 @@ def train(
             frozen=learner.place_frozen(setup.frozen),
             cadence=cadence,
             directory=directory,
-            reports=Reports(writer, progress, ledger, stack.enter_context(profile), peak),
+            reports=Reports(writer, progress, ledger, stack.enter_context(profile), _peak(mesh)),
             checkpoints=checkpoints,
             description=description | {"config": config_text},
             stop=stop,
@@ -190,6 +188,17 @@ def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, 
         state, position = checkpoints.restore(learner.abstract_state(setup.params))
         setup.source.restore(position)
     return state
+
+
+def _carry(ledger: Ledger, directory: RunDirectory, state: TrainState) -> int:
+    """Adds what earlier processes of the run spent, as far as they got; returns the step that it goes on from."""
+    start = int(state.step)
+    ledger.carry(*carried(read_records(directory.ledger), read_metrics(directory.metrics), start), start)
+    return start
+
+
+def _peak(mesh: Mesh) -> float | None:
+    return peak_flops(mesh.devices.flat[0].device_kind)
 
 
 def _wandb(project: str | None, directory: RunDirectory, config_text: str) -> list[WandbScalars]:
