@@ -92,6 +92,12 @@ class Killed(Exception):
     pass
 
 
+def test_the_ledger_tells_rollouts_from_learning(whole):
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    assert all(last[f"seconds/{name}"] > 0 for name in ("rollout", "step", "data", "save", "compile"))
+    assert last["seconds/data"] < last["seconds/rollout"]
+
+
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, home, whole, monkeypatch):
     plain, steps = ExperienceSource.next, []
 
