@@ -21,7 +21,7 @@ from toy_runs import SETTINGS, Gradient, Toy, run
 
 from clp_jax.processes import RESTARTABLE
 from clp_jax.train import train
-from clp_jax.training.checkpoint_steps import KeepBest
+from clp_jax.training.checkpoint_steps import KeepBest, complete_steps
 from clp_jax.training.checkpoints import CheckpointError, load_params
 from clp_jax.training.guards import GuardError, Guards
 from clp_jax.training.ledger import ACTIVITIES, LEDGER_METRICS
@@ -379,8 +379,9 @@ def test_a_process_that_is_killed_goes_on(tmp_path, number):
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
-    while len(list((tmp_path / "checkpoints").glob("[0-9]"))) == 0:
-        pass
+    while not complete_steps(tmp_path / "checkpoints"):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     if number == signal.SIGTERM:
