@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from clp_jax.training.checkpoint_manifest import Manifest
 from clp_jax.training.checkpoint_steps import as_path
 from clp_jax.training.checkpoints import Checkpoints
+from clp_jax.training.guards import Guards
 from clp_jax.training.train_state import TrainState
 
 ARRAYS = 8
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=256, help="of parameters, normally distributed")
     size = parser.parse_args().megabytes * 10**6 // 4 // ARRAYS
     params = {f"array_{i}": jax.random.normal(jax.random.key(i), (size,)) for i in range(ARRAYS)}
-    state = TrainState(jnp.int32(1), params, {}, None, jnp.zeros(2, jnp.uint32))
+    state = TrainState(jnp.int32(1), params, {}, None, jnp.zeros(2, jnp.uint32), Guards().init())
     block = b"0" * 10**8
     rate = len(block) / cpu_seconds(lambda: hashlib.sha256(block).digest()) / 1e9
     print(f"SHA-256: {rate:.2f} GB per CPU second")

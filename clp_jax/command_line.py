@@ -30,7 +30,7 @@ SWITCHES = {
 }
 HIDDEN = ("config_text",)
 # Commands that several processes run together.
-SPANNING = ("train",)
+SPANNING = ("train", "replay")
 
 _ELEMENTARY = {"str", "int", "float", "bool", "None", "Path", "PathLike"}
 _SEQUENCES = {"Sequence", "list", "tuple", "Iterable", "Collection"}

@@ -1,7 +1,6 @@
 """Compiles the programs of a training run for a TPU slice that need not be there, and says what they cost."""
 
 import dataclasses
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from clp_jax.compilation.search import Findings, alternatives, explore
 from clp_jax.compilation.topology import Topology
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.partitioning import use_devices
-from clp_jax.training.learner import Learner
+from clp_jax.training.learner import Learner, learner_settings
 from clp_jax.training.stage import DataShape, Outline, OutlinedStage
 
 UPDATE = "update"
@@ -106,18 +105,8 @@ class Job:
             raise ValueError(
                 f"the stage {type(stage).__name__} has no outline(data): it can't be compiled without its data and checkpoints."
             )
-        own = set(inspect.signature(Learner).parameters)
-        settings = {name: value for name, value in arguments.items() if name in own}
-
-        def learner(outline: Outline) -> Learner:
-            return Learner(
-                outline.loss_fn,
-                logical_axes=outline.logical_axes,
-                frozen_logical_axes=outline.frozen_logical_axes,
-                **settings,
-            )
-
-        return cls(stage, learner)
+        settings = learner_settings(arguments)
+        return cls(stage, lambda outline: Learner.for_stage(outline, **settings))
 
     def report(
         self,

@@ -28,10 +28,13 @@ COMMANDS = {
     "checkpoints": "clp_jax.checkpoints.checkpoints",
     "experiment": "clp_jax.experiment.experiment",
     "compile": "clp_jax.compile.compile",
+    "replay": "clp_jax.replay.replay",
 }
 
 # Arguments of commands that stand for another command, configured by the same files.
-BORROWED = {"compile": {"training": "train"}}
+BORROWED = {"compile": {"training": "train"}, "replay": {"training": "train"}}
+# Without gin files, the configuration of the run directory that this argument names.
+OF_A_RUN = {"replay": "run_dir"}
 
 # Those that run commands elsewhere: they know command lines, and nothing of gin.
 LAUNCHING = {
@@ -112,6 +115,8 @@ def _run(command: str, words: Sequence[str]) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/clp_jax").expanduser()))
     from clp_jax.gin_utils.configuration import configure
 
+    if command in OF_A_RUN and not invocation.gin_files:
+        invocation.gin_files = _own_configuration(invocation.arguments.get(OF_A_RUN[command]))
     for name in invocation.gin_files:
         read_file(name, SearchPath(invocation.search_paths))  # Finds slips before JAX is imported.
     if command in SPANNING and "print_config" not in invocation.switches:
@@ -134,6 +139,13 @@ def _run(command: str, words: Sequence[str]) -> int:
         arguments["config_text"] = configuration.text
     _function(command)(**arguments)
     return 0
+
+
+def _own_configuration(run_dir: str | None) -> list[str]:
+    path = Path(run_dir or "") / "config.gin"
+    if run_dir is None or not path.is_file():
+        raise ConfigError(f"there is no {path}: give a run directory, or the gin files of the run.")
+    return [str(path)]
 
 
 def _function(command: str) -> Any:

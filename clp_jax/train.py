@@ -4,26 +4,32 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from clp_jax import processes
+from clp_jax.compilation.chips import peak_flops
 from clp_jax.host_rows import meet
 from clp_jax.partitioning import Rules, make_mesh
 from clp_jax.training.adafactor_slots import take_over
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import Checkpoints
+from clp_jax.training.guards import Guards
 from clp_jax.training.learner import Learner
-from clp_jax.training.loop import Cadence, TrainLoop
-from clp_jax.training.metrics import MetricWriter, read_metrics
+from clp_jax.training.ledger import RESTORE, Ledger, carried, read_records, spending
+from clp_jax.training.loop import Cadence, Reports, TrainLoop
+from clp_jax.training.metrics import MetricWriter, Scalars, read_metrics
 from clp_jax.training.optimizers import OptimizerConfig
+from clp_jax.training.profiling import Profile
 from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import RunDirectory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
 from clp_jax.training.train_state import TrainState
+from clp_jax.training.wandb_scalars import WandbScalars
 from clp_jax.training.watchdog import Watchdog
 
 
@@ -59,7 +65,11 @@ def train(
     ema_decay: float | None = None,
     mesh: Mesh | None = None,
     rules: Rules = Rules(),
+    guards: Guards = Guards(),
     watchdog_seconds: float | None = 1800.0,
+    replica_check_every: int | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    wandb_project: str | None = None,
     config_text: str = "",
 ) -> TrainResult:
     """Trains a stage, or goes on where an earlier call in the same run directory was.
@@ -83,53 +93,53 @@ def train(
         ema_decay: of a moving average of the parameters, which is then evaluated and served; None keeps none.
         mesh: all devices, data-parallel, by default.
         rules: maps logical axes to mesh axes.
+        guards: which updates are left out: those of a NaN, and of a spike.
         watchdog_seconds: without a step after which the process shows what it is doing, and ends; None waits for ever.
+        replica_check_every: steps between comparisons of the devices' copies of the state; None makes none.
+        profile_steps: the first and the last step of a trace by JAX's profiler, as in 10,13, in ``profile/``.
+        wandb_project: shows the metrics at W&B too, in this project; needs 'clp-jax[wandb]'.
         config_text: the resolved configuration, stored in the run directory; another one is refused there.
 
     Raises:
         RunDirectoryError: when the run directory can't be used.
         CheckpointError: when a checkpoint can't be written or read.
-        NonFiniteLossError: when the loss is NaN or infinite.
+        GuardError: when too many steps in a row are not finite.
+        ReplicaError: when devices hold different copies of the state.
         SystemExit: after a signal, once the state is saved: `clp_jax.processes.RESTARTABLE`, or 130 after Ctrl-C.
     """
     retention = Retention(keep_checkpoints, keep_every, keep_best)
-    cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every)
+    cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every, replica_check_every)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
+    profile = Profile(Path(run_dir), profile_steps)
     with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(Ledger())
         directory, done, described = _enter(run_dir, config_text, stack)
         if done >= num_steps and described:
             _say(f"{directory.path} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
             return _result(directory, done)
-        if processes.is_main():
-            directory.write_config(config_text)
         stop = stack.enter_context(StopSignal())
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
         mesh = meet(make_mesh() if mesh is None else mesh)
         setup = stage.setup(directory.path, seed)
-        learner = Learner(
-            setup.loss_fn,
-            optimizer,
-            logical_axes=setup.logical_axes,
-            frozen_logical_axes=setup.frozen_logical_axes,
-            mesh=mesh,
-            rules=rules,
-            accumulation=accumulation,
-            ema_decay=ema_decay,
+        learner = Learner.for_stage(
+            setup, optimizer, mesh=mesh, rules=rules, accumulation=accumulation, ema_decay=ema_decay, guards=guards
         )
-        description = _describe(directory, setup)
+        description = _describe(directory, setup, config_text)
+        stack.callback(_close, ledger, directory)
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
         state = _first_state(checkpoints, learner, setup, seed)
-        start = int(state.step)
-        name = str(description["stage"])
-        writer, progress = _reports(stack, directory, setup, name, start, num_steps)
+        start, name = _carry(ledger, directory, state), str(description["stage"])
+        also = _wandb(wandb_project, directory, config_text)
+        writer, progress = _writers(stack, directory, setup, name, start, num_steps, also)
         loop = TrainLoop(
             learner=learner,
+            guards=guards,
             setup=setup,
             frozen=learner.place_frozen(setup.frozen),
             cadence=cadence,
-            writer=writer,
-            progress=progress,
+            directory=directory,
+            reports=Reports(writer, progress, ledger, stack.enter_context(profile), _peak(mesh)),
             checkpoints=checkpoints,
             description=description | {"config": config_text},
             stop=stop,
@@ -137,11 +147,7 @@ def train(
         )
         with learner.activate():  # Rollouts and evaluations follow the mesh, too.
             state = loop.run(state)
-    step = int(state.step)
-    if step < num_steps and stop.received is not None:
-        _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
-        raise SystemExit(stop.exit_code)
-    return _say_held_out(name, _result(directory, step))
+    return _end(name, directory, int(state.step), num_steps, stop)
 
 
 def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitStack) -> tuple[RunDirectory, int, bool]:
@@ -156,11 +162,17 @@ def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitS
     return RunDirectory(Path(path)), done, described
 
 
-def _reports(
-    stack: contextlib.ExitStack, directory: RunDirectory, setup: StageSetup, name: str, start: int, num_steps: int
+def _writers(
+    stack: contextlib.ExitStack,
+    directory: RunDirectory,
+    setup: StageSetup,
+    name: str,
+    start: int,
+    num_steps: int,
+    also: Sequence[Scalars],
 ) -> tuple[MetricWriter | None, Progress]:
     """Where metrics go, and what the user sees: of process 0 alone."""
-    writer = stack.enter_context(MetricWriter(directory, name, start)) if processes.is_main() else None
+    writer = stack.enter_context(MetricWriter(directory, name, start, also)) if processes.is_main() else None
     shown = sys.stderr if processes.is_main() else open(os.devnull, "w")  # noqa: SIM115 - closed with the process
     progress = stack.enter_context(Progress(name, num_steps, start, setup.tokens_per_batch, stream=shown))
     if start:
@@ -170,10 +182,33 @@ def _reports(
 
 def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:
     """The newest intact checkpoint's, or a new one."""
-    if checkpoints.latest_step() is not None:
+    if checkpoints.latest_step() is None:
+        return fresh_state(learner, setup, seed)
+    with spending(RESTORE):
         state, position = checkpoints.restore(learner.abstract_state(setup.params))
         setup.source.restore(position)
-        return state
+    return state
+
+
+def _carry(ledger: Ledger, directory: RunDirectory, state: TrainState) -> int:
+    """Adds what earlier processes of the run spent, as far as they got; returns the step that it goes on from."""
+    start = int(state.step)
+    ledger.carry(*carried(read_records(directory.ledger), read_metrics(directory.metrics), start), start)
+    return start
+
+
+def _peak(mesh: Mesh) -> float | None:
+    return peak_flops(mesh.devices.flat[0].device_kind)
+
+
+def _wandb(project: str | None, directory: RunDirectory, config_text: str) -> list[WandbScalars]:
+    if project is None or not processes.is_main():
+        return []
+    return [WandbScalars(project, directory.path, config_text)]
+
+
+def fresh_state(learner: Learner, setup: StageSetup, seed: int) -> TrainState:
+    """The state before the first step of a stage, with the optimizer's state of what it begins with."""
     fresh = learner.init_state(setup.params, seed)
     if setup.slots is None:
         return fresh
@@ -183,6 +218,21 @@ def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, 
     return state
 
 
+def _close(ledger: Ledger, directory: RunDirectory) -> None:
+    """Says where the time went, and notes it for those who go on."""
+    if processes.is_main():
+        with contextlib.suppress(OSError):  # What ended the run is the error to look at.
+            ledger.note(directory.ledger)
+        _say(ledger.summary())
+
+
+def _end(name: str, directory: RunDirectory, step: int, num_steps: int, stop: StopSignal) -> TrainResult:
+    if step < num_steps and stop.received is not None:
+        _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
+        raise SystemExit(stop.exit_code)
+    return _say_held_out(name, _result(directory, step))
+
+
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:
     found = {key.split("/", 1)[1]: value for key, value in result.metrics.items() if key.startswith("evaluation/")}
     if found:
@@ -190,13 +240,14 @@ def _say_held_out(name: str, result: TrainResult) -> TrainResult:
     return result
 
 
-def _describe(directory: RunDirectory, setup: StageSetup) -> dict[str, Any]:
+def _describe(directory: RunDirectory, setup: StageSetup, config_text: str) -> dict[str, Any]:
     description = setup.describe()
     if "stage" not in description:
         raise ValueError(f"the stage's description has no 'stage', only {sorted(description)}.")
 
     def write() -> None:
         directory.write_description(description)
+        directory.write_config(config_text)
         if setup.vocabulary is not None:
             setup.vocabulary.save(directory.path)
 

@@ -10,6 +10,7 @@ from clp_jax.checkpoints import checkpoints
 from clp_jax.main import main
 from clp_jax.training.checkpoint_steps import Retention
 from clp_jax.training.checkpoints import CheckpointError, Checkpoints, save_params
+from clp_jax.training.guards import Guards
 from clp_jax.training.run_directory import RunDirectory, RunDirectoryError
 from clp_jax.training.train_state import TrainState
 
@@ -18,7 +19,7 @@ LOSSES = {2: 0.5, 4: 0.25, 6: 0.75, 8: 1.0}
 
 def state_of(step):
     params = {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.full((4,), step, jnp.bfloat16)}
-    return TrainState(jnp.int32(step), params, {"slot": jnp.ones(3)}, None, jnp.zeros(2, jnp.uint32))
+    return TrainState(jnp.int32(step), params, {"slot": jnp.ones(3)}, None, jnp.zeros(2, jnp.uint32), Guards().init())
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_diff_compares_leaf_by_leaf(run, tmp_path, capsys):
         ["run.json: position", "differs", "", ""],
         ["run.json: step", "differs", "", ""],
     ]
-    assert "3 arrays are the same to the bit, 4 differences" in shown
+    assert "5 arrays are the same to the bit, 4 differences" in shown
     checkpoints("diff", str(run / "checkpoints" / "2"), str(tmp_path / "other"))
     shown = capsys.readouterr().out
     for name, what in (

@@ -17,117 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from failing_disks import no_file_longer_than
+from toy_runs import SETTINGS, Gradient, Toy, run
 
 from clp_jax.processes import RESTARTABLE
 from clp_jax.train import train
-from clp_jax.training.checkpoint_steps import KeepBest
+from clp_jax.training.checkpoint_steps import KeepBest, complete_steps
 from clp_jax.training.checkpoints import CheckpointError, load_params
-from clp_jax.training.loop import NonFiniteLossError
+from clp_jax.training.guards import GuardError, Guards
+from clp_jax.training.ledger import ACTIVITIES, LEDGER_METRICS
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
-from clp_jax.training.optimizers import Adafactor, AdamW
+from clp_jax.training.optimizers import AdamW
 from clp_jax.training.run_directory import RunDirectoryError
 from clp_jax.training.schedules import Linear
-from clp_jax.training.stage import StageSetup
-
-
-class Noise:
-    """A source whose batches depend on the position and, as rollouts do, on the parameters."""
-
-    def __init__(self, seed, log):
-        self.seed, self.examples, self.log = seed, 0, log
-
-    def next(self, state, frozen):
-        self.log.append(self.examples)
-        rng = np.random.default_rng([self.seed, self.examples])
-        self.examples += 4
-        shift = jax.random.normal(state.key(1)) + state.params["w"].sum()
-        return {"x": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) + shift * 0.01}, {"drawn": float(self.examples)}
-
-    def position(self):
-        return {"examples": self.examples}
-
-    def restore(self, position):
-        self.examples = position["examples"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Toy:
-    """Fits a line with noise from the learner's key; `hook(step, run_dir)` runs before each step."""
-
-    width: int = 3
-    hook: object = None
-    evaluations: list = dataclasses.field(default_factory=list)
-    consumed: list = dataclasses.field(default_factory=list)
-
-    def setup(self, run_dir, seed):
-        source = Noise(seed, self.consumed)
-        plain = source.next
-
-        def next_with_hook(state, frozen):
-            if self.hook is not None:
-                self.hook(source.examples // 4, run_dir)
-            return plain(state, frozen)
-
-        source.next = next_with_hook
-
-        def loss_fn(params, frozen, batch, key):
-            noise = jax.random.normal(key, batch["x"].shape[:1])
-            error = batch["x"] @ params["w"][:3] - 1 - 0.1 * noise
-            error = jnp.where(params["w"][0] > 1e6, jnp.nan, error)
-            return (error**2).sum(), jnp.float32(error.size), {"noise": noise.mean()}
-
-        def evaluate(params):
-            self.evaluations.append(len(self.consumed))
-            return {"size": float(jnp.abs(params["w"]).sum())}
-
-        return StageSetup(
-            params={"w": jnp.linspace(0.1, 1.0, self.width)},
-            loss_fn=loss_fn,
-            source=source,
-            describe=lambda: {"stage": "toy", "model": {"width": self.width}},
-            tokens_per_batch=12,
-            evaluate=evaluate,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Gradient(Toy):
-    """A finite loss whose gradient is NaN from some step on."""
-
-    after: int = 0
-
-    def setup(self, run_dir, seed):
-        setup = super().setup(run_dir, seed)
-        plain, source = setup.loss_fn, setup.source
-        draw = source.next
-
-        def next_with_flag(state, frozen):
-            batch, metrics = draw(state, frozen)
-            late = source.examples // 4 > self.after
-            return batch | {"late": jnp.full((4,), float(late))}, metrics
-
-        source.next = next_with_flag
-
-        def loss_fn(params, frozen, batch, key):
-            loss, weight, metrics = plain(params, frozen, batch, key)
-            # The square root of 0 has an infinite slope: times 0, it is NaN.
-            return loss + jnp.sqrt(1 - batch["late"].max() + 0 * params["w"].sum()), weight, metrics
-
-        return dataclasses.replace(setup, loss_fn=loss_fn)
-
-
-SETTINGS = {
-    "optimizer": Adafactor(Linear(0.1, 20, warmup_steps=2)),
-    "log_every": 1,
-    "evaluate_every": 4,
-    "checkpoint_every": 3,
-    "ema_decay": 0.9,
-    "seed": 11,
-}
-
-
-def run(path, num_steps, stage=None, **settings):
-    return train(run_dir=path, stage=stage or Toy(), num_steps=num_steps, **SETTINGS | settings)
 
 
 def lines(path):
@@ -191,6 +92,45 @@ def test_a_crash_between_checkpoints_loses_and_repeats_nothing(tmp_path):
     assert second.consumed == [24, 28, 32, 36]  # On from the checkpoint of step 6.
     run(tmp_path / "whole", 10)
     assert_same_run(tmp_path / "crashed", tmp_path / "whole", 10)
+    crashed, whole = (read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("crashed", "whole"))
+    assert crashed["repeated_steps"] == 2 and crashed["seconds/lost"] > 0  # Steps 7 and 8.
+    assert whole["repeated_steps"] == 0 == whole["seconds/lost"]
+
+
+def test_the_ledger_holds_every_second_of_a_run(tmp_path):
+    began = time.monotonic()
+    run(tmp_path, 7)
+    run(tmp_path, 10)
+    took = time.monotonic() - began
+    totals = []
+    for line in read_metrics(tmp_path / "metrics.jsonl"):
+        seconds = {name: value for name, value in line.items() if name.startswith("seconds/")}
+        assert seconds.keys() | {"repeated_steps"} == LEDGER_METRICS
+        totals.append(sum(seconds.values()))
+    assert totals == sorted(totals) and all(seconds[f"seconds/{name}"] > 0 for name in ACTIVITIES[:1] + ACTIVITIES[3:8])
+    # The rest is what comes before the first line and after the last one of the ledger: locks, and this test.
+    records = json.loads((tmp_path / "ledger.json").read_text())
+    assert [record["step"] for record in records] == [3, 6, 7, 7, 9, 10, 10]
+    assert totals[-1] <= sum(records[-1]["seconds"].values()) <= took
+
+
+def test_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Counted(Toy):
+        def setup(self, run_dir, seed):
+            return dataclasses.replace(super().setup(run_dir, seed), flops=36.0)
+
+    run(tmp_path / "unknown", 2, Counted())
+    monkeypatch.setattr("clp_jax.train.peak_flops", lambda kind: 1e6)
+    run(tmp_path / "known", 2, Counted())
+    run(tmp_path / "uncounted", 2)
+    assert not any(
+        "mfu" in r for name in ("unknown", "uncounted") for r in read_metrics(tmp_path / name / "metrics.jsonl")
+    )
+    for line in read_metrics(tmp_path / "known" / "metrics.jsonl"):
+        rate, devices = line["steps_per_second"], jax.device_count()
+        assert line["mfu"] == rate * 36 / (devices * 1e6)
+        assert line["tokens_per_second_per_device"] == rate * 12 / devices
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -257,24 +197,65 @@ def test_asking_less_of_a_complete_run_leaves_its_configuration(tmp_path):
     assert (tmp_path / "config.gin").read_text() == "NUM_STEPS = 5\n"
 
 
-def test_a_nan_stops_the_run_and_leaves_the_checkpoint(tmp_path):
+def test_non_finite_steps_in_a_row_end_the_run_and_leave_the_checkpoint(tmp_path):
     explode = AdamW(Linear(1e9, 20, warmup_steps=19), max_grad_norm=None)  # The first step has a rate of 0.
     with pytest.raises(
-        NonFiniteLossError, match=r"the loss of step \d is nan .*step \d is saved and intact.*learning rate"
+        GuardError,
+        match=r"steps 3 to 5 had a loss or a gradient that is not finite .*3 in a row.*step 4 is saved and intact.*learning rate",
     ):
-        run(tmp_path, 10, optimizer=explode, checkpoint_every=1)
+        run(tmp_path, 10, optimizer=explode, checkpoint_every=1, guards=Guards(patience=3))
     params, _, step = load_params(tmp_path)
-    assert np.isfinite(params["w"]).all() and step >= 1
-    assert np.isfinite([r["loss"] for r in lines(tmp_path)]).all()
+    assert np.isfinite(params["w"]).all() and step == 4
+    assert [(r["step"], r["loss"] is None, r["skipped"]) for r in lines(tmp_path)][-3:] == [
+        (2, False, 0),
+        (3, True, 1),
+        (4, True, 2),
+    ]
+    steps = json.loads((tmp_path / "non_finite.json").read_text())["steps"]
+    assert [(s["step"], s["position"], s["example_ids"]) for s in steps] == [
+        (3, {"examples": 8}, [8, 9, 10, 11]),
+        (4, {"examples": 12}, [12, 13, 14, 15]),
+        (5, {"examples": 16}, [16, 17, 18, 19]),
+    ]
+    assert [s["loss"] for s in steps] == ["nan"] * 3
+    with pytest.raises(GuardError, match="steps 3 to 5"):  # The row goes on where it was.
+        run(tmp_path, 10, optimizer=explode, checkpoint_every=1, guards=Guards(patience=3))
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_skipped_step_leaves_all_but_the_step_as_it_was_and_resuming_changes_nothing(tmp_path, capsys):
+    """The loss is finite, the gradient is not: steps 3, 4 and 7."""
+    stage = Gradient(bad=frozenset({3, 4, 7}))
+    run(tmp_path / "whole", 10, stage, checkpoint_every=1, keep_checkpoints=10)
+    for step in (3, 4, 7):
+        before, after = stored(tmp_path / "whole", step - 1), stored(tmp_path / "whole", step)
+        for item in ("params", "ema"):
+            jax.tree.map(np.testing.assert_array_equal, before[item], after[item])
+        jax.tree.map(np.testing.assert_array_equal, before["training"]["opt_state"], after["training"]["opt_state"])
+        assert after["training"]["step"] == step == before["training"]["step"] + 1
+    made = stored(tmp_path / "whole", 5)["params"]["w"]
+    assert (made != stored(tmp_path / "whole", 4)["params"]["w"]).any()
+    assert [r["skipped"] for r in lines(tmp_path / "whole")] == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert [r["step"] for r in lines(tmp_path / "whole") if r["update_norm"] == 0] == [
+        1,
+        3,
+        4,
+        7,
+    ]  # The first has a rate of 0.
+    said = capsys.readouterr().err
+    assert "step 7 is not finite, its update was left out: loss " in said and "grad_norm nan" in said
+    for num_steps in (3, 8, 10):
+        run(tmp_path / "parts", num_steps, stage)
+    one, other = stored(tmp_path / "whole", 10), stored(tmp_path / "parts", 10)
+    jax.tree.map(np.testing.assert_array_equal, one["training"], other["training"])
+    jax.tree.map(np.testing.assert_array_equal, one["params"], other["params"])
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
-    """The loss is that of the parameters before a step: it says nothing of what is saved after it."""
-    overflow = Gradient(after=2)
-    with pytest.raises(
-        NonFiniteLossError, match=r"step 3, whose loss is .* made parameters that are not finite.*step \d is saved"
-    ):
-        run(tmp_path, 6, overflow, checkpoint_every=1, ema_decay=None)
+    """The gradient of a step may be finite and its update too large."""
+    huge = AdamW(lambda step: jnp.where(step < 2, 0.1, 3e38), max_grad_norm=None, weight_decay=0.0)
+    with pytest.raises(GuardError, match=r"step 3 made parameters that are not finite .*step 2 is saved"):
+        run(tmp_path, 6, Gradient(), optimizer=huge, checkpoint_every=1, ema_decay=None)
     params, _, step = load_params(tmp_path)
     assert step == 2 and np.isfinite(params["w"]).all()
 
@@ -382,14 +363,14 @@ def test_the_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(tmp_path
 
 SCRIPT = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/fixtures"]
-import train_test
+sys.path[:0] = [sys.argv[1] + "/fixtures"]
+import toy_runs
 def hook(step, run_dir):
     if step == 3:
         print("ready", flush=True)
         import time
         time.sleep(0.2)
-train_test.run(sys.argv[2], 100000, train_test.Toy(hook=hook))
+toy_runs.run(sys.argv[2], 100000, toy_runs.Toy(hook=hook))
 """
 
 
@@ -398,8 +379,9 @@ def test_a_process_that_is_killed_goes_on(tmp_path, number):
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
-    while len(list((tmp_path / "checkpoints").glob("[0-9]"))) == 0:
-        pass
+    while not complete_steps(tmp_path / "checkpoints"):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     if number == signal.SIGTERM:

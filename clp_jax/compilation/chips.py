@@ -39,6 +39,8 @@ class Chip:
 
 
 GIB = 2**30
+# What JAX calls the devices of a chip; on v5p one device is one chip.
+DEVICE_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 
 CHIPS = {
     chip.name: chip
@@ -51,3 +53,9 @@ CHIPS = {
         Chip("v6e", 918e12, 32 * GIB, 1.64e12, 90e9, 12.5e9, 1.75e9, 2, 16, 1.325e12),
     )
 }
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 operations per second of a device, by what JAX calls its kind; None for what is not in the table."""
+    name = DEVICE_KINDS.get(device_kind)
+    return None if name is None else CHIPS[name].peak_flops

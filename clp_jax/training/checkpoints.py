@@ -3,6 +3,7 @@
 What a step consists of is in `clp_jax.training.checkpoint_manifest`, how steps come and go in `checkpoint_steps`.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -38,6 +39,7 @@ from clp_jax.training.checkpoint_steps import (
     unfinished_steps,
 )
 from clp_jax.training.checkpoint_writer import StepWriter
+from clp_jax.training.guards import GuardState
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
 from clp_jax.training.train_state import TrainState
 
@@ -152,43 +154,12 @@ class Checkpoints:
         """
         while (step := self.latest_step()) is not None:
             try:
-                return self._restore_step(self._directory / str(step), abstract)
+                return restore_state(self._directory / str(step), abstract)
             except DamagedError as damage:
                 if jax.process_index() == 0:
                     self._set_aside(step, str(damage))
         self._raise_if_only_damaged(None)
         raise CheckpointError(f"no checkpoint at {self._directory}: it holds none.")
-
-    def _restore_step(self, path: epath.Path, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
-        items: dict[str, Any] = {_PARAMS: abstract.params, _TRAINING: _training_item(abstract)}
-        if abstract.ema is not None:
-            items[_EMA] = abstract.ema
-        manifest = _all_agree(lambda: _manifest(path))
-        if manifest is not None:
-            count, index = jax.process_count(), jax.process_index()
-            _all_agree(lambda: manifest.verify_files(path, share=slice(index, None, count)))
-        held = _items_of(path, manifest)
-        for item in (_PARAMS, _TRAINING):
-            _check_item(path, item, items[item])
-        if (_EMA in held) != (_EMA in items):
-            kept = "keeps" if _EMA in held else "keeps no"
-            raise CheckpointError(f"{path} {kept} moving average of the parameters: ema_decay was changed.")
-        try:
-            restored = {item: array_store.read(path / item, tree) for item, tree in items.items()}
-        except Exception as error:
-            raise CheckpointError(_unreadable(path, error)) from error
-        if manifest is not None:
-            _all_agree(lambda: [manifest.verify_arrays(item, tree) for item, tree in restored.items()])
-        slots = restored[_TRAINING]["opt_state"]
-        structure: Any = jax.tree.structure(abstract.opt_state)
-        state = TrainState(
-            step=restored[_TRAINING]["step"],
-            params=restored[_PARAMS],
-            opt_state=structure.unflatten([slots[name] for name in _names(abstract.opt_state)]),
-            ema=restored.get(_EMA),
-            rng=restored[_TRAINING]["rng"],
-        )
-        return state, read_run(path)["position"]
 
     def _retain(self) -> None:
         """Removes the steps that are no longer kept; runs in the background, when a step is complete."""
@@ -230,6 +201,53 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self._directory}: {what}. {intact}. "
             f"{'Free some space' if full else 'Fix that'} and run the same command again."
         )
+
+
+def restore_state(path: str | os.PathLike, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
+    """The state of one step, verified, on whatever mesh; changes nothing on the disk.
+
+    Args:
+        path: of the step.
+        abstract: shapes, types and shardings of the state.
+
+    Returns:
+        The state, and the position of the source.
+
+    Raises:
+        DamagedError: when it is not what was written.
+        CheckpointError: when it is of another model or optimizer, or can't be read.
+    """
+    place = as_path(path)
+    items: dict[str, Any] = {_PARAMS: abstract.params, _TRAINING: _training_item(abstract)}
+    if abstract.ema is not None:
+        items[_EMA] = abstract.ema
+    manifest = _all_agree(lambda: _manifest(place))
+    if manifest is not None:
+        count, index = jax.process_count(), jax.process_index()
+        _all_agree(lambda: manifest.verify_files(place, share=slice(index, None, count)))
+    held = _items_of(place, manifest)
+    for item in (_PARAMS, _TRAINING):
+        _check_item(place, item, items[item])
+    if (_EMA in held) != (_EMA in items):
+        kept = "keeps" if _EMA in held else "keeps no"
+        raise CheckpointError(f"{place} {kept} moving average of the parameters: ema_decay was changed.")
+    try:
+        restored = {item: array_store.read(place / item, tree) for item, tree in items.items()}
+    except Exception as error:
+        raise CheckpointError(_unreadable(place, error)) from error
+    if manifest is not None:
+        _all_agree(lambda: [manifest.verify_arrays(item, tree) for item, tree in restored.items()])
+    slots = restored[_TRAINING]["opt_state"]
+    structure: Any = jax.tree.structure(abstract.opt_state)
+    state = TrainState(
+        step=restored[_TRAINING]["step"],
+        params=restored[_PARAMS],
+        opt_state=structure.unflatten([slots[name] for name in _names(abstract.opt_state)]),
+        ema=restored.get(_EMA),
+        rng=restored[_TRAINING]["rng"],
+        guard=GuardState(**restored[_TRAINING]["guard"]),
+    )
+    return state, read_run(place)["position"]
 
 
 def save_params(path: str | os.PathLike, params: Params, description: dict[str, Any], step: int = 0) -> None:
@@ -446,6 +464,7 @@ def _training_item(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
         "rng": state.rng,
+        "guard": {field.name: getattr(state.guard, field.name) for field in dataclasses.fields(state.guard)},
         "opt_state": dict(zip(_names(state.opt_state), leaves, strict=True)),
     }
 

@@ -228,7 +228,13 @@ class ConditionalPolicy:
             describe=lambda: own,
             tokens_per_batch=self.batch_size * self.num_samples * self.max_length,
             vocabulary=vocabulary,
+            flops=self._flops(policy, manifest.lengths["inputs"]),
         )
+
+    def _flops(self, policy: Policy, inputs: int) -> float:
+        """Of the update and of the rollouts: the policy samples, the reference scores."""
+        sizes = Sizes(self.batch_size, inputs, self.batch_size * self.num_samples, self.max_length)
+        return training_flops(policy.config, sizes) + 2 * forward_flops(policy.config, sizes)
 
     def _baseline(self, policy: Policy, seed: int, names: tuple[str, ...]) -> Params:
         key = jax.random.fold_in(jax.random.key(seed), 1)

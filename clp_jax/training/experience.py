@@ -24,6 +24,7 @@ from clp_jax.preferences import Preference
 from clp_jax.rewards.protocol import RewardInputs
 from clp_jax.rewards.stack import RewardStack
 from clp_jax.sampling.rollouts import Rollout, RolloutWorker
+from clp_jax.training.ledger import ROLLOUT, STEP, spending
 
 PreferenceSampler = Callable[[PRNGKeyArray, int], Preference]
 
@@ -173,12 +174,15 @@ class ExperienceSource:
             self._roll_out(policy, frozen["reference"], rows.place(part), state.step, seed, np.int32(c))
             for c, part in enumerate(inputs)
         ]
+        with spending(STEP):
+            jax.block_until_ready(state.step)  # The update before comes first on the device, and is no rollout.
         futures = []
-        for prompts, references, rollout in zip(inputs, targets, rollouts, strict=True):
-            tokens = rows.fetch(rollout.tokens)  # Waits for this chunk only; the device goes on with the next.
-            seen = reward_inputs(self._vocabulary, prompts, references, tokens)
-            futures.append(self._rewards.submit(seen))
-        rewards = [rows.place(future.result()) for future in futures]
+        with spending(ROLLOUT):
+            for prompts, references, rollout in zip(inputs, targets, rollouts, strict=True):
+                tokens = rows.fetch(rollout.tokens)  # Waits for this chunk only; the device goes on with the next.
+                seen = reward_inputs(self._vocabulary, prompts, references, tokens)
+                futures.append(self._rewards.submit(seen))
+            rewards = [rows.place(future.result()) for future in futures]
         rollout, rewards = self._join(list(zip(rollouts, rewards, strict=True)))
         return Experience(rollout=rollout, rewards=rewards), {}
 
@@ -189,3 +193,7 @@ class ExperienceSource:
     def restore(self, position: dict[str, int]) -> None:
         """Goes to a position that `position` gave."""
         self._data.seek(position["examples"])
+
+    def example_ids(self, position: dict[str, int]) -> list[int]:
+        """The examples of the whole batch that starts at a position."""
+        return self._data.example_ids(position["examples"], self._data.batch_size).tolist()

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray, PyTree
 from clp_jax.host_rows import place_whole
 from clp_jax.partitioning import Rules, constrain, make_mesh, named_sharding, tree_shardings, use_mesh
+from clp_jax.training.digests import digest
+from clp_jax.training.guards import Guards
 from clp_jax.training.optimizers import OptimizerConfig
-from clp_jax.training.stage import LossFn
+from clp_jax.training.stage import LossFn, Outline, StageSetup
 from clp_jax.training.train_state import TrainState, full_axes, new_state
 
 LOSS_KEY = 0  # The purpose of the learner's random key; other purposes belong to the sources.
@@ -33,6 +36,7 @@ class Learner:
         accumulation: micro-batches of a batch. Sums of losses and weights add up over them, so the gradient is that of
             the whole batch to rounding, unless the loss compares rows (centred advantages: rows of one micro-batch).
         ema_decay: None keeps no moving average.
+        guards: which updates are left out.
 
     Raises:
         ValueError: for an accumulation below 1, or a decay outside ``(0, 1)``.
@@ -49,6 +53,7 @@ class Learner:
         rules: Rules = Rules(),
         accumulation: int = 1,
         ema_decay: float | None = None,
+        guards: Guards = Guards(),
     ):
         if accumulation < 1:
             raise ValueError(f"Learner: accumulation is {accumulation}: expected at least 1.")
@@ -63,7 +68,25 @@ class Learner:
         self._rules = rules
         self._accumulation = accumulation
         self._ema_decay = ema_decay
+        self._guards = guards
         self._jitted: Any = None
+
+    @classmethod
+    def for_stage(cls, stage: StageSetup | Outline, optimizer: OptimizerConfig, **settings: Any) -> "Learner":
+        """The learner of a stage.
+
+        Args:
+            stage: has the loss and the logical axes.
+            optimizer: its settings.
+            **settings: the other ones.
+        """
+        return cls(
+            stage.loss_fn,
+            optimizer,
+            logical_axes=stage.logical_axes,
+            frozen_logical_axes=stage.frozen_logical_axes,
+            **settings,
+        )
 
     @property
     def mesh(self) -> Mesh:
@@ -146,7 +169,8 @@ class Learner:
 
         Returns:
             The next state, and metrics on the device: what the loss reports, and ``loss`` (mean over the weight),
-            ``weight``, ``grad_norm`` (before clipping), ``update_norm``, ``param_norm`` and ``learning_rate``.
+            ``weight``, ``grad_norm`` (before clipping), ``update_norm``, ``param_norm``, ``learning_rate``, ``skipped``
+            (updates left out so far), ``non_finite`` (in a row), ``grad_digest`` and ``param_digest`` (of the new parameters).
         """
         batch = self.place_batch(batch)
         if self._jitted is None:
@@ -184,7 +208,9 @@ class Learner:
     def _new_state(self, params: Params, seed: int) -> TrainState:
         # Gradients reach the optimizer in float32, so its slots are float32 from the start.
         wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        return new_state(params, self._transformation.init(wide), seed, self._ema_decay is not None)
+        return new_state(
+            params, self._transformation.init(wide), seed, self._ema_decay is not None, self._guards.init()
+        )
 
     def _update(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         loss_sum, weight, metric_sums, grad_sums = self._sums(state.params, frozen, batch, state.key(LOSS_KEY))
@@ -193,15 +219,26 @@ class Learner:
         grads = jax.tree.map(lambda g: g * scale, grad_sums)
         updates, opt_state = self._transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        loss, grad_norm = loss_sum * scale, optax.tree.norm(grads)
+        make, guard = self._guards.judge(state.guard, loss, grad_norm, weight)
+        made = (params, opt_state, self._average(state.ema, params))
+        params, opt_state, ema = jax.tree.map(
+            functools.partial(jnp.where, make), made, (state.params, state.opt_state, state.ema)
+        )
         metrics = {name: value * scale for name, value in metric_sums.items()} | {
-            "loss": loss_sum * scale,
+            "loss": loss,
             "weight": weight,
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            "grad_norm": grad_norm,
+            "update_norm": jnp.where(make, optax.tree.norm(updates), 0.0),
             "param_norm": optax.tree.norm(params),
-            "learning_rate": jnp.asarray(self._optimizer.schedule(state.step), jnp.float32),
+            # The optimizer's own count leaves out what was skipped.
+            "learning_rate": jnp.asarray(self._optimizer.schedule(state.step - state.guard.skipped), jnp.float32),
+            "skipped": guard.skipped,
+            "non_finite": guard.non_finite,
+            "grad_digest": digest(grads),
+            "param_digest": digest(params),
         }
-        return TrainState(state.step + 1, params, opt_state, self._average(state.ema, params), state.rng), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, state.rng, guard), metrics
 
     def _sums(
         self, params: Params, frozen: PyTree, batch: PyTree, key: PRNGKeyArray
@@ -271,7 +308,14 @@ class Learner:
             ),
             ema=None if state.ema is None else like_params(state.ema),
             rng=replicated,
+            guard=jax.tree.map(lambda _: replicated, state.guard),
         )
+
+
+def learner_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the arguments of `clp_jax.train.train` is the learner's, for `Learner.for_stage`."""
+    own = inspect.signature(Learner).parameters
+    return {name: value for name, value in arguments.items() if name in own}
 
 
 def _replicas(sharding: NamedSharding) -> int:

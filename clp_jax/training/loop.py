@@ -3,22 +3,24 @@
 import dataclasses
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from clp_jax.training.checkpoints import Checkpoints
+from clp_jax.training.guards import Guards
 from clp_jax.training.learner import Learner
+from clp_jax.training.ledger import DATA, EVALUATION, SAVE, STEP, Ledger, spending
 from clp_jax.training.metrics import MetricWriter
+from clp_jax.training.profiling import Profile
 from clp_jax.training.progress import Progress
+from clp_jax.training.replicas import check_replicas
+from clp_jax.training.run_directory import RunDirectory, disk_errors
 from clp_jax.training.signals import StopSignal
+from clp_jax.training.skipped import WATCHED, SkippedSteps
 from clp_jax.training.stage import StageSetup
 from clp_jax.training.train_state import TrainState
 from clp_jax.training.watchdog import Watchdog
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the last checkpoint is from before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Cadence:
         log_every: metrics are written.
         evaluate_every: the stage is evaluated; None evaluates at the end only.
         checkpoint_every: the state is saved; None saves at the end only.
+        replica_check_every: the devices' copies of the state are compared; None never does.
     """
 
     num_steps: int
     log_every: int = 10
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
+    replica_check_every: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -48,6 +52,34 @@ class Cadence:
         return step == self.num_steps or (every is not None and step % every == 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """What a run tells, and where.
+
+    Attributes:
+        writer: where metrics go; None in the processes that leave it to process 0.
+        progress: what the user sees.
+        ledger: of the run's time.
+        profile: the steps to record.
+        peak_flops: of one device, per second; None where it is not known.
+    """
+
+    writer: MetricWriter | None
+    progress: Progress
+    ledger: Ledger
+    profile: Profile
+    peak_flops: float | None = None
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched and not looked at."""
+
+    step: int
+    position: dict[str, int]
+    metrics: dict[str, Any]
+    source_metrics: dict[str, float]
+
+
 class TrainLoop:
     """Runs a stage from a state to the last step.
 
@@ -56,11 +88,12 @@ class TrainLoop:
 
     Args:
         learner: makes the updates.
+        guards: that the learner judges by.
         setup: the stage; its frozen tree has been placed by the learner.
         frozen: that tree.
         cadence: how often things happen.
-        writer: where metrics go; None in the processes that leave it to process 0.
-        progress: what the user sees.
+        directory: of the run.
+        reports: what it tells, and where.
         checkpoints: where states go.
         description: what rebuilds the model; is saved with every state.
         stop: tells that the process was asked to end.
@@ -71,27 +104,31 @@ class TrainLoop:
         self,
         *,
         learner: Learner,
+        guards: Guards,
         setup: StageSetup,
         frozen: Any,
         cadence: Cadence,
-        writer: MetricWriter | None,
-        progress: Progress,
+        directory: RunDirectory,
+        reports: Reports,
         checkpoints: Checkpoints,
         description: dict[str, Any],
         stop: StopSignal,
         watchdog: Watchdog,
     ):
         self._learner = learner
+        self._guards = guards
         self._setup = setup
         self._frozen = frozen
         self._cadence = cadence
-        self._writer = writer
-        self._progress = progress
+        self._directory = directory
+        self._reports = reports
         self._checkpoints = checkpoints
         self._description = description
         self._stop = stop
         self._watchdog = watchdog
         self._logged = (0, time.monotonic())  # Step and time of the last line of metrics.
+        self._skipped: SkippedSteps
+        self._saved: int | None = None
 
     def run(self, state: TrainState) -> TrainState:
         """Trains until the last step or a request to stop, and saves the last state.
@@ -103,83 +140,100 @@ class TrainLoop:
             The last state.
 
         Raises:
-            NonFiniteLossError: when the loss is NaN or infinite.
+            GuardError: when too many steps in a row are not finite.
             CheckpointError: when an earlier save failed.
+            ReplicaError: when devices hold different copies of the state.
         """
-        step = saved = int(state.step)
+        step = start = int(state.step)
+        self._saved = start or None
         self._logged = (step, time.monotonic())
-        pending = None
+        skipped = int(state.guard.skipped)
+        self._skipped = SkippedSteps(self._guards, self._setup.source, self._directory.path, skipped)
+        pending: _Pending | None = None
         while step < self._cadence.num_steps and not self._stop.requested(step):
-            batch, source_metrics = self._setup.source.next(state, self._frozen)
-            state, metrics = self._learner.update(state, self._frozen, batch)
-            if pending is not None:
-                self._report(*pending)
-            step += 1
-            pending = (step, metrics, source_metrics)
+            position = self._setup.source.position()
+            with spending(DATA):
+                batch, source_metrics = self._setup.source.next(state, self._frozen)
+            with spending(STEP):
+                self._reports.profile.before(step + 1, state.step)
+                state, metrics = self._learner.update(state, self._frozen, batch)
+                if pending is not None:
+                    self._report(pending)
+                step += 1
+                self._reports.profile.after(step, metrics)
+            pending = _Pending(step, position, metrics, source_metrics)
             self._checkpoints.raise_if_failed()
             evaluate = self._setup.evaluate is not None and self._cadence.due(step, self._cadence.evaluate_every)
             save = self._cadence.due(step, self._cadence.checkpoint_every)
+            if self._cadence.replica_check_every is not None and self._cadence.due(
+                step, self._cadence.replica_check_every
+            ):
+                check_replicas(state, step)
             if evaluate or save:  # What is saved must be known to be finite.
-                evaluation = self._evaluate(state) if evaluate else {}
-                values = self._report(*pending, evaluation)
+                evaluation = self._evaluate(state, metrics) if evaluate else {}
+                values = self._report(pending, evaluation)
                 pending = None
                 if save:
                     self._save(step, state, values)
-                    saved = step
         if pending is not None:
-            self._report(*pending)
-        if step > saved:
+            self._report(pending)
+        if step > (self._saved or start):
             self._save(step, state, {})
         return state
 
-    def _report(
-        self,
-        step: int,
-        metrics: dict[str, Any],
-        source_metrics: dict[str, float],
-        evaluation: dict[str, float] | None = None,
-    ) -> dict[str, float]:
-        """Checks the loss and the parameters, shows the loss, and writes a line when due; returns what it wrote."""
-        loss = float(metrics["loss"])
-        # The loss is of the parameters before the step, the norm of those after it, which may be saved.
-        if not math.isfinite(loss) or not math.isfinite(float(metrics["param_norm"])):
-            raise NonFiniteLossError(self._non_finite(step, loss, jax.device_get(metrics)))
+    def _report(self, pending: _Pending, evaluation: dict[str, float] | None = None) -> dict[str, float]:
+        """Looks at a step, shows its loss, and writes a line when due; returns what it wrote."""
+        step = pending.step
+        with spending(STEP):
+            seen = jax.device_get({name: pending.metrics[name] for name in WATCHED})
+        said = self._skipped.check(step, pending.position, seen, self._saved)
+        if said is not None:
+            self._reports.progress.message(said)
+        self._reports.ledger.step = step
         self._watchdog.progress()
-        self._progress.update(step, f"loss {loss:.4g}")
+        self._reports.progress.update(step, f"loss {float(seen['loss']):.4g}")
         if not evaluation and not self._cadence.due(step, self._cadence.log_every):
             return {}
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()} | source_metrics
+        fetched = jax.device_get(pending.metrics)
+        del fetched["non_finite"]  # The loss says it.
+        values = {name: value.item() for name, value in fetched.items()} | pending.source_metrics
         values |= {f"evaluation/{name}": float(value) for name, value in (evaluation or {}).items()}
+        speed = self._speed(step)
+        if self._reports.writer is not None:
+            self._reports.writer.write(step, values | speed | self._reports.ledger.metrics)
+        return values
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Since the last line; of the stage's own operations, where the peak of the devices is known."""
         before, then = self._logged
         now = time.monotonic()
         self._logged = (step, now)
         rate = (step - before) / max(now - then, 1e-9)
-        speed = {"steps_per_second": rate, "tokens_per_second": rate * self._setup.tokens_per_batch}
-        if self._writer is not None:
-            self._writer.write(step, values | speed)
-        return values
+        tokens, devices = rate * self._setup.tokens_per_batch, self._learner.mesh.size
+        found = {
+            "steps_per_second": rate,
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_device": tokens / devices,
+        }
+        if self._reports.peak_flops is not None and self._setup.flops is not None:
+            found["mfu"] = rate * self._setup.flops / (devices * self._reports.peak_flops)
+        return found
 
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
-        with self._progress.activity("evaluating"):
+    def _evaluate(self, state: TrainState, metrics: dict[str, Any]) -> dict[str, float]:
+        with spending(STEP):
+            jax.block_until_ready(metrics)
+        with self._reports.progress.activity("evaluating"), spending(EVALUATION):
             assert self._setup.evaluate is not None
             values = self._setup.evaluate(state.averaged_params)
         self._watchdog.progress()
         return values
 
     def _save(self, step: int, state: TrainState, values: dict[str, float]) -> None:
-        self._checkpoints.save(step, state, self._setup.source.position(), self._description, values)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        with spending(SAVE):
+            self._checkpoints.save(step, state, self._setup.source.position(), self._description, finite)
+        if self._reports.writer is not None:
+            with disk_errors(self._directory.path):
+                self._reports.ledger.note(self._directory.ledger)
+        self._saved = step
         self._watchdog.progress()
-
-    def _non_finite(self, step: int, loss: float, metrics: dict[str, Any]) -> str:
-        latest = self._checkpoints.latest_step()
-        kept = f"step {latest} is saved and intact" if latest is not None else "no step was saved before"
-        others = ", ".join(
-            f"{name}={float(metrics[name]):.3g}" for name in ("grad_norm", "param_norm", "learning_rate")
-        )
-        what = f"the loss of step {step} is {loss}"
-        if math.isfinite(loss):
-            what = f"step {step}, whose loss is {loss:.4g}, made parameters that are not finite"
-        return (
-            f"{what} ({others}); {kept}. Lower the learning rate, clip the gradient "
-            "(max_grad_norm), or look at the data of this step; then train in a new run directory."
-        )

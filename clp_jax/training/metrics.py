@@ -3,15 +3,35 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from clp_jax.training.event_file import EventFileWriter
+from clp_jax.training.ledger import LEDGER_METRICS
 from clp_jax.training.run_directory import RunDirectory, disk_errors, write_atomically
 
 # What differs between two runs of the same computation.
-TIMING_METRICS = frozenset({"wall_time", "steps_per_second", "tokens_per_second"})
+TIMING_METRICS = LEDGER_METRICS | {
+    "wall_time",
+    "steps_per_second",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "mfu",
+}
+# Checksums: equal or not, and nothing to plot. On another mesh, where sums are rounded otherwise, they differ.
+DIGEST_METRICS = frozenset({"grad_digest", "param_digest"})
+
+
+@runtime_checkable
+class Scalars(Protocol):
+    """Where numbers are shown: TensorBoard, W&B."""
+
+    def scalars(self, step: int, values: Mapping[str, float], wall_time: float) -> None:
+        """Adds the numbers of a step."""
+
+    def close(self) -> None:
+        """Ends, when all is written."""
 
 
 class MetricWriter:
@@ -23,25 +43,27 @@ class MetricWriter:
         directory: of the run.
         stage: its name, on every line.
         step: where the run goes on; later lines are dropped.
+        also: other places than TensorBoard; closed at the end.
 
     Raises:
         RunDirectoryError: when the disk is full or not writable.
     """
 
-    def __init__(self, directory: RunDirectory, stage: str, step: int):
+    def __init__(self, directory: RunDirectory, stage: str, step: int, also: Sequence[Scalars] = ()):
         self._stage = stage
         self._directory = directory
         with disk_errors(directory.path):
             drop_lines_after(directory.metrics, step)
             self._file = open(directory.metrics, "a")  # noqa: SIM115 - closed on exit
-            self._events = EventFileWriter(directory.tensorboard, purge_step=step + 1)
+            self._shown: list[Scalars] = [EventFileWriter(directory.tensorboard, purge_step=step + 1), *also]
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._file.close()
-        self._events.close()
+        for shown in self._shown:
+            shown.close()
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Writes the metrics of one step, and sees them to the file.
@@ -55,13 +77,18 @@ class MetricWriter:
         """
         now = time.time()
         # JSON has no NaN; a metric other than the loss may well be undefined at some step.
-        values = {name: float(v) if math.isfinite(v) else None for name, v in metrics.items()}
+        values = {name: _number(v) if math.isfinite(v) else None for name, v in metrics.items()}
         line = json.dumps({"step": step, "stage": self._stage, "wall_time": now} | values)
-        finite = {name: value for name, value in values.items() if value is not None}
+        finite = {name: v for name, v in values.items() if v is not None and name not in DIGEST_METRICS}
         with disk_errors(self._directory.path):
             self._file.write(line + "\n")
             self._file.flush()
-            self._events.scalars(step, finite, now)
+            for shown in self._shown:
+                shown.scalars(step, finite, now)
+
+
+def _number(value: float | int) -> float | int:
+    return value if isinstance(value, int) else float(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -171,6 +171,7 @@ class RewardModel:
                 write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
             return result
 
+        length = sum(data.manifest.lengths.values())
         description = {
             "stage": f"reward_{self.loss}",
             "name": self.name,
@@ -184,10 +185,11 @@ class RewardModel:
             loss_fn=PairwiseLoss(policy, LOSSES[self.loss]),
             source=PairSource(data, corrupter),
             describe=lambda: description,
-            tokens_per_batch=2 * self.batch_size * sum(data.manifest.lengths.values()),
+            tokens_per_batch=2 * self.batch_size * length,
             logical_axes=policy.logical_axes(),
             evaluate=evaluate,
             vocabulary=vocabulary,
+            flops=(1 + BACKWARD) * encoder_flops(self.trunk, 2 * self.batch_size, length),
         )
 
     def _data(self, split: str, seed: int = 0) -> DataSource:
@@ -255,6 +257,10 @@ class PairSource:
     def restore(self, position: dict[str, int]) -> None:
         """Goes to a position that `position` gave."""
         self.data.seek(position["examples"])
+
+    def example_ids(self, position: dict[str, int]) -> list[int]:
+        """The examples of the whole batch that starts at a position."""
+        return self.data.example_ids(position["examples"], self.data.batch_size).tolist()
 
 
 def make_pairs(batch: PromptBatch, corrupter: Corrupter) -> tuple[ScoredPairs, Int[np.ndarray, "B"]]:

@@ -19,6 +19,7 @@ from clp_jax.training.checkpoint_steps import as_path, complete_steps
 CONFIG_FILE = "config.gin"
 DESCRIPTION_FILE = "description.json"
 METRICS_FILE = "metrics.jsonl"
+LEDGER_FILE = "ledger.json"
 TENSORBOARD_DIRECTORY = "tensorboard"
 CHECKPOINTS_DIRECTORY = "checkpoints"
 REFERENCE_DIRECTORY = "reference"
@@ -36,6 +37,9 @@ FREE_BINDINGS = frozenset(
         "keep_every",
         "keep_best",
         "watchdog_seconds",
+        "profile_steps",
+        "replica_check_every",
+        "wandb_project",
     }
 )
 
@@ -58,6 +62,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object per logged step."""
         return self.path / METRICS_FILE
+
+    @property
+    def ledger(self) -> Path:
+        """Where the time went, at each checkpoint."""
+        return self.path / LEDGER_FILE
 
     @property
     def tensorboard(self) -> Path:

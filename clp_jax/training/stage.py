@@ -35,6 +35,9 @@ class Source(Protocol):
     def restore(self, position: dict[str, int]) -> None:
         """Goes to a position that `position` gave."""
 
+    def example_ids(self, position: dict[str, int]) -> list[int]:
+        """The examples of the whole batch that starts at a position, by their numbers in the data."""
+
 
 @runtime_checkable
 class Saveable(Protocol):
@@ -61,6 +64,7 @@ class StageSetup:
         evaluate: parameters to metrics, run every so many steps; its names appear under ``evaluation/``.
         vocabulary: is copied to the run directory.
         slots: what an Adafactor goes on from; None begins anew.
+        flops: of one step by the model alone, what the source computes included; None where nobody counted.
     """
 
     params: Params | Callable[[], Params]
@@ -74,6 +78,7 @@ class StageSetup:
     evaluate: Callable[[Params], dict[str, float]] | None = None
     vocabulary: Saveable | None = None
     slots: AdafactorSlots | None = None
+    flops: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +187,9 @@ class BatchStream(Protocol):
     def seek(self, position: int) -> None:
         """Goes to a global example index."""
 
+    def example_ids(self, start: int, count: int) -> Any:
+        """Record numbers of the global example indices from `start` on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DataBatches:
@@ -204,6 +212,10 @@ class DataBatches:
     def restore(self, position: dict[str, int]) -> None:
         """Goes to a position that `position` gave."""
         self.data.seek(position["examples"])
+
+    def example_ids(self, position: dict[str, int]) -> list[int]:
+        """The examples of the whole batch that starts at a position."""
+        return self.data.example_ids(position["examples"], self.data.batch_size).tolist()
 
 
 def inherited(description: Mapping[str, Any]) -> dict[str, Any]:

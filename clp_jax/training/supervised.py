@@ -140,6 +140,7 @@ class Supervised:
             evaluate=self._evaluator(loss_fn),
             vocabulary=vocabulary,
             slots=self._slots(description),
+            flops=training_flops(model, Sizes(self.batch_size, lengths["inputs"], self.batch_size, lengths["targets"])),
         )
 
     def _slots(self, description: dict[str, Any]) -> AdafactorSlots | None:

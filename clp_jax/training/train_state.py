@@ -9,6 +9,7 @@ import numpy as np
 
 from clp_jax.array_types import Params, PRNGKeyArray, PyTree
 from clp_jax.partitioning import is_axes
+from clp_jax.training.guards import GuardState
 
 _Arrays: TypeAlias = Any  # Shapes or shardings in place of the arrays, in the trees that describe a state.
 
@@ -19,11 +20,12 @@ class TrainState:
     """Everything that a checkpoint must hold to go on, besides the position in the data.
 
     Attributes:
-        step: ``int32[]`` updates made so far.
+        step: ``int32[]`` steps so far; `guard` counts those whose update was left out.
         params: the trainable parameters.
         opt_state: the optimizer's slots, sharded as the parameters they belong to.
         ema: the exponential moving average of the parameters, or None.
         rng: ``uint32[2]`` data of the run's random key; it never changes, keys are derived from it and the step.
+        guard: what decides whether the next update is made.
     """
 
     step: _Arrays
@@ -31,6 +33,7 @@ class TrainState:
     opt_state: _Arrays
     ema: _Arrays | None
     rng: _Arrays
+    guard: GuardState
 
     def key(self, purpose: int) -> PRNGKeyArray:
         """The random key of this step for one purpose: ``fold_in(fold_in(seed, step), purpose)``."""
@@ -42,7 +45,7 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def new_state(params: Params, opt_state: Any, seed: int, with_ema: bool) -> TrainState:
+def new_state(params: Params, opt_state: Any, seed: int, with_ema: bool, guard: GuardState) -> TrainState:
     """The state before the first step.
 
     Args:
@@ -50,6 +53,7 @@ def new_state(params: Params, opt_state: Any, seed: int, with_ema: bool) -> Trai
         opt_state: the optimizer's fresh state.
         seed: decides every random number of the run.
         with_ema: whether to keep a moving average, which starts as a copy of the parameters.
+        guard: its first state.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -58,6 +62,7 @@ def new_state(params: Params, opt_state: Any, seed: int, with_ema: bool) -> Trai
         # A copy: donating a state whose average shares buffers with its parameters would free them twice.
         ema=jax.tree.map(jnp.copy, params) if with_ema else None,
         rng=jax.random.key_data(jax.random.key(np.uint32(seed))),
+        guard=guard,
     )
 
 

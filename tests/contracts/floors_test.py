@@ -20,7 +20,19 @@ FLOORS = (
     ("models", "data"),
     ("interop", "sampling", "rewards"),
     ("training", "evaluation", "compilation"),
-    ("prepare", "train", "evaluate", "report", "sample", "score", "experiment", "convert", "compile", "checkpoints"),
+    (
+        "prepare",
+        "train",
+        "evaluate",
+        "report",
+        "sample",
+        "score",
+        "experiment",
+        "convert",
+        "compile",
+        "checkpoints",
+        "replay",
+    ),
     ("gin_utils", "command_line", "main"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from clp_jax.training.checkpoint_manifest import DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import as_path
 from clp_jax.training.checkpoints import CheckpointError, Checkpoints, load_params
+from clp_jax.training.guards import Guards
 from clp_jax.training.train_state import TrainState
 
 SPECS = {"rows": PartitionSpec("x"), "both": PartitionSpec("x", "y"), "columns": PartitionSpec(None, ("x", "y"))}
@@ -24,7 +25,8 @@ def state_of(step, shape, specs):
         return jax.device_put(array, NamedSharding(mesh, spec))
 
     params = {name: put(values + i, spec) for i, (name, spec) in enumerate(specs.items())}
-    return TrainState(put(jnp.int32(step)), params, {"slot": put(values)}, None, put(jnp.zeros(2, jnp.uint32)))
+    guard = jax.tree.map(put, Guards().init())
+    return TrainState(put(jnp.int32(step)), params, {"slot": put(values)}, None, put(jnp.zeros(2, jnp.uint32)), guard)
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,10 @@ class Recording:
         """Goes there."""
         self._source.restore(position)
 
+    def example_ids(self, position):
+        """Those of the source."""
+        return self._source.example_ids(position)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:

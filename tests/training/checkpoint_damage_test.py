@@ -11,6 +11,7 @@ import pytest
 from clp_jax.training.checkpoint_manifest import DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import as_path
 from clp_jax.training.checkpoints import CheckpointError, Checkpoints, find_intact, load_params
+from clp_jax.training.guards import Guards
 from clp_jax.training.train_state import TrainState
 
 DESCRIPTION = {"stage": "toy", "model": {}}
@@ -33,7 +34,9 @@ def delete(file):
 def state_of(step):
     params = {"a": {"kernel": jnp.arange(12.0).reshape(3, 4) * step}, "bias": jnp.full((4,), step, jnp.bfloat16)}
     slots = {"slot": jnp.ones((3, 4)) * step}
-    return TrainState(jnp.int32(step), params, slots, jax.tree.map(jnp.copy, params), jnp.zeros(2, jnp.uint32))
+    return TrainState(
+        jnp.int32(step), params, slots, jax.tree.map(jnp.copy, params), jnp.zeros(2, jnp.uint32), Guards().init()
+    )
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,15 @@ import pytest
 from clp_jax.training import checkpoint_manifest
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import CheckpointError, Checkpoints, find_checkpoint, load_params, save_params
+from clp_jax.training.guards import Guards
 from clp_jax.training.run_directory import open_run_directory
 from clp_jax.training.train_state import TrainState
 
 
 def state_of(step, size=3):
     key = jnp.zeros(2, jnp.uint32)
-    return TrainState(jnp.int32(step), {"w": jnp.full((size,), step, jnp.float32)}, {"slot": jnp.ones(3)}, None, key)
+    params = {"w": jnp.full((size,), step, jnp.float32)}
+    return TrainState(jnp.int32(step), params, {"slot": jnp.ones(3)}, None, key, Guards().init())
 
 
 def save(checkpoints, step, size=3, **metrics):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -29,7 +30,15 @@ from clp_jax.training.optimizers import Adafactor
 from clp_jax.training.policies import load_policy
 
 FULL = ParameterConditioning("full", 2)
-REWARDS = (Brevity(limit=4), FunctionReward("letters", lambda p, completions, r: [len(text) for text in completions]))
+SECONDS = 0.02
+
+
+def letters(prompts, completions, references):
+    time.sleep(SECONDS)
+    return [len(text) for text in completions]
+
+
+REWARDS = (Brevity(limit=4), FunctionReward("letters", letters))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +99,12 @@ def whole(home):
 
 class Killed(Exception):
     pass
+
+
+def test_the_ledger_tells_rollouts_from_learning(whole):
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    assert all(last[f"seconds/{name}"] > 0 for name in ("rollout", "step", "data", "save", "compile"))
+    assert last["seconds/rollout"] >= 5 * SECONDS  # What a reward takes is no learning, and no reading of data.
 
 
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, home, whole, monkeypatch):

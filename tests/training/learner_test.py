@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clp_jax.training.learner import Learner
+from clp_jax.training.metrics import DIGEST_METRICS
 from clp_jax.training.optimizers import Adafactor, AdamW
 from clp_jax.training.train_state import full_axes
 
@@ -61,7 +62,7 @@ def test_one_step_is_the_closed_form():
 def test_accumulation_is_the_whole_batch_although_weights_differ(accumulation):
     _, whole, metrics = one_step()
     learner, parts, part_metrics = one_step(accumulation=accumulation)
-    for name in metrics:
+    for name in metrics.keys() - DIGEST_METRICS:
         np.testing.assert_allclose(part_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
     for name in PARAMS:
         np.testing.assert_allclose(parts.params[name], whole.params[name], rtol=1e-5)

@@ -56,6 +56,6 @@ def test_a_full_disk_is_said_clearly(tmp_path, monkeypatch):
         def full(*args):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(writer._events, "scalars", full)
+        monkeypatch.setattr(writer._shown[0], "scalars", full)
         with pytest.raises(RunDirectoryError, match="the disk is full"):
             writer.write(1, {"loss": 1.0})
