@@ -15,18 +15,23 @@ BEGIN, END = "<!-- figures: benchmarks/scale.py -->", "<!-- end of figures -->"
 
 # Exchanges on the sparse cores of v5p and v6e, beside the matrix units.
 BESIDE = (
-    "--options=xla_tpu_enable_sparse_core_collective_offload_all_gather=true,"
-    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true,xla_tpu_enable_all_gather_offload_tracing=true"
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather=true,"
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true,xla_tpu_enable_all_gather_offload_tracing=true,"
 )
+# Of the memory of a core, what one operation may take: products get larger tiles, and prefetched operands less room.
+TILES = "xla_tpu_scoped_vmem_limit_kib="
+V5E, V5P, V6E = f"--options={TILES}65536", f"--options={BESIDE}{TILES}49152", f"--options={BESIDE}{TILES}98304"
 CASES = {
-    "t5_xxl_v5e": ("scale/t5_xxl.gin",),
-    "palm_8b_v5p": ("scale/palm_8b.gin", BESIDE),
-    "palm_8b_v6e": ("scale/palm_8b.gin", "--topology=v6e:16x16", "--gin.BATCH_SIZE=1024", "--gin.REMAT=full", BESIDE),
-    "palm_62b_v5p": ("scale/palm_62b.gin", BESIDE),
-    "palm_540b_v5p": ("scale/palm_540b.gin", BESIDE),
-    "moe_t5_v5p": ("scale/moe_t5.gin", BESIDE),
-    "clp_t5_xxl_v5p": ("scale/clp_t5_xxl.gin",),
-    "clp_palm_8b_v5p": ("scale/clp_palm_8b.gin",),
+    "t5_xxl_v5e": ("scale/t5_xxl.gin", V5E),
+    "palm_8b_v5p": ("scale/palm_8b.gin", V5P),
+    "palm_8b_v6e": ("scale/palm_8b.gin", "--topology=v6e:16x16", "--gin.BATCH_SIZE=1024", "--gin.REMAT=full", V6E),
+    "palm_62b_v5p": ("scale/palm_62b.gin", V5P),
+    "palm_540b_v5p": ("scale/palm_540b.gin", V5P),
+    "palm_8b_1m_v5p": ("scale/palm_8b_1m.gin", V5P),
+    "moe_t5_v5p": ("scale/moe_t5.gin", V5P),
+    "st_moe_32b_v5p": ("scale/st_moe_32b.gin", V5P),
+    "clp_t5_xxl_v5p": ("scale/clp_t5_xxl.gin", V5P),
+    "clp_palm_8b_v5p": ("scale/clp_palm_8b.gin", V5P),
 }
 
 

@@ -42,7 +42,8 @@ def compile(  # noqa: A001
     """Compiles a stage for TPUs and reports memory, exchanges and time, on a machine without one.
 
     Takes the gin files and bindings of `clp train`. Data and checkpoints need not exist: their lengths, and the model where
-    it is a checkpoint's, are given here. Needs libtpu: pip install 'clp-jax[aot]'.
+    it is a checkpoint's, are given here. Needs libtpu: pip install 'clp-jax[aot]'. The exit code is 1 where a program does
+    not fit, or, of a search, none of what was tried; the report is written all the same, and says `"fits": false`.
 
     Args:
         topology: the chip, and chips along each dimension of a slice, as in v5p:4x4x8 or v5e:16x16.
@@ -62,6 +63,7 @@ def compile(  # noqa: A001
 
     Raises:
         ValueError: for an unknown topology or program, a mesh that does not fit, or a stage that can't be compiled so.
+        SystemExit: with 1 when all is done, where memory does not suffice.
     """
     flags = {name: {"true": True, "false": False}.get(text, text) for name, text in (options or {}).items()}
     where, console, data = Topology.parse(topology, num_slices), Console(width=140), DataShape(inputs, targets, model)
@@ -78,7 +80,10 @@ def compile(  # noqa: A001
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(found.to_json(), indent=1) + "\n")
-    return found.best if isinstance(found, Findings) else found
+    report = found.best if isinstance(found, Findings) else found
+    if not report.fits:
+        raise SystemExit(1)
+    return report
 
 
 @dataclasses.dataclass(frozen=True)

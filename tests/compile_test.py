@@ -26,17 +26,20 @@ SIZES = {"num_encoder_layers": 1, "num_decoder_layers": 1, "embed_dim": 128, "ml
 BINDINGS = [f"--gin.t5_1_1.{name}={value}" for name, value in SIZES.items()]
 
 
-def test_a_step_is_compiled_and_reported(tmp_path):
-    pytest.importorskip("libtpu", reason="compiles for TPUs with the extra `aot`")
-    output = tmp_path / "here" / "report.json"
-    words = [f"--gin_file={name}" for name in FILES] + BINDINGS
-    words += ["--topology=v5e:2x2", "--inputs=64", "--targets=32", "--gin.BATCH_SIZE=8", f"--output={output}"]
+def clp_compile(folder: Path, *words: str) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]),
         "XLA_FLAGS": "",
     }
-    command = [sys.executable, "-m", "clp_jax.main", "compile", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
+    command = [sys.executable, "-m", "clp_jax.main", "compile", *[f"--gin_file={name}" for name in FILES], *BINDINGS]
+    command += ["--topology=v5e:2x2", "--inputs=64", "--targets=32", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=folder)
+
+
+def test_a_step_is_compiled_and_reported(tmp_path):
+    pytest.importorskip("libtpu", reason="compiles for TPUs with the extra `aot`")
+    output = tmp_path / "here" / "report.json"
+    done = clp_compile(tmp_path, "--gin.BATCH_SIZE=8", f"--output={output}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr == ""
     for words in ("HBM of a device", "estimated MFU", "tokens/s/chip", "all-gather", "fsdp 4", "largest buffers"):
@@ -55,6 +58,24 @@ def test_a_step_is_compiled_and_reported(tmp_path):
     )
     assert {"fsdp"} == {axis for item in update["exchanges"] for axis in item["axes"]}
     assert any("nn/linear.py" in source for source, _ in update["slowest"])
+
+
+def test_a_search_in_which_nothing_fits_ends_with_1_and_its_report(tmp_path):
+    pytest.importorskip("libtpu", reason="compiles for TPUs with the extra `aot`")
+    output = tmp_path / "report.json"
+    tried = ("--search", "--layouts=sharding/fsdp.gin", "--remats=none", "--batches=4194304,8388608")
+    done = clp_compile(tmp_path, *tried, f"--output={output}")
+    assert (done.returncode, done.stderr) == (1, "")
+    for words in ("nothing fits; the closest is", "does not fit", "lower BATCH_SIZE"):
+        assert words in done.stdout
+    found = json.loads(output.read_text())
+    assert not found["fits"] and found["recommended"] == {
+        "layout": "sharding/fsdp.gin",
+        "remat": "none",
+        "batch": 4194304,
+    }
+    (only,) = found["tried"]  # A larger batch of what does not fit is not even tried.
+    assert only["report"]["programs"][0]["memory"]["needed"] > only["report"]["programs"][0]["memory"]["limit"]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ class Findings:
             dataclasses.asdict(trial) | ({"refused": found} if isinstance(found, str) else {"report": found.to_json()})
             for trial, found in self.tried
         ]
-        return {"tried": tried, "recommended": dataclasses.asdict(self._best()[0])}
+        trial, report = self._best()
+        return {"tried": tried, "recommended": dataclasses.asdict(trial), "fits": report.fits}
 
     def show(self, console: Console) -> None:
         """Writes a table, the recommendation and its report."""

@@ -1,14 +1,14 @@
 """What losses need of the logits over a large vocabulary, a chunk of positions at a time."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import Array, Bool, Float, Int
-from clp_jax.partitioning import activation_sharding
+from clp_jax.partitioning import activation_sharding, constrain
 
 # Float32 logits of a chunk, on one device.
 CHUNK_BYTES = 64 * 2**20
@@ -55,21 +55,22 @@ def chunked_token_statistics(
 ) -> TokenStatistics:
     """`token_statistics` of ``head(hidden)``, whose ``B·T·V`` logits never exist, forward or backward.
 
-    Chunks are cut along T, so a sharded batch stays sharded. The backward pass makes each chunk's logits again: one
-    more product with the head.
+    Chunks are cut along T, so a sharded batch stays sharded; of positions that are sharded, each device's are cut. The
+    backward pass makes each chunk's logits again: one more product with the head.
 
     Args:
         hidden: what the head reads; gradients flow to it and to what `head` closes over.
         head: logits of some positions; treats positions alike.
         targets: token ids, in ``[0, V)``.
-        chunk: positions of a chunk; None takes as many as `CHUNK_BYTES` of float32 logits hold on a device, and at least
-            as many as make ``D`` rows there. Where all fit there is no loop, and nothing is made again.
+        chunk: positions of a chunk on a device; None takes as many as `CHUNK_BYTES` of float32 logits hold there, and at
+            least as many as make ``D`` rows. Where all fit there is no loop, and nothing is made again.
         with_entropy: whether the entropy is wanted.
 
     Raises:
         ValueError: for a chunk below 1.
     """
-    length = targets.shape[1]
+    shards = _length_shards(targets.shape)
+    length = targets.shape[1] // shards
     chunk = _fitting(hidden, head) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunked_token_statistics: chunk is {chunk}: expected at least 1, or None to choose.")
@@ -78,29 +79,45 @@ def chunked_token_statistics(
 
     @jax.checkpoint
     def statistics(hidden, targets):
+        hidden = constrain(hidden, "batch", "length", "act_embed")
         return token_statistics(head(hidden), targets, with_entropy=with_entropy)
 
-    xs = (_chunks(hidden, chunk), _chunks(targets, chunk))
+    xs = (_chunks(hidden, chunk, shards), _chunks(targets, chunk, shards))
     _, stacked = jax.lax.scan(lambda _, x: (None, statistics(*x)), None, xs)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], stacked)
+    return jax.tree.map(lambda x: _positions(x, shards, length), stacked)
 
 
 def _fitting(hidden: Float[Array, "B T D"], head: Callable) -> int:
-    """Positions of a chunk whose logits keep to the budget: as even as they come, and one at least."""
+    """Positions of a chunk on a device whose logits keep to the budget: as even as they come, and one at least."""
     batch, length, width = hidden.shape
     shape = (batch, length, jax.eval_shape(head, hidden).shape[-1])
     sharding = activation_sharding(shape, ("batch", "length", "act_vocab"))
-    rows, _, vocabulary = shape if sharding is None else sharding.shard_shape(shape)
+    rows, length, vocabulary = shape if sharding is None else sharding.shard_shape(shape)
     # Every chunk adds to the head's gradient: with fewer rows than the model is wide, that moves more than the logits do.
     most = max(1, CHUNK_BYTES // (4 * rows * vocabulary), width // rows)
     return int(np.ceil(length / np.ceil(length / most)))
 
 
-def _chunks(x: Array, size: int) -> Array:
-    """``[B, T, ...]`` as ``[chunks, B, size, ...]``, the last one filled up with what the last position holds.
+def _length_shards(shape: Sequence[int]) -> int:
+    sharding = activation_sharding(shape, ("batch", "length"))
+    return 1 if sharding is None else shape[1] // sharding.shard_shape(tuple(shape))[1]
+
+
+def _chunks(x: Array, size: int, shards: int) -> Array:
+    """``[B, T, ...]`` as ``[chunks, B, shards·size, ...]``, the last one filled up with what the last position holds.
 
     Zeros might be nothing a head is made for; a norm's gradient there can be NaN.
     """
-    last = jnp.broadcast_to(x[:, -1:], (x.shape[0], -x.shape[1] % size, *x.shape[2:]))
-    padded = jnp.concatenate([x, last], axis=1)
-    return jnp.moveaxis(padded.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+    x = x.reshape(x.shape[0], shards, -1, *x.shape[2:])
+    missing = -x.shape[2] % size
+    last = jnp.broadcast_to(x[:, :, -1:], (*x.shape[:2], missing, *x.shape[3:]))
+    padded = jnp.concatenate([x, last], axis=2)
+    chunks = jnp.moveaxis(padded.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
+    return chunks.reshape(*chunks.shape[:2], shards * size, *x.shape[3:])
+
+
+def _positions(x: Array, shards: int, length: int) -> Array:
+    """``[chunks, B, shards·size]`` as ``[B, shards·length]``: what `_chunks` cut, without what filled it up."""
+    chunks, batch, positions = x.shape
+    cut = jnp.moveaxis(x.reshape(chunks, batch, shards, positions // shards), 0, 2)
+    return cut.reshape(batch, shards, -1)[:, :, :length].reshape(batch, -1)

@@ -40,14 +40,15 @@ def test_the_fastest_that_fits_is_recommended_and_larger_batches_of_what_does_no
     assert ("a", "BATCH_SIZE=4") in asked and ("a", "BATCH_SIZE=8") not in asked
     assert found.best.programs[0].seconds == 1 / 8
     plain = found.to_json()
-    assert plain["recommended"] == {"layout": "b", "remat": "full", "batch": 8}
+    assert plain["recommended"] == {"layout": "b", "remat": "full", "batch": 8} and plain["fits"]
     assert plain["tried"][-1]["refused"] == "8 heads do not divide"
     found.show(QUIET)
 
 
 def test_where_nothing_fits_the_closest_is_shown():
     tried = tuple((Trial("a", "full", size), report(1.0, 200 + size)) for size in (4, 2, 8))
-    assert Findings(tried).to_json()["recommended"]["batch"] == 2
+    plain = Findings(tried).to_json()
+    assert (plain["recommended"]["batch"], plain["fits"]) == (2, False)
 
 
 def test_where_nothing_compiles_the_reasons_are_said():

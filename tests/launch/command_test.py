@@ -201,7 +201,7 @@ exit {code}
     ("code", "fits", "message"),
     [
         (0, "true", None),
-        (0, "false", r"it does not fit the slice: .*\(--force launches it all the same\)"),
+        (1, "false", r"it does not fit the slice: .*\(--force launches it all the same\)"),
         (2, "true", r"it can't be compiled for the slice: a mesh of 3\. \(--force"),
     ],
 )

@@ -16,7 +16,7 @@ from clp_jax.nn.attention_dense import reference_attention
 from clp_jax.nn.attention_pallas import pallas_attention
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
-from clp_jax.partitioning import Rules, make_mesh, use_mesh
+from clp_jax.partitioning import Rules, make_mesh, named_sharding, use_mesh
 
 RULES = Rules((("batch", ("data",)), ("act_heads", "tensor")))
 CASE = Case(Pattern(causal=True, scale=0.5, buckets=ONE_SIDED), heads=4, kv_heads=2, packed=True, aligned=True)
@@ -67,22 +67,36 @@ def test_a_chunk_of_the_loss_is_as_large_as_a_device_allows(monkeypatch):
     assert chunk() == 1
     with use_mesh(make_mesh(data=4, tensor=2), Rules((("batch", "data"), ("act_vocab", "tensor")))):
         assert chunk() == 6
+    with use_mesh(make_mesh(data=2, sequence=4), Rules((("batch", "data"), ("length", "sequence")))):
+        assert chunk() == 4 * 2
 
 
-def test_the_loss_by_chunks_gathers_nothing():
+@pytest.mark.parametrize(
+    ("table", "mesh", "chunk"),
+    [
+        ((("batch", "data"),), {}, 10),
+        # Thirteen positions on each device: the last chunk of each is filled up.
+        ((("batch", "data"), ("length", "sequence")), {"data": 2, "sequence": 4}, 5),
+    ],
+)
+def test_the_loss_by_chunks_gathers_nothing(table, mesh, chunk):
     rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(8, 13, 4)), jnp.float32)
+    hidden = jnp.asarray(rng.normal(size=(8, 52, 4)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 16, size=(8, 13)), jnp.int32)
+    targets = jnp.asarray(rng.integers(0, 16, size=(8, 52)), jnp.int32)
 
     def loss(hidden, kernel, targets, chunk):
-        found = chunked_token_statistics(hidden, lambda h: h @ kernel, targets, chunk=chunk)
-        return jnp.sum(jnp.square(found.log_z) - found.log_probs)
+        found = chunked_token_statistics(hidden, lambda h: h @ kernel, targets, chunk=chunk, with_entropy=True)
+        weights = 1 + jnp.arange(targets.size, dtype=jnp.float32).reshape(targets.shape)
+        return jnp.sum(weights * (jnp.square(found.log_z) - found.log_probs + found.entropy))
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=3)
-    mesh = make_mesh()
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    placed = (*jax.device_put((hidden,), rows), jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())))
-    program = run.lower(*placed, jax.device_put(targets, rows), 4).compile()
+    expected = run(hidden, kernel, targets, 52)
+    mesh, rules = make_mesh(**mesh), Rules(table)
+    rows = named_sharding(("batch", "length"), mesh, rules)
+    placed = (jax.device_put(hidden, rows), jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())))
+    with use_mesh(mesh, rules):
+        program = run.lower(*placed, jax.device_put(targets, rows), chunk).compile()
     assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
-    assert_close(program(*placed, jax.device_put(targets, rows)), run(hidden, kernel, targets, 13), 1e-6)
+    assert len(re.findall(r" while\(", program.as_text())) == 2
+    assert_close(program(*placed, jax.device_put(targets, rows)), expected, 1e-6)
