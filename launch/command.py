@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from clp_jax.launch.calls import begin, call, show
@@ -20,7 +20,7 @@ from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.supervisor import Patience, supervise
-from clp_jax.launch.target import Note, Run, Target, Write
+from clp_jax.launch.target import Note, Run, Step, Target, Write
 from clp_jax.launch.targets import TARGETS, find_target
 
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
@@ -70,7 +70,7 @@ def launch(words: Sequence[str], commands: Collection[str]) -> int:
     target.check(job)
     jobs = jobs_directory()
     if options.dry_run:
-        print_plan(target, job, jobs)
+        print_plan(target, [job], jobs, lambda records: target.dry_run(*records))
         return 0
     record = _existing(jobs, job)
     if record is None:
@@ -212,11 +212,19 @@ def _gin_words(words: Sequence[str]) -> list[str]:
     return found
 
 
-def print_plan(target: Target, job: Job, jobs: Path) -> None:
-    """Prints the exact files and commands of a launch; what is too long to read is cut, and counted."""
+def print_plan(
+    target: Target, planned: Sequence[Job], jobs: Path, plan: Callable[[Sequence[JobRecord]], Sequence[Step]]
+) -> None:
+    """Prints the exact files and commands of a launch; what is too long to read is cut, and counted.
+
+    Args:
+        target: where the jobs run.
+        planned: the jobs.
+        jobs: the directory of their records.
+        plan: the steps of jobs that are written down.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        record = create(Path(folder), job, target)
-        for step in target.dry_run(record):
+        for step in plan([create(Path(folder), job, target) for job in planned]):
             if isinstance(step, Write):
                 text = f"# writes {step.path}\n{step.text.rstrip()}\n"
             elif isinstance(step, Note):

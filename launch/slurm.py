@@ -5,17 +5,46 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from clp_jax.launch.calls import call, carry_out
+from clp_jax.launch.calls import carry_out
 from clp_jax.launch.exit_codes import KILLED, verdict
-from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.options import option
+from clp_jax.launch.slurm_queue import Entry, Look, accounted, cancel, queued
 from clp_jax.launch.target import Run, Status, Step, Unreachable, Write
-from clp_jax.launch.worker_script import EXIT, LOG, worker_script
+from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, worker_script
 
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _TAKEN = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "REVOKED", "DEADLINE")
+_ARRAY = "array"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTask:
+    """An attempt's place in a job array.
+
+    Attributes:
+        name: of the array.
+        index: of the task in it.
+        most: tasks of the array that run at the same time.
+        log: what SLURM writes of the task.
+    """
+
+    name: str
+    index: int
+    most: int
+    log: str
+
+    @classmethod
+    def of(cls, record: JobRecord) -> "ArrayTask | None":
+        """The place of a record's attempt; None where it is a job of its own."""
+        kept = record.kept(_ARRAY)
+        return None if kept is None else cls(**kept)
+
+    def keep(self, record: JobRecord) -> None:
+        """Writes down what `of` reads."""
+        record.keep(_ARRAY, dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +76,21 @@ class Slurm:
 
     def check(self, job: Job) -> None:
         """Raises `LaunchError` for a run directory that the nodes could not share."""
-        if job.run_dir is not None and (Path(job.directory) / job.run_dir).resolve().is_relative_to("/tmp"):
-            raise LaunchError(
-                f"the run directory is {job.run_dir!r}: each node has a /tmp of its own; give a shared one."
-            )
+        if job.run_dir is not None:
+            _check_shared("the run directory", Path(job.directory) / job.run_dir)
 
     def check_access(self, job: Job) -> None:
-        """Raises `LaunchError` where the cluster does not answer, or a job has the name."""
-        if self._queued(f"{job.name}-1"):
+        """Raises `LaunchError` where the cluster does not answer, a job has the name, or nodes would not find the record."""
+        if queued(f"{job.name}-1"):
             raise LaunchError(f"there is a job {job.name}-1 in the queue already: give another --name.")
+        _check_shared("CLP_JOBS_DIR", jobs_directory())
 
     def submit(self, record: JobRecord) -> None:
         """Submits the script, unless a job of its name is there: sbatch would take a second one."""
         if self.status(record).phase == "gone":
+            if ArrayTask.of(record) is not None:
+                # It has not come about.
+                record.keep(_ARRAY, None)
             carry_out(self.dry_run(record))
 
     def start(self, record: JobRecord) -> None:
@@ -67,29 +98,44 @@ class Slurm:
 
     def status(self, record: JobRecord) -> Status:
         """Asks the queue; then the exit codes, which are files; then the accounts."""
-        state = self._queued(record.resource)
-        if state:
-            return Status("queued", detail=state) if state in _PENDING else Status("running")
+        return self.judge(record, queued, accounted)
+
+    def judge(self, record: JobRecord, queue: Look, accounts: Look) -> Status:
+        """How an attempt stands.
+
+        Args:
+            record: of the job.
+            queue: tells what is queued under a name.
+            accounts: tells what is accounted for.
+        """
+        waiting = entries_of(record, queue)
+        if waiting:
+            pending = all(entry.state in _PENDING for entry in waiting)
+            return Status("queued", detail=waiting[0].state) if pending else Status("running")
         codes = self._exit_codes(record)
-        if len(codes) == self.nodes and not any(codes):
+        if len(codes) == self.nodes and all(code == 0 for code in codes):
             return Status("succeeded")
-        told = self._account(record)
-        if told is None:
-            return verdict(codes) if any(codes) else Status("gone")
-        state, code = told
-        if state in _TAKEN:
-            return Status("preempted", detail=state)
-        if state in (*_PENDING, "RUNNING", "COMPLETING"):
+        found = entries_of(record, accounts)
+        if not found:
+            # Without accounts, what began and left no code was killed.
+            return verdict([KILLED if code is None else code for code in codes]) if codes else Status("gone")
+        if any(entry.state in (*_PENDING, "RUNNING", "COMPLETING") for entry in found):
             return Status("running")  # The accounts are behind the queue.
-        if state == "COMPLETED":
-            return Status("succeeded")
+        # A copy of what runs already ends at once, and well: it tells nothing.
+        told = next((entry for entry in reversed(found) if entry.state != "COMPLETED"), found[-1])
+        if told.state in _TAKEN:
+            return Status("preempted", detail=told.state)
         if any(codes):
             return verdict(codes)
-        return Status("failed", KILLED if state == "OUT_OF_MEMORY" else code, f"SLURM says {state}, exit code {code}")
+        if told.state == "COMPLETED":
+            return Status("succeeded")
+        code = KILLED if told.state == "OUT_OF_MEMORY" else told.code
+        return Status("failed", code, f"SLURM says {told.state}, exit code {told.code}")
 
     def logs(self, record: JobRecord, lines: int | None = None, follow: bool = False) -> Iterator[str]:
         """The tasks' output, and SLURM's own."""
-        files = {"slurm": record.attempt_directory / "slurm.log"}
+        task = ArrayTask.of(record)
+        files = {"slurm": record.attempt_directory / "slurm.log" if task is None else Path(task.log)}
         for restart in self._restarts(record):
             suffix = f" restart {restart.name[1:]}" if restart.name != "r0" else ""
             files |= {
@@ -105,22 +151,34 @@ class Slurm:
         self.delete(record)
 
     def delete(self, record: JobRecord) -> None:
-        """Cancels what is in the queue."""
-        if self._queued(record.resource):
-            call(Run(("scancel", f"--name={record.resource}"), attempts=3))
-            if self._queued(record.resource):
+        """Cancels what is in the queue; of an array, the attempt's own task."""
+        found = entries_of(record, queued)
+        if found:
+            cancel(found)
+            if entries_of(record, queued):
                 raise Unreachable(f"{record.resource} is being cancelled.")
 
     def dry_run(self, record: JobRecord) -> Sequence[Step]:
         """The two scripts, of the job and of its tasks, and how they are submitted."""
-        batch, task = record.attempt_directory / "job.sh", record.attempt_directory / "task.sh"
+        batch, task = record.attempt_directory / "job.sh", self.task_file(record)
+        # Should the same attempt ever be submitted twice, the second waits for the first, and finds it done.
+        flags = ("--dependency=singleton", f"--comment=clp-job={record.job.name}")
+        words = self.sbatch(record.resource, record.attempt_directory / "slurm.log", record.job.directory, flags)
         return [
-            Write(task, self._task(record)),
-            Write(batch, _batch(task, self.nodes)),
-            Run(("sbatch", *self._flags(record), str(batch)), timeout=120.0),
+            Write(task, self.task_script(record)),
+            Write(batch, self.batch_script(shlex.quote(str(task)))),
+            Run((*words, str(batch)), timeout=120.0),
         ]
 
-    def _flags(self, record: JobRecord) -> tuple[str, ...]:
+    def sbatch(self, name: str, log: Path, directory: str, flags: Sequence[str]) -> tuple[str, ...]:
+        """The words that submit a script, but for the script.
+
+        Args:
+            name: of the job.
+            log: what SLURM writes.
+            directory: to run in.
+            flags: more words.
+        """
         given = {
             "--partition": self.partition,
             "--account": self.account,
@@ -132,65 +190,72 @@ class Slurm:
             "--constraint": self.constraint,
         }
         return (
+            "sbatch",
             "--parsable",
-            f"--job-name={record.resource}",
-            f"--comment=clp-job={record.job.name}",
+            f"--job-name={name}",
+            *flags,
             f"--nodes={self.nodes}",
             "--ntasks-per-node=1",
-            # Should the same attempt ever be submitted twice, the second waits for the first, and finds it done.
-            "--dependency=singleton",
             f"--signal=TERM@{self.grace}",
             "--requeue" if self.requeue else "--no-requeue",
             "--open-mode=append",
-            f"--output={record.attempt_directory / 'slurm.log'}",
-            f"--chdir={record.job.directory}",
+            f"--output={log}",
+            f"--chdir={directory}",
             *(f"{flag}={value}" for flag, value in given.items() if value is not None),
         )
 
-    def _task(self, record: JobRecord) -> str:
+    def batch_script(self, task: str, setup: Sequence[str] = ()) -> str:
+        """The script that SLURM runs on the first node.
+
+        Args:
+            task: the script of each node; a piece of shell, quoted.
+            setup: lines of shell before it.
+        """
+        lines = ["#!/usr/bin/env bash", "set -u", *setup]
+        if self.nodes > 1:
+            lines += [
+                'first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+                'export CLP_COORDINATOR_ADDRESS="$first:$((20000 + SLURM_JOB_ID % 20000))" CLP_NUM_PROCESSES="$SLURM_NTASKS"',
+            ]
+        # One that fails ends the others: they would wait for it.
+        lines.append(f"srun --kill-on-bad-exit=1 bash {task}")
+        return "\n".join(lines) + "\n"
+
+    def task_file(self, record: JobRecord) -> Path:
+        """Where the script of each node is."""
+        return record.attempt_directory / "task.sh"
+
+    def task_script(self, record: JobRecord) -> str:
+        """The script of each node."""
         here = shlex.quote(str(record.attempt_directory))
-        setup = ['export CLP_PROCESS_ID="$SLURM_PROCID" PYTHONUNBUFFERED=1'] if self.nodes > 1 else []
+        setup = ['export CLP_PROCESS_ID="$SLURM_PROCID"'] if self.nodes > 1 else []
         return worker_script(
             local_command(record.job.command),
             directory=shlex.quote(record.job.directory),
             # SLURM may run the same job again: each time is one of its own.
             here=f'{here}/r"${{SLURM_RESTART_COUNT:-0}}"/task-"$SLURM_PROCID"',
-            environment={},
+            environment={"PYTHONUNBUFFERED": "1"},
             setup=setup,
         )
-
-    def _queued(self, resource: str) -> str | None:
-        """The state of the job of a name in the queue, or None."""
-        words = ("squeue", "--me", f"--name={resource}", "--noheader", "--format=%T")
-        states = call(Run(words, attempts=3)).output.split()
-        return states[0] if states else None
-
-    def _account(self, record: JobRecord) -> tuple[str, int | None] | None:
-        """What the accounts say of the job: its state and exit code; None where they know nothing, or there are none."""
-        words = ("sacct", f"--name={record.resource}", "--allocations", "--noheader", "--parsable2")
-        called = call(Run((*words, "--format=State,ExitCode", "--starttime=now-30days"), attempts=3), may_fail=True)
-        lines = called.output.split("\n") if called.code == 0 else []
-        found = [line.split("|") for line in lines if "|" in line]
-        if not found:
-            return None
-        state, code = found[-1][0].split()[0], found[-1][1].partition(":")[0]
-        return state, int(code) if code.isdecimal() else None
 
     def _restarts(self, record: JobRecord) -> list[Path]:
         return sorted(record.attempt_directory.glob("r[0-9]*"), key=lambda path: int(path.name[1:]))
 
-    def _exit_codes(self, record: JobRecord) -> list[int]:
+    def _exit_codes(self, record: JobRecord) -> list[int | None]:
+        """Of the tasks that have begun; None of one that left no code."""
         restarts = self._restarts(record)
-        return [int(path.read_text()) for path in sorted(restarts[-1].glob(f"task-*/{EXIT}"))] if restarts else []
+        files = [path.with_name(EXIT) for path in sorted(restarts[-1].glob(f"task-*/{CLAIM}"))] if restarts else []
+        return [int(path.read_text()) if path.is_file() else None for path in files]
 
 
-def _batch(task: Path, nodes: int) -> str:
-    lines = ["#!/usr/bin/env bash", "set -u"]
-    if nodes > 1:
-        lines += [
-            'first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
-            'export CLP_COORDINATOR_ADDRESS="$first:$((20000 + SLURM_JOB_ID % 20000))" CLP_NUM_PROCESSES="$SLURM_NTASKS"',
-        ]
-    # One that fails ends the others: they would wait for it.
-    lines.append(f"srun --kill-on-bad-exit=1 bash {shlex.quote(str(task))}")
-    return "\n".join(lines) + "\n"
+def _check_shared(what: str, path: Path) -> None:
+    if path.resolve().is_relative_to("/tmp"):
+        raise LaunchError(f"{what} is {str(path)!r}: each node has a /tmp of its own; give a shared one.")
+
+
+def entries_of(record: JobRecord, look: Look) -> list[Entry]:
+    """What belongs to an attempt, of what there is under its name."""
+    task = ArrayTask.of(record)
+    if task is None:
+        return list(look(record.resource))
+    return [entry for entry in look(task.name) if entry.index == task.index]

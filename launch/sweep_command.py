@@ -12,7 +12,7 @@ from clp_jax.launch.job import LaunchError
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.stage_job import patience_for
 from clp_jax.launch.sweep import GOALS, read_sweep
-from clp_jax.launch.sweep_run import Settings, SweepDirectory, jobs_of, preview, run_sweep
+from clp_jax.launch.sweep_run import Settings, SweepDirectory, batch_of, jobs_of, preview, run_sweep
 from clp_jax.launch.sweep_table import Row, columns, over_seeds, shown_metrics, to_csv, to_markdown
 from clp_jax.launch.targets import TARGETS, find_target
 
@@ -28,7 +28,8 @@ class SweepOptions:
     max_concurrent: int = option("trials at once", 1)
     retry_failed: bool = option("try trials that failed again", False)
     force: bool = option("run what clp compile says does not fit, or what it can't look at", False)
-    dry_run: bool = option("print the trials and what launches the first one, and do nothing", False)
+    look: float | None = option("seconds between two looks at the trials; by default the target's", None)
+    dry_run: bool = option("print the trials, and the exact files and commands that launch the first", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
     found = read_sweep(Path(options.file))
     path = Path(options.dir or Path("runs/sweeps") / Path(options.file).stem)
     patience = patience_for(target)
+    if options.look is not None:
+        patience = dataclasses.replace(patience, look=options.look)
     settings = Settings(
         target, target_options, commands, options.max_concurrent, options.retry_failed, options.force, patience
     )
@@ -77,9 +80,13 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
         trials, directory = preview(found, path, commands)
         for trial in trials:
             print(f"{trial.name}: {trial}")
-        for job in jobs_of(directory, trials[0], settings):
+        jobs, batch = [jobs_of(directory, trial, settings) for trial in trials], batch_of(directory, settings)
+        for number, job in enumerate(jobs[0]):
             print(f"\nThe first one runs: {shlex.join(job.command)}")
-            print_plan(target, job, directory.jobs)
+            if batch is None:
+                print_plan(target, [job], directory.jobs, lambda records: target.dry_run(*records))
+            else:
+                print_plan(target, [these[number] for these in jobs], directory.jobs, batch.plan)
         return 0
     try:
         rows = run_sweep(found, path, settings)

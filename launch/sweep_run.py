@@ -3,6 +3,7 @@
     DIR/sweep.json         the command, and the name that the sweep's jobs begin with
     DIR/trials.jsonl       one line for each trial: its hash, its bindings, its seed
     DIR/trials/HASH/       the run directory of a trial
+    DIR/arrays/            scripts and logs of job arrays, where the target has them
     DIR/table.md, .csv     states and metrics
 
 The record of a trial's job is where those of all jobs are, so `clp jobs` knows it.
@@ -27,9 +28,12 @@ from clp_jax.launch.lock import hold
 from clp_jax.launch.supervisor import Patience, advance, retry
 from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines
 from clp_jax.launch.sweep_table import Row, add_trial, read_metrics, read_trials, shown_metrics, to_csv, to_markdown
-from clp_jax.launch.target import Target, Unreachable
+from clp_jax.launch.target import Batch, Target, Unreachable
+from clp_jax.launch.targets import find_batch
 
-SWEEP_FILE, TRIALS = "sweep.json", "trials"
+SWEEP_FILE, TRIALS, ARRAYS = "sweep.json", "trials", "arrays"
+# Trials that are looked after at once where the target itself keeps the cap: each holds a file open.
+_MOST_LOOKED_AFTER = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +132,10 @@ class SweepDirectory:
 class _Run:
     """The jobs of one trial, one after another."""
 
-    def __init__(self, trial: Trial, jobs: Sequence[Job], directory: SweepDirectory, settings: "Settings"):
+    def __init__(self, trial: Trial, jobs: Sequence[Job], records: Path, target: Target, patience: Patience):
         self.trial = trial
-        self._jobs, self._records = jobs, directory.jobs
-        self._target, self._patience = settings.target, settings.patience
+        self._jobs, self._records = jobs, records
+        self._target, self._patience = target, patience
         self._locks = contextlib.ExitStack()
         self._held: dict[str, JobRecord] = {}
 
@@ -218,9 +222,11 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
     check_trials(
         sweep, [t for t in _examples(sweep) if t.name not in known], str(path / TRIALS / "HASH"), settings.commands
     )
-    for trial in itertools.islice(_examples(sweep), 1):
-        for job in jobs_of(directory, trial, settings):
-            check_before_creating(settings.target, job, settings.commands, settings.force)
+    new = (job for t in _examples(sweep) for job in jobs_of(directory, t, settings))
+    for job in itertools.islice(
+        (job for job in new if not (directory.jobs / job.name).is_dir()), len(sweep.commands())
+    ):
+        check_before_creating(settings.target, job, settings.commands, settings.force)
     with hold(path / ".lock", f"another launcher runs the sweep in {path}: wait for it."):
         directory.write()
         if settings.retry_failed:
@@ -230,12 +236,12 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
             for trial in trials:
                 add_trial(path, trial)
             waiting = iter(trials)
-            _run_all(directory, lambda: next(waiting, None), lambda trial: None, settings)
+            _run_all(directory, lambda: next(waiting, None), lambda trial: None, settings, _MOST_LOOKED_AFTER)
         else:
             from clp_jax.launch.search import Searcher
 
             searcher = Searcher(sweep, directory)
-            _run_all(directory, searcher.next_trial, searcher.tell, settings)
+            _run_all(directory, searcher.next_trial, searcher.tell, settings, settings.max_concurrent)
         return directory.write_table()
 
 
@@ -244,16 +250,20 @@ def _run_all(
     next_trial: Callable[[], Trial | None],
     tell: Callable[[Trial], None],
     settings: Settings,
+    in_batches: int,
 ) -> None:
-    """Runs trials, so many at once, until there are no more."""
+    """Runs trials, so many at once, until there are no more; a target that asks for them in batches may know of more."""
     active: list[_Run] = []
+    batch = batch_of(directory, settings)
+    target = batch or settings.target
+    at_once = settings.max_concurrent if batch is None else max(settings.max_concurrent, in_batches)
     while True:
-        while len(active) < settings.max_concurrent:
+        while len(active) < at_once:
             trial = next_trial()
             if trial is None:
                 break
             add_trial(directory.path, trial)
-            run = _Run(trial, jobs_of(directory, trial, settings), directory, settings)
+            run = _Run(trial, jobs_of(directory, trial, settings), directory.jobs, target, settings.patience)
             if run.look() is None:
                 show(f"{trial.name}: {trial}")
                 active.append(run)
@@ -262,6 +272,8 @@ def _run_all(
         if not active:
             return
         ended = [(run, phase) for run in active if (phase := run.look()) is not None]
+        if batch is not None:
+            batch.flush()
         for run, phase in ended:
             active.remove(run)
             show(f"{run.trial.name}: {phase}" + (f": {run.last_line()}" if phase != "succeeded" else ""))
@@ -270,6 +282,12 @@ def _run_all(
             directory.write_table()
         else:
             time.sleep(settings.patience.look)
+
+
+def batch_of(directory: SweepDirectory, settings: Settings) -> Batch | None:
+    """What asks for several trials at once, where the target can."""
+    where = (directory.path / ARRAYS).absolute()
+    return find_batch(settings.target, directory.name, where, settings.max_concurrent)
 
 
 def jobs_of(directory: SweepDirectory, trial: Trial, settings: Settings) -> list[Job]:

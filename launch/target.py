@@ -121,3 +121,13 @@ class Target(Protocol):
 
     def dry_run(self, record: JobRecord) -> Sequence[Step]:
         """The exact files and commands of `submit` and `start`, in order."""
+
+
+class Batch(Target, Protocol):
+    """A target that asks for attempts of several jobs at once: `Target.submit` only notes them."""
+
+    def flush(self) -> None:
+        """Asks for what was submitted since, and has new answers of the other side for `Target.status`."""
+
+    def plan(self, records: Sequence[JobRecord]) -> Sequence[Step]:
+        """The exact files and commands that ask for attempts of several jobs, in order."""

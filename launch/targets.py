@@ -1,13 +1,15 @@
 """The places that jobs run on, by name."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from clp_jax.launch.gke import Gke
 from clp_jax.launch.job import LaunchError
 from clp_jax.launch.local import Local
 from clp_jax.launch.options import build, suggest
 from clp_jax.launch.slurm import Slurm
-from clp_jax.launch.target import Target
+from clp_jax.launch.slurm_arrays import SlurmArrays
+from clp_jax.launch.target import Batch, Target
 from clp_jax.launch.tpu_vm import TpuVm
 from clp_jax.launch.xmanager import XManager
 
@@ -23,3 +25,15 @@ def find_target(name: str, options: Mapping[str, str]) -> Target:
     if name not in TARGETS:
         raise LaunchError(f"there is no target {name!r}{suggest(name, list(TARGETS))}.")
     return build(TARGETS[name], options, f"clp launch {name}")
+
+
+def find_batch(target: Target, name: str, directory: Path, most: int) -> Batch | None:
+    """The same target for the jobs of a sweep, where it can ask for several at once.
+
+    Args:
+        target: where the jobs run.
+        name: of the sweep.
+        directory: of what is written for several jobs together.
+        most: jobs at once.
+    """
+    return SlurmArrays.of(target, name, directory, most) if isinstance(target, Slurm) else None

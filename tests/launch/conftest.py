@@ -108,6 +108,14 @@ def are_gone(pids):
 
 
 @pytest.fixture
+def empty_directory(tmp_path, monkeypatch):
+    """An empty directory to work in, with no jobs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path / "jobs"))
+    return tmp_path
+
+
+@pytest.fixture
 def unreaped():
     """A machine whose first process takes no notice of orphans that end: here they become ours, and stay zombies."""
     become_subreaper = 36

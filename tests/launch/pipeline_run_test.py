@@ -21,9 +21,7 @@ THREE = "- {name: three, command: RUN out/three a.txt MORE, outputs: [out/three]
 
 
 @pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path / "jobs"))
+def _home(empty_directory):
     Path("a.txt").write_text("a")
     Path("b.txt").write_text("b")
     write(TWO, ONE)

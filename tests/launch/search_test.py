@@ -1,6 +1,5 @@
 """Adaptive search on a known function: it beats chance, is told means over seeds, and goes on where it was."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,27 +7,11 @@ import pytest
 optuna = pytest.importorskip("optuna", reason="adaptive search needs the extra `optuna`")
 
 from clp_jax.launch import space
-from clp_jax.launch.supervisor import Patience
 from clp_jax.launch.sweep import Search, Sweep
-from clp_jax.launch.sweep_run import Settings, run_sweep
-from clp_jax.launch.targets import find_target
 
-PROGRAM = Path(__file__).parents[1] / "fixtures" / "trial_program.py"
-COMMAND = f"{sys.executable} {PROGRAM}"
-QUICK = Patience(look=0.02, first_wait=0.02, longest_wait=0.1)
-METRICS = {"loss": "minimize"}
+from .trials import COMMAND, METRICS, run
 
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path / "jobs"))
-
-
-def run(sweep, **settings):
-    return run_sweep(
-        sweep, Path("sweep"), Settings(find_target("local", {}), {}, ["train"], patience=QUICK, **settings)
-    )
+pytestmark = pytest.mark.usefixtures("empty_directory")
 
 
 def study():

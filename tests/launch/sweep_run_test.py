@@ -9,48 +9,18 @@ from pathlib import Path
 import pytest
 from clp_jax.launch import space
 from clp_jax.launch.job import all_records
-from clp_jax.launch.supervisor import Patience
 from clp_jax.launch.sweep import Sweep
-from clp_jax.launch.sweep_run import Settings, SweepDirectory, run_sweep
-from clp_jax.launch.targets import find_target
+from clp_jax.launch.sweep_run import SweepDirectory
 
 from clp_jax.main import main
 
 from .conftest import until
+from .trials import COMMAND, METRICS, begun, most_at_once, notes, run
 
-PROGRAM = Path(__file__).parents[1] / "fixtures" / "trial_program.py"
-COMMAND = f"{sys.executable} {PROGRAM}"
-QUICK = Patience(look=0.02, first_wait=0.02, longest_wait=0.1)
-METRICS = {"loss": "minimize"}
 YAML = f"command: {COMMAND} --seconds=0.2\nspace: {{grid: {{A: [1, 2, 3]}}}}\nseeds: 2\nmetrics: {{loss: minimize}}\n"
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path / "jobs"))
-
-
-def run(sweep, **settings):
-    return run_sweep(
-        sweep, Path("sweep"), Settings(find_target("local", {}), {}, ["train"], patience=QUICK, **settings)
-    )
-
-
-def notes():
-    return [tuple(line.split()) for line in Path("notes").read_text().splitlines()] if Path("notes").is_file() else []
-
-
-def begun():
-    return [name for what, name in notes() if what == "begin"]
-
-
-def most_at_once():
-    running = most = 0
-    for what, _ in notes():
-        running += 1 if what == "begin" else -1
-        most = max(most, running)
-    return most
+pytestmark = pytest.mark.usefixtures("empty_directory")
 
 
 def test_every_trial_runs_once_and_so_many_at_once():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from clp_jax.launch.target import Write
+from clp_jax.launch.targets import find_batch
 from clp_jax.launch.worker_script import worker_script
 
 from .conftest import AWKWARD, until
@@ -86,12 +87,15 @@ SHELLCHECK = Path(sysconfig.get_path("scripts")) / "shellcheck"
         ("gke", {"topology": "v5e:4x4", "num_slices": "2", "secrets": "A=b/c"}),
         ("slurm", {"nodes": "2"}),
         ("slurm", {}),
+        ("slurm array", {"nodes": "2"}),
         ("xmanager", {}),
     ],
 )
 def test_shellcheck_has_nothing_to_say(world, tmp_path, target, options):
-    record, made = world.record(target, options, words=WORDS)
-    scripts = [(step.path.name, step.text) for step in made.dry_run(record) if isinstance(step, Write)]
+    record, made = world.record(target.removesuffix(" array"), options, words=WORDS)
+    batch = find_batch(made, "sweep", tmp_path / "it's a folder", 2)
+    steps = batch.plan([record, record]) if target == "slurm array" else made.dry_run(record)
+    scripts = [(step.path.name, step.text) for step in steps if isinstance(step, Write)]
     scripts = [(name, text) for name, text in scripts if name.endswith(".sh")]
     if target == "gke":
         (manifest,) = [step.text for step in made.dry_run(record) if isinstance(step, Write)]

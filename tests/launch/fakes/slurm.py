@@ -1,12 +1,14 @@
 #!/usr/bin/env -S python3 -SE
-"""A fake of sbatch, squeue, sacct, scancel, srun and scontrol: one job is one process, that begins after some looks.
+"""A fake of sbatch, squeue, sacct, scancel, srun and scontrol: one job, or one task of an array, is one process, that begins after
+some looks.
 
-Troubles: ``sbatch`` (refused, timeout_before, timeout_after), ``pending`` (more looks), ``preempt`` and ``node_fail`` (at the next
-look), ``no_accounts``.
+Troubles: ``sbatch`` (refused, timeout_before, timeout_after), ``pending`` (more looks), ``preempt``, ``node_fail`` and ``requeue``
+(at the next look, of a job that runs), ``no_accounts``.
 """
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +16,20 @@ from pathlib import Path
 
 from state import WORLD, fail, flag, hang, log_call, trouble, world
 
+PENDING, RUNNING = "PENDING", "RUNNING"
+
+
+def identity(job):
+    return str(job["array"]) if job["index"] is None else f"{job['array']}_{job['index']}"
+
 
 def begin(job):
     environment = {**os.environ, "SLURM_JOB_ID": str(job["id"]), "SLURM_JOB_NODELIST": f"n[1-{job['nodes']}]"}
     environment |= {"SLURM_NTASKS": str(job["nodes"]), "SLURM_NNODES": str(job["nodes"])}
-    ended = WORLD / f"slurm-{job['id']}"
+    environment |= {"SLURM_RESTART_COUNT": str(job["restarts"])} if job["restarts"] else {}
+    if job["index"] is not None:
+        environment |= {"SLURM_ARRAY_JOB_ID": str(job["array"]), "SLURM_ARRAY_TASK_ID": str(job["index"])}
+    ended = WORLD / f"slurm-{job['id']}-{job['restarts']}"
     runner = f'bash "$0"; echo $? > {ended}.new; mv {ended}.new {ended}'
     with open(job["output"], "a") as log:
         process = subprocess.Popen(
@@ -38,21 +49,34 @@ def kill(job):
             os.killpg(job["pid"], signal.SIGKILL)
 
 
-def look(job):
+def look(job, jobs):
+    """What the controller would have done since the last look."""
     job["looks"] -= 1
-    if job["state"] == "PENDING" and job["looks"] <= 0:
-        job["state"] = "RUNNING"
+    at_once = len([other for other in jobs if other["array"] == job["array"] and other["state"] == RUNNING])
+    if job["state"] == PENDING and job["looks"] <= 0 and at_once < job["most"]:
+        job["state"] = RUNNING
         begin(job)
-    if job["state"] == "RUNNING":
-        for problem, state in (("preempt", "PREEMPTED"), ("node_fail", "NODE_FAIL")):
-            if trouble(problem):
-                kill(job)
-                job["state"] = state
-                return
-        ended = WORLD / f"slurm-{job['id']}"
+    if job["state"] == RUNNING:
+        ended = WORLD / f"slurm-{job['id']}-{job['restarts']}"
         if ended.is_file():
             job["code"] = int(ended.read_text())
             job["state"] = "FAILED" if job["code"] else "COMPLETED"
+            return
+        for problem, state in (("preempt", "PREEMPTED"), ("node_fail", "NODE_FAIL"), ("requeue", PENDING)):
+            if trouble(problem):
+                kill(job)
+                job["state"] = state
+                job["restarts"] += state == PENDING
+                return
+
+
+def indices(array):
+    """The indices of ``0-2,5%3``, and how many at once."""
+    ranges, percent, most = array.partition("%")
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", ranges) or (percent and not most.isdecimal()):
+        fail("sbatch: error: Batch job submission failed: Invalid job array specification")
+    ends = [[int(end) for end in part.split("-")] for part in ranges.split(",")]
+    return [i for end in ends for i in range(end[0], end[-1] + 1)], int(most or 1000)
 
 
 def sbatch(words):
@@ -61,24 +85,48 @@ def sbatch(words):
         fail("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified")
     if problem == "timeout_before":
         hang()
+    array = flag(words, "array")
+    tasks, most = ([None], 1) if array is None else indices(array)
     with world() as state:
         jobs = state.setdefault("slurm", [])
-        job = {
-            "id": 100 + len(jobs),
-            "name": flag(words, "job-name"),
-            "nodes": int(flag(words, "nodes")),
-            "output": flag(words, "output"),
-            "chdir": flag(words, "chdir"),
-            "script": words[-1],
-            "looks": trouble("pending") or 2,
-            "state": "PENDING",
-            "code": 0,
-        }
-        jobs.append(job)
-        state["created"] = [*state.get("created", []), job["name"]]
-        print(job["id"])
+        first = 100 + len(jobs)
+        for number, index in enumerate(tasks):
+            jobs.append(
+                {
+                    "id": first + number,
+                    "array": first,
+                    "index": index,
+                    "most": most,
+                    "name": flag(words, "job-name"),
+                    "nodes": int(flag(words, "nodes")),
+                    "output": flag(words, "output").replace("%a", str(index)),
+                    "chdir": flag(words, "chdir"),
+                    "script": words[-1],
+                    "looks": trouble("pending") or 2,
+                    "state": PENDING,
+                    "restarts": 0,
+                    "code": 0,
+                }
+            )
+        state["created"] = [*state.get("created", []), flag(words, "job-name")]
+        print(first)
     if problem == "timeout_after":
         hang()
+
+
+def squeue(jobs, words):
+    found = [job for job in jobs if job["name"] == flag(words, "name")]
+    for job in found:
+        look(job, jobs)
+    waiting = [job for job in found if job["state"] in (PENDING, RUNNING)]
+    lines = [f"{identity(job)}|{job['state']}" for job in waiting]
+    if "--array" not in words:
+        # As the real one: what is pending of an array is one line.
+        lines = [
+            line for line, job in zip(lines, waiting, strict=True) if job["index"] is None or job["state"] == RUNNING
+        ]
+        lines += [f"{job['array']}_[...]|{PENDING}" for job in waiting if job["state"] == PENDING][:1]
+    print("\n".join(lines))
 
 
 def main():
@@ -97,20 +145,19 @@ def main():
         sys.exit(max(task.wait() for task in tasks))
     else:
         with world() as state:
-            found = [job for job in state.get("slurm", []) if job["name"] == flag(words, "name")]
-            for job in found:
-                look(job)
+            jobs = state.get("slurm", [])
             if tool == "squeue":
-                print("\n".join(job["state"] for job in found if job["state"] in ("PENDING", "RUNNING")))
+                squeue(jobs, words)
             elif tool == "sacct":
                 if trouble("no_accounts"):
                     fail("Slurm accounting storage is disabled")
-                print("\n".join(f"{job['state']}|{job['code']}:0" for job in found))
+                found = [job for job in jobs if job["name"] == flag(words, "name")]
+                print("\n".join(f"{identity(job)}|{job['state']}|{job['code']}:0" for job in found))
             elif tool == "scancel":
-                for job in found:
-                    if job["state"] in ("PENDING", "RUNNING"):
+                for job in jobs:
+                    if identity(job) in words and job["state"] in (PENDING, RUNNING):
                         kill(job)
-                        job["state"] = "CANCELLED"
+                        job["state"] = "CANCELLED by 1000"
 
 
 main()
