@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from clp_jax import processes
 from clp_jax.host_rows import meet
-from clp_jax.partitioning import Rules, make_mesh
+from clp_jax.partitioning import Rules, make_mesh, use_mesh
 from clp_jax.training.adafactor_slots import take_over
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import Checkpoints
@@ -106,7 +106,8 @@ def train(
         stop = stack.enter_context(StopSignal())
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
         mesh = meet(make_mesh() if mesh is None else mesh)
-        setup = stage.setup(directory.path, seed)
+        with use_mesh(mesh, rules):  # What is read of checkpoints goes to where it will be.
+            setup = stage.setup(directory.path, seed)
         learner = Learner(
             setup.loss_fn,
             optimizer,

@@ -1,7 +1,7 @@
 """Training pairs of reward models: true summaries against summaries of other documents and against corrupted ones.
 
-Everything works on token ids, and is a function of the seed and the example ids alone. What happens to a row is drawn from the ids
-of its batch before anything is read, so that a process reads its own rows and those that these are exchanged with.
+Everything works on token ids, and is a function of the seed and the example ids alone. What happens to a row is drawn from the
+ids of its batch before anything is read, so that a process reads its own rows and those that these are exchanged with.
 """
 
 import dataclasses

@@ -29,7 +29,8 @@ from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.run_directory import write_atomically
-from clp_jax.training.stage import DataShape, Outline, StageSetup
+from clp_jax.training.stage import DataShape, Derived, Outline, StageSetup
+from clp_jax.training.streamed_params import open_params
 from clp_jax.training.train_state import TrainState
 from clp_jax.training.transfer import Transfer
 
@@ -192,16 +193,16 @@ class RewardModel:
     def _data(self, split: str, seed: int = 0) -> DataSource:
         return DataSource(self.data_dir, split, batch_size=self.batch_size, converter=prompt_batch, seed=seed)
 
-    def _initial(self, policy: Policy, seed: int) -> Params | Callable[[], Params]:
+    def _initial(self, policy: Policy, seed: int) -> Callable[[], Params] | Derived:
         def fresh() -> Params:
             return policy.init(jax.random.key(seed))
 
         if self.initial_checkpoint is None:
             return fresh
-        loaded, _, step = load_params(self.initial_checkpoint)
-        params, account = self.transfer(loaded, policy.abstract(), fresh)
-        account.report(self.initial_checkpoint, step)
-        return params
+        stored, _, step = open_params(self.initial_checkpoint)
+        plan = self.transfer.plan(stored, policy.abstract())
+        plan.account.report(self.initial_checkpoint, step)
+        return plan.derived(policy.logical_axes(), fresh)
 
     def _corrupter(self, pad_id: int, eos_ids: tuple[int, ...], seed: int) -> Corrupter:
         return Corrupter(tuple(self.corruptions), pad_id, eos_ids, seed)
