@@ -14,6 +14,8 @@ from etils import epath
 
 from clp_jax.array_types import PyTree
 from clp_jax.interop import orbax_item
+from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.regions import Region
 from clp_jax.training.checkpoint_manifest import leaves_by_path
 
 
@@ -68,12 +70,25 @@ def read_to_host(directory: epath.Path) -> PyTree:
     return ocp.PyTreeCheckpointHandler().restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
-def open_arrays(directory: epath.Path) -> PyTree:
-    """The tree as it was written, each array read when asked for, or a part of it (`LazyArray`)."""
-    arrays = orbax_item.read(Path(directory))
-    names = leaves_by_path(tree := stored_tree(directory))
+def open_arrays(directory: epath.Path, check: Callable[[str, np.ndarray, Region], None] | None = None) -> PyTree:
+    """The tree as it was written, each array read when asked for, or a part of it (`LazyArray`).
+
+    Args:
+        directory: that was written.
+        check: is called with the path of an array, a part of it that was read, and where that is.
+    """
+
+    def fill(name: str, stored: LazyArray, out: np.ndarray, region: Region) -> None:
+        stored.fill(out, region)
+        if check is not None:
+            check(name, out, region)
+
+    arrays, tree = orbax_item.read(Path(directory)), stored_tree(directory)
     structure: Any = jax.tree.structure(tree)
-    return structure.unflatten(arrays[name] for name in names)
+    return structure.unflatten(
+        LazyArray(arrays[name].shape, arrays[name].dtype, functools.partial(fill, name, arrays[name]))
+        for name in leaves_by_path(tree)
+    )
 
 
 def stored_tree(directory: epath.Path) -> PyTree:

@@ -20,11 +20,9 @@ from jax.experimental import multihost_utils
 
 from clp_jax import processes
 from clp_jax.array_types import Params, PyTree
-from clp_jax.interop.arrays import LazyArray
-from clp_jax.interop.regions import Region
 from clp_jax.models.policy import check_parameters
 from clp_jax.training import array_store
-from clp_jax.training.checkpoint_manifest import RUN_FILE, DamagedError, Manifest, leaves_by_path
+from clp_jax.training.checkpoint_manifest import RUN_FILE, DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import (
     Retention,
     as_path,
@@ -364,54 +362,14 @@ def _load_intact(path: epath.Path, expected: Params | None, average: bool) -> tu
     run = _read_run(path)
     if expected is not None:
         _check_item(path, item, expected)
-    # One after another: beside those on the device, one is on the host.
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), _open_item(path, item, manifest))
-    return params, run["description"], int(run["step"])
-
-
-def open_item(path: epath.Path, item: str) -> PyTree:
-    """The arrays of a checkpoint, read when asked for, or parts of them (`LazyArray`).
-
-    Shards of saving that are read whole are verified; files are not.
-
-    Args:
-        path: of a checkpoint.
-        item: ``"params"``, ``"ema"``.
-
-    Raises:
-        CheckpointError: when they can't be read; reading raises it, too.
-    """
-
-    def fill(stored: LazyArray, out: np.ndarray, region: Region) -> None:
-        try:
-            stored.fill(out, region)
-        except DamagedError as damage:
-            raise CheckpointError(f"the checkpoint {path} is damaged: {damage}. Give another one.") from damage
-
-    manifest = None if is_unverified(path) else Manifest.read(path)
-    return jax.tree.map(
-        lambda leaf: LazyArray(leaf.shape, leaf.dtype, functools.partial(fill, leaf)), _open_item(path, item, manifest)
-    )
-
-
-def _open_item(path: epath.Path, item: str, manifest: Manifest | None) -> PyTree:
-    def fill(name: str, stored: LazyArray, out: np.ndarray, region: Region) -> None:
-        try:
-            stored.fill(out, region)
-        except Exception as error:
-            raise CheckpointError(_unreadable(path, error)) from error
-        if manifest is not None:
-            manifest.verify_part(item, name, out, region)
-
-    try:
-        tree = array_store.open_arrays(path / item)
+    check = None if manifest is None else functools.partial(manifest.verify_part, item)
+    try:  # One after another: beside those on the device, one is on the host.
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), array_store.open_arrays(path / item, check))
+    except DamagedError:
+        raise
     except Exception as error:
         raise CheckpointError(_unreadable(path, error)) from error
-    structure: Any = jax.tree.structure(tree)
-    return structure.unflatten(
-        LazyArray(leaf.shape, leaf.dtype, functools.partial(fill, name, leaf))
-        for name, leaf in leaves_by_path(tree).items()
-    )
+    return params, run["description"], int(run["step"])
 
 
 def _verify_item(path: epath.Path, average: bool) -> tuple[str, Manifest | None]:

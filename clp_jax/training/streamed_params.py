@@ -20,10 +20,11 @@ from clp_jax.interop.arrays import ArraySpec, LazyArray, is_float, new_directory
 from clp_jax.interop.links import part_of
 from clp_jax.interop.regions import Region, whole
 from clp_jax.interop.slots import flatten
+from clp_jax.training import array_store
 from clp_jax.training.checkpoint_manifest import RUN_FILE, ArrayDigest, Manifest
-from clp_jax.training.checkpoint_steps import files_below, read_run
+from clp_jax.training.checkpoint_steps import files_below, is_unverified, read_run
 from clp_jax.training.checkpoint_writer import digest_files
-from clp_jax.training.checkpoints import CheckpointError, find_intact, open_item
+from clp_jax.training.checkpoints import CheckpointError, find_intact
 
 _PARAMS, _EMA = "params", "ema"
 _BLOCK = 1 << 20
@@ -76,7 +77,20 @@ def open_params(path: str | os.PathLike) -> tuple[Params, dict[str, Any], int]:
     found = epath.Path(processes.decide("checkpoint", lambda: str(find_intact(path))))
     run = read_run(found)
     item = _EMA if (found / _EMA).is_dir() else _PARAMS
-    return open_item(found, item), run["description"], int(run["step"])
+    check = None if is_unverified(found) else functools.partial(Manifest.read(found).verify_part, item)
+
+    def fill(stored: LazyArray, out: np.ndarray, region: Region) -> None:
+        try:
+            stored.fill(out, region)
+        except Exception as error:  # Readers in C++ raise what they like.
+            raise CheckpointError(f"the checkpoint {found} can't be read: {error}. Give another one.") from error
+
+    try:
+        tree = array_store.open_arrays(found / item, check)
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint {found} can't be read: {error}. Give another one.") from error
+    params = jax.tree.map(lambda leaf: LazyArray(leaf.shape, leaf.dtype, functools.partial(fill, leaf)), tree)
+    return params, run["description"], int(run["step"])
 
 
 def hold_arrays(params: Params) -> Params:

@@ -34,8 +34,10 @@ def resident(key):
 address, number, *paths = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 2)
 processes.start(processes.Processes(address, 2, int(number)))
-with use_mesh(make_mesh(), Rules((("embed", "data"),))):
-    for path in paths:
+# On the first mesh a process holds parts of an array that are no neighbours.
+crossed = [*jax.devices()[0::2], *jax.devices()[1::2]]
+for path, devices in zip(paths, (crossed, jax.devices()), strict=True):
+    with use_mesh(make_mesh(devices=devices), Rules((("embed", "data"),))):
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         stored, description, step = open_params(path)
@@ -49,7 +51,8 @@ with use_mesh(make_mesh(), Rules((("embed", "data"),))):
             for rows in [np.arange(*shard.index[0].indices(leaf.shape[0])[:2])[:, None]]
             if not np.array_equal(np.asarray(shard.data), rows + 1000.0 * i + np.arange(leaf.shape[1]) % 97)
         ]
-print("found", json.dumps([peak, sum(shard.data.nbytes for shard in held), wrong, step]))
+        starts = sorted({shard.index[0].start for shard in held})
+        print(json.dumps([peak, sum(shard.data.nbytes for shard in held), wrong, step, starts]))
 sys.exit(processes.leave(0))
 """
 
@@ -87,10 +90,14 @@ def test_a_process_holds_its_shards_and_one_of_them_besides(tmp_path):
         )
         for number in range(2)
     ]
-    for process in group:
+    for number, process in enumerate(group):
         said, complaint = process.communicate(timeout=300)
         assert process.returncode == 0, complaint
-        peak, held, wrong, step = json.loads(said.split("found", 1)[1])
-        assert held == COUNT * ARRAY / 2 and not wrong and step == 3
+        small, (peak, held, wrong, step, starts) = map(json.loads, said.splitlines()[-2:])
+        assert small[2] == wrong == [] and small[3] == step == 3 and held == COUNT * ARRAY / 2
+        assert small[4] == [2 * number, 2 * number + 4] and starts == [
+            ROWS // 2 * number,
+            ROWS // 2 * number + ROWS // 4,
+        ]
         # Its own half of all arrays, and its half of one more; of freed memory, the allocator may keep some tens of MiB.
         assert 0.95 * held <= peak <= held + 0.75 * ARRAY, (peak / ARRAY, held / ARRAY)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_runs import first_params, LENGTHS, MODEL, make_data, make_supervised
+from tiny_runs import LENGTHS, MODEL, first_params, make_data, make_supervised
 
 from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.flops import Sizes, forward_flops, prompt_flops
