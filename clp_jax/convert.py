@@ -27,7 +27,7 @@ from clp_jax.models.serialization import to_json
 from clp_jax.training.adafactor_slots import load_slots, save_slots
 from clp_jax.training.policies import load_policy
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
-from clp_jax.training.streamed_params import open_params, write_params
+from clp_jax.training.streamed_params import hold_arrays, open_params, write_params
 
 FORMATS = ("hf", "t5x", "clp")
 _DTYPES = {"hf": ("float32", "bfloat16", "float16"), "t5x": ("float32", "bfloat16"), "clp": ("float32", "bfloat16")}
@@ -217,8 +217,13 @@ def _read_t5x(
     return Converted(found.config, found.params, found.origin, tokenizer, found.step, provenance, found.slots)
 
 
+def _open_held(path: Path) -> tuple[Params, dict[str, Any], int]:
+    params, description, step = open_params(path)
+    return hold_arrays(params), description, step
+
+
 def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimizer: bool) -> Converted:
-    loaded = load_policy(place, open_params)
+    loaded = load_policy(place, _open_held)
     params, mixed = loaded.params, tuple[str, ...]()
     if isinstance(loaded.conditioning, PromptConditioning):
         raise ValueError(

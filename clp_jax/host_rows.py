@@ -9,16 +9,16 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from clp_jax import processes
 from clp_jax.array_types import PyTree
-from clp_jax.partitioning import activation_sharding
+from clp_jax.partitioning import activation_sharding, is_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,21 +110,85 @@ def row_indices(count: int) -> np.ndarray:
     return HostRows.of(count).indices
 
 
+@runtime_checkable
+class InParts(Protocol):
+    """An array that is read where it is needed, as `clp_jax.interop.arrays.LazyArray` is."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A part of it."""
+
+
 def place_whole(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays that every process has whole, on the devices of all.
+    """Arrays on the devices of all processes.
 
     Args:
-        tree: numpy arrays, or jax arrays on one device; the same in every process.
+        tree: of numpy arrays and of jax arrays on one device, the same in every process; of global arrays; and of arrays that
+            are read in parts (`InParts`): one after another, and of each a process reads what its devices hold.
         shardings: of each.
     """
-    if jax.process_count() == 1:
-        return jax.device_put(tree, shardings)
+    return jax.tree.map(_place_one, tree, shardings)
 
-    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    return jax.tree.map(place, tree, shardings)
+def _place_one(leaf: Any, sharding: Sharding) -> jax.Array:
+    if isinstance(leaf, InParts):
+        held, shape = _Held.of(leaf, sharding), leaf.shape
+        array = jax.make_array_from_callback(shape, sharding, lambda index: held.part(index, shape))
+        return jax.block_until_ready(array)  # Its buffers on the host go before those of the next come.
+    if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def place_active(tree: PyTree, logical_axes: PyTree) -> PyTree:
+    """`place_whole` on the active mesh, or on the default device without one.
+
+    Args:
+        tree: as `place_whole` takes it.
+        logical_axes: a tuple of names for each array.
+    """
+
+    def sharding(axes: Any, leaf: Any) -> Sharding:
+        return activation_sharding(leaf.shape, axes) or SingleDeviceSharding(jnp.zeros(()).devices().pop())
+
+    return place_whole(tree, jax.tree.map(sharding, logical_axes, tree, is_leaf=is_axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What this process's devices hold of an array, read once: files keep chunks, which are decoded whole.
+
+    Attributes:
+        boxes: what was read, by its bounds.
+    """
+
+    boxes: dict[tuple[tuple[int, int], ...], np.ndarray]
+
+    @classmethod
+    def of(cls, leaf: InParts, sharding: Sharding) -> "_Held":
+        """Reads it: as one box where the parts make one."""
+        indices = sharding.addressable_devices_indices_map(leaf.shape).values()
+        parts = {_bounds(index, leaf.shape) for index in indices if index is not None}
+        box = tuple(
+            (min(low for low, _ in bounds), max(high for _, high in bounds)) for bounds in zip(*parts, strict=True)
+        )
+        if math.prod(high - low for low, high in box) == sum(math.prod(b - a for a, b in part) for part in parts):
+            parts = {box}
+        return cls({part: leaf.read(tuple(slice(*bounds) for bounds in part)) for part in parts})
+
+    def part(self, index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> np.ndarray:
+        """One device's part."""
+        assert index is not None
+        wanted = _bounds(index, shape)
+        box = wanted if wanted in self.boxes else next(iter(self.boxes))
+        return self.boxes[box][tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(wanted, box, strict=True))]
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def meet(mesh: Mesh) -> Mesh:

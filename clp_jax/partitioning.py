@@ -272,6 +272,30 @@ def use_groups(num_groups: int) -> Iterator[tuple[str, ...]]:
         yield groups
 
 
+def constrain_mixed(params: PyTree, logical_axes: PyTree) -> PyTree:
+    """`constrain_tree` of what was mixed for one group, inside `use_groups`.
+
+    Unless it is stated, the compiler may mix each group's on a part of the devices, and gather all of them after that. What is
+    sharded over the groups' own mesh axes stays as it is: there a device needs the whole of one group's, a layer at a time.
+
+    Args:
+        params: arrays of one group.
+        logical_axes: a tree as `params`, with a tuple of names for each leaf.
+    """
+    active = _active.get()
+    if active is None:
+        return params
+    mesh, rules = active
+    table = dict(rules.table)
+    taken = {axis for axis in _as_tuple(table.get("group")) if mesh.shape[axis] > 1}
+
+    def one(axes: AxisNames, x: Array) -> Array:
+        own = {axis for name in axes if name is not None for axis in _as_tuple(table.get(name))}
+        return x if own & taken else constrain(x, *axes)
+
+    return jax.tree.map(one, logical_axes, params, is_leaf=is_axes)
+
+
 @contextlib.contextmanager
 def use_rules(rules: Rules | None) -> Iterator[None]:
     """Puts other rules on the active mesh; None, or no active mesh, leaves everything as it is."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from clp_jax import processes
 from clp_jax.compilation.chips import peak_flops
 from clp_jax.host_rows import meet
-from clp_jax.partitioning import Rules, make_mesh
+from clp_jax.partitioning import Rules, make_mesh, use_mesh
 from clp_jax.training.adafactor_slots import take_over
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import Checkpoints
@@ -121,7 +121,7 @@ def train(
         stop = stack.enter_context(StopSignal())
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
         mesh = meet(make_mesh() if mesh is None else mesh)
-        setup = stage.setup(directory.path, seed)
+        setup = _set_up(stage, directory, seed, mesh, rules)
         learner = Learner.for_stage(
             setup, optimizer, mesh=mesh, rules=rules, accumulation=accumulation, ema_decay=ema_decay, guards=guards
         )
@@ -178,6 +178,12 @@ def _writers(
     if start:
         progress.message(f"going on from step {start}")
     return writer, progress
+
+
+def _set_up(stage: Stage, directory: RunDirectory, seed: int, mesh: Mesh, rules: Rules) -> StageSetup:
+    """The stage; what it reads of other runs' checkpoints goes to where the mesh has it."""
+    with use_mesh(mesh, rules):
+        return stage.setup(directory.path, seed)
 
 
 def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:

@@ -101,7 +101,7 @@ class DataSource:
         """This process's part of the next global batch."""
         ids = self._ids_at(self.position + self._rows(self.batch_size))
         self.position += self.batch_size
-        return self._read(ids)
+        return self.read(ids)
 
     def seek(self, position: int) -> None:
         """Goes to a global example index."""
@@ -114,9 +114,17 @@ class DataSource:
         total = self.size if max_examples is None else min(self.size, max_examples)
         for start in range(0, total, self.batch_size):
             ids = np.arange(start, start + self.batch_size, dtype=np.int32)
-            yield self._read(np.where(ids < total, ids, -1)[self._rows(self.batch_size)])
+            yield self.read(np.where(ids < total, ids, -1)[self._rows(self.batch_size)])
 
-    def _read(self, ids: np.ndarray) -> Any:
+    def read(self, ids: np.ndarray) -> Any:
+        """A batch of these records.
+
+        Args:
+            ids: record numbers, -1 for empty rows.
+
+        Raises:
+            ValueError: when they can't be read.
+        """
         wanted = [int(i) for i in ids if i >= 0]  # None where this part of a last batch is filled up.
         try:
             raw = iter(self._records.__getitems__(wanted) if wanted else ())

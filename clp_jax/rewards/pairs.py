@@ -1,6 +1,7 @@
 """Training pairs of reward models: true summaries against summaries of other documents and against corrupted ones.
 
-Everything works on token ids, and is a function of the seed and the example ids alone.
+Everything works on token ids, and is a function of the seed and the example ids alone. What happens to a row is drawn from the
+ids of its batch before anything is read, so that a process reads its own rows and those that these are exchanged with.
 """
 
 import dataclasses
@@ -86,6 +87,25 @@ CORRUPTIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Draws:
+    """What happens to each summary of a batch: a function of the seed and the example ids alone.
+
+    Attributes:
+        others: ``int64[B]``, the row whose summary it is exchanged or mixed with, never its own.
+        kinds: ``int64[B]``, the corruption, an index into `Corrupter.kinds`.
+        seeds: ``int64[B]``, of what the corruption leaves to chance.
+    """
+
+    others: Int[np.ndarray, "B"]
+    kinds: Int[np.ndarray, "B"]
+    seeds: Int[np.ndarray, "B"]
+
+    def __getitem__(self, rows: Int[np.ndarray, "N"]) -> "Draws":
+        """Those of some rows; `others` are still rows of the batch."""
+        return Draws(self.others[rows], self.kinds[rows], self.seeds[rows])
+
+
+@dataclasses.dataclass(frozen=True)
 class Corrupter:
     """Makes a bad summary of a good one.
 
@@ -106,31 +126,43 @@ class Corrupter:
         if unknown or not self.kinds:
             raise ValueError(f"Corrupter.kinds has {unknown or 'nothing'}: expected some of {', '.join(CORRUPTIONS)}.")
 
+    def draw(self, example_ids: Sequence[int] | np.ndarray) -> "Draws":
+        """What happens to each summary of a batch, before any of them is read.
+
+        Args:
+            example_ids: of the whole batch; those below 0 stand for empty rows, which stay alone.
+        """
+        ids = np.asarray(example_ids).astype(np.int64)
+        real = np.flatnonzero(ids >= 0)
+        rng = np.random.default_rng([self.seed, *ids[real].tolist()])
+        others, kinds, seeds = np.arange(len(ids)), np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+        others[real] = real[derangement(len(real), rng)]
+        kinds[real] = rng.integers(0, len(self.kinds), len(real))
+        seeds[real] = rng.integers(0, 2**63, len(real))
+        return Draws(others, kinds, seeds)
+
     def __call__(
-        self, summaries: Int[np.ndarray, "B T"], example_ids: Sequence[int] | np.ndarray
-    ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+        self, summaries: Int[np.ndarray, "B T"], others: Int[np.ndarray, "B T"], draws: "Draws"
+    ) -> Int[np.ndarray, "B T"]:
         """A corrupted summary for each true one.
 
         Args:
-            summaries: true summaries of different documents, at least 2.
-            example_ids: of the examples.
+            summaries: true summaries, any rows of a batch.
+            others: the true summary of another document for each of them.
+            draws: of these rows.
 
         Returns:
-            Corrupted summaries, and the kind of each as an index into `kinds`; what a corruption leaves as it was is
-            replaced by the summary of another document.
+            Corrupted summaries; what a corruption leaves as it was is replaced by the other summary.
         """
-        rng = np.random.default_rng([self.seed, *np.asarray(example_ids).astype(np.int64).tolist()])
-        others = derangement(len(summaries), rng)
-        kinds = rng.integers(0, len(self.kinds), len(summaries))
         rows = []
         length = summaries.shape[1]
-        for row, other, kind in zip(summaries, summaries[others], kinds, strict=True):
+        for row, other, kind, seed in zip(summaries, others, draws.kinds, draws.seeds, strict=True):
             tokens, foreign_tokens = (content(each, self.pad_id, self.eos_ids) for each in (row, other))
-            bad = self._finish(self._corrupt(tokens, foreign_tokens, int(kind), rng), length)
+            bad = self._finish(self._corrupt(tokens, foreign_tokens, int(kind), np.random.default_rng(seed)), length)
             # A short summary may survive its corruption, and a long one loses what was added to it.
             survived = np.array_equal(bad, self._finish(tokens, length))
             rows.append(self._finish(foreign_tokens, length) if survived else bad)
-        return np.stack(rows).astype(np.int32), kinds
+        return np.stack(rows).astype(np.int32)
 
     def _finish(self, tokens: np.ndarray, length: int) -> Int[np.ndarray, "T"]:
         return finish(tokens, length, self.pad_id, self.eos_ids[0])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from clp_jax.array_types import Array, Float, Int, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.policy import Policy
-from clp_jax.partitioning import Rules, active_rules, constrain, constrain_tree, use_groups, use_rules
+from clp_jax.partitioning import Rules, active_rules, constrain, constrain_mixed, constrain_tree, use_groups, use_rules
 from clp_jax.preferences import Preference
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import Completions, SamplingConfig, generate, row_keys
@@ -65,6 +65,7 @@ def over_groups(function: Callable[..., Any], num_groups: int, mapped: tuple[Any
     with use_groups(num_groups) as axes:
         grouped = jax.tree.map(lambda x: constrain(x, "group", *[None] * (x.ndim - 1)), grouped)
         leaves = jax.vmap(leaves_of, spmd_axis_name=axes or None)(grouped)
+        leaves = [constrain(x, "group", "batch", *[None] * (x.ndim - 2)) for x in leaves]
     return structures[0].unflatten([x.reshape(-1, *x.shape[2:]) for x in leaves])
 
 
@@ -165,7 +166,9 @@ class RolloutWorker:
     ) -> Any:
         """The policy at a group's preference, and the prompts as it reads them; `home` is where its parameters are."""
         mixed = self.conditioning.mix(params, reference, preference[0])
-        if self.rules is not None:
+        if self.rules is None:
+            mixed = constrain_mixed(mixed, self.policy.logical_axes())
+        else:
             axes = self.policy.logical_axes()
             with use_rules(home):  # Mixed first: the components stay at home, and one policy travels.
                 mixed = constrain_tree(mixed, axes)

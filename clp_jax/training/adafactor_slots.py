@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from clp_jax.array_types import PyTree
+from clp_jax.host_rows import place_whole
 from clp_jax.interop.t5x_slots import AdafactorSlots
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.optimizers import FactoredState
-from clp_jax.training.streamed_params import write_params
+from clp_jax.training.streamed_params import open_params, write_params
 from clp_jax.training.train_state import TrainState
 
 DIRECTORY = "adafactor"
@@ -36,8 +36,8 @@ def load_slots(run_dir: Path) -> AdafactorSlots | None:
     """
     if not (run_dir / DIRECTORY).is_dir():
         return None
-    trees, _, _ = load_params(run_dir / DIRECTORY)
-    return AdafactorSlots(**trees | {"count": int(trees["count"])})
+    trees, _, _ = open_params(run_dir / DIRECTORY)
+    return AdafactorSlots(**trees | {"count": int(trees["count"].read())})
 
 
 def take_over(state: TrainState, slots: AdafactorSlots) -> TrainState:
@@ -87,6 +87,6 @@ def _placed(fresh: PyTree, slots: PyTree, kind: str) -> PyTree:
                 "checkpoint without --optimizer."
             )
         # A copy: the state is donated, the slots are the caller's.
-        return jax.device_put(jnp.array(slot, leaf.dtype, copy=True), leaf.sharding)
+        return jnp.array(place_whole(slot, leaf.sharding), leaf.dtype, copy=True)
 
     return jax.tree_util.tree_map_with_path(place, fresh)

@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,10 @@ import numpy as np
 from etils import epath
 
 from clp_jax.array_types import PyTree
+from clp_jax.interop import orbax_item
+from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.regions import Region
+from clp_jax.training.checkpoint_manifest import leaves_by_path
 
 
 def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
@@ -63,6 +68,27 @@ def read_to_host(directory: epath.Path) -> PyTree:
     ocp = _orbax()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored_tree(directory))
     return ocp.PyTreeCheckpointHandler().restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def open_arrays(directory: epath.Path, check: Callable[[str, np.ndarray, Region], None] | None = None) -> PyTree:
+    """The tree as it was written, each array read when asked for, or a part of it (`LazyArray`).
+
+    Args:
+        directory: that was written.
+        check: is called with the path of an array, a part of it that was read, and where that is.
+    """
+
+    def fill(name: str, stored: LazyArray, out: np.ndarray, region: Region) -> None:
+        stored.fill(out, region)
+        if check is not None:
+            check(name, out, region)
+
+    arrays, tree = orbax_item.read(Path(directory)), stored_tree(directory)
+    structure: Any = jax.tree.structure(tree)
+    return structure.unflatten(
+        LazyArray(arrays[name].shape, arrays[name].dtype, functools.partial(fill, name, arrays[name]))
+        for name in leaves_by_path(tree)
+    )
 
 
 def stored_tree(directory: epath.Path) -> PyTree:

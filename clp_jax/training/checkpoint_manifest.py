@@ -176,12 +176,37 @@ class Manifest:
             checked = 0
             for place, digest in wanted.shards.items():
                 data = _assemble(_parse_place(place), held, array.dtype)
-                if data is not None and _sha256(_bytes_of(data)) != digest:
-                    raise DamagedError(f"array {item}/{name} [{place}] has another SHA-256 than what was saved")
+                if data is not None:
+                    _check_digest(data, digest, f"{item}/{name} [{place}]")
                 checked += data is not None
             return checked
 
         return sum(in_parallel(check, digests)), sum(len(array.shards) for array in digests.values())
+
+    def verify_part(self, item: str, name: str, part: np.ndarray, region: tuple[slice, ...]) -> None:
+        """Checks those shards of an array that lie in a part of it that was read.
+
+        Args:
+            item: which tree.
+            name: path of the array in it.
+            part: of the array.
+            region: where it was; slices without step.
+
+        Raises:
+            DamagedError: naming the first shard that differs.
+        """
+        array = self.arrays[item][name]
+        bounds = [piece.indices(size)[:2] for piece, size in zip(region, array.shape, strict=True)]
+
+        def check(place: str) -> None:
+            shard = _parse_place(place)
+            if all(low <= start and stop <= high for (start, stop), (low, high) in zip(shard, bounds, strict=True)):
+                inside = tuple(
+                    slice(start - low, stop - low) for (start, stop), (low, _) in zip(shard, bounds, strict=True)
+                )
+                _check_digest(part[inside], array.shards[place], f"{item}/{name} [{place}]")
+
+        in_parallel(check, array.shards)
 
 
 def arrays_from_json(arrays: Mapping[str, Any]) -> dict[str, ArrayDigest]:
@@ -292,6 +317,11 @@ def _assemble(wanted: tuple[tuple[int, int], ...], held: Mapping[str, np.ndarray
 def _bytes_of(data: np.ndarray) -> np.ndarray:
     # The shape is part of the manifest, not of the digest; a view as bytes spares a copy, for types of every library.
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+
+def _check_digest(data: np.ndarray, digest: str, where: str) -> None:
+    if _sha256(_bytes_of(data)) != digest:
+        raise DamagedError(f"array {where} has another SHA-256 than what was saved")
 
 
 def _sha256(data: Any) -> str:

@@ -4,6 +4,7 @@ What a step consists of is in `clp_jax.training.checkpoint_manifest`, how steps 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -256,7 +257,7 @@ def save_params(path: str | os.PathLike, params: Params, description: dict[str, 
     Args:
         path: a directory that does not exist, or one that holds the same description: it is left as it is then, so that
             a resumed run may call this again.
-        params: nested dictionaries of arrays.
+        params: nested dictionaries of arrays; in a run of several processes global ones, or of numpy, the same in all.
         description: what rebuilds the model, as JSON.
         step: updates behind these parameters.
 
@@ -275,7 +276,6 @@ def save_params(path: str | os.PathLike, params: Params, description: dict[str, 
         return
     if processes.count() > 1:
         processes.wait_for_all("parameters")  # Until then others may still look whether there are any.
-        params = jax.tree.map(np.asarray, params)  # Every process has them whole; process 0 writes them.
     run = {"step": step, "position": {}, "description": description, "metrics": {}}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -380,13 +380,14 @@ def _load_intact(path: epath.Path, expected: Params | None, average: bool) -> tu
     run = _read_run(path)
     if expected is not None:
         _check_item(path, item, expected)
-    try:
-        params = array_store.read_to_host(path / item)
+    check = None if manifest is None else functools.partial(manifest.verify_part, item)
+    try:  # One after another: beside those on the device, one is on the host.
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), array_store.open_arrays(path / item, check))
+    except DamagedError:
+        raise
     except Exception as error:
         raise CheckpointError(_unreadable(path, error)) from error
-    if manifest is not None:
-        manifest.verify_arrays(item, params)
-    return jax.tree.map(jnp.asarray, params), run["description"], int(run["step"])
+    return params, run["description"], int(run["step"])
 
 
 def _verify_item(path: epath.Path, average: bool) -> tuple[str, Manifest | None]:

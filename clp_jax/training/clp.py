@@ -19,6 +19,7 @@ from clp_jax.array_types import Params, PRNGKeyArray, stand_in
 from clp_jax.data.manifest import Manifest
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
+from clp_jax.host_rows import HostRows, place_active, row_indices
 from clp_jax.models.conditioning import (
     Conditioning,
     ParameterConditioning,
@@ -30,7 +31,7 @@ from clp_jax.models.flops import Sizes, forward_flops, prompt_flops, training_fl
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
 from clp_jax.nn.routing import TokenChoice
-from clp_jax.partitioning import Rules
+from clp_jax.partitioning import Rules, constrain
 from clp_jax.preferences import AlphaRange
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
@@ -40,7 +41,7 @@ from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
-from clp_jax.training.checkpoints import load_params, save_params
+from clp_jax.training.checkpoints import save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
 from clp_jax.training.experience import (
     ChunkRollout,
@@ -52,8 +53,9 @@ from clp_jax.training.experience import (
 )
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
-from clp_jax.training.stage import DataShape, Outline, Program, StageSetup, inherited
-from clp_jax.training.transfer import Transfer
+from clp_jax.training.stage import DataShape, Derived, Outline, Program, StageSetup, inherited
+from clp_jax.training.streamed_params import open_params
+from clp_jax.training.transfer import Plan, Transfer
 
 # To a trained policy: the value baseline, which is of all rewards together, is learned anew.
 ADD_COMPONENTS = Transfer({"baseline/.*": None}, init=("baseline/.*",), grow=("policy/.*",))
@@ -180,7 +182,7 @@ class ConditionalPolicy:
         _check_objectives(self, names)
         # A resumed run keeps the reference it began with, whatever has become of the supervised run.
         stored = run_dir / REFERENCE_DIRECTORY
-        reference, description, _ = load_params(stored if stored.is_dir() else self.initial_checkpoint)
+        files, description, _ = open_params(stored if stored.is_dir() else self.initial_checkpoint)
         if description.get("stage") not in ("supervised", "converted"):
             raise ValueError(
                 f"{self.initial_checkpoint} is a run of stage {description.get('stage')!r}: expected a supervised or a "
@@ -196,14 +198,19 @@ class ConditionalPolicy:
         conditioning = self.conditioning
         if isinstance(conditioning, WrittenPreference):
             conditioning = conditioning.tokenise(names, vocabulary, policy.config.pad_id)
+        axes = policy.logical_axes()
+        reference = place_active(files, axes)
         statistics = self._statistics(run_dir, policy, reference, vocabulary, seed)
         save_params(run_dir / REFERENCE_DIRECTORY, reference, description)
-        params = {
-            "policy": conditioning.expand(reference),
-            "baseline": self._baseline(policy, seed, names),
-        }
+
+        def fresh(reference: Params) -> Params:
+            return {"policy": conditioning.expand(reference), "baseline": self._baseline(policy, seed, names)}
+
+        params = Derived(fresh, (reference,), (axes,))
+        expanded_axes = {"policy": conditioning.logical_axes(axes), "baseline": None}
         if self.initial_policy is not None:
-            params = self._from_policy(params, self.initial_policy, description, names)
+            plan = self._from_policy(params.abstract(), self.initial_policy, description, names)
+            params = plan.derived(expanded_axes, fresh, (reference, axes))
         manifest = Manifest.load(self.data_dir)
         own = {
             "stage": "clp",
@@ -217,11 +224,10 @@ class ConditionalPolicy:
             "data": manifest.fingerprint,
         }
         own |= inherited(description)
-        axes = policy.logical_axes()
         return StageSetup(
             params=params,
             frozen={"reference": reference},
-            logical_axes={"policy": conditioning.logical_axes(axes), "baseline": None},
+            logical_axes=expanded_axes,
             frozen_logical_axes={"reference": axes},
             loss_fn=self._loss(policy, conditioning, names),
             source=self._source(policy, conditioning, vocabulary, statistics, seed),
@@ -260,9 +266,9 @@ class ConditionalPolicy:
             rules=self.rollout_rules,
         )
 
-    def _from_policy(self, fresh: Params, path: str, description: dict[str, Any], names: tuple[str, ...]) -> Params:
-        """The initial policy's parameters, with fresh ones for the rewards that it did not know."""
-        stored, theirs, step = load_params(path)
+    def _from_policy(self, abstract: Params, path: str, description: dict[str, Any], names: tuple[str, ...]) -> Plan:
+        """What is taken of the initial policy; what it did not know starts fresh."""
+        stored, theirs, step = open_params(path)
         if theirs.get("stage") != "clp" or theirs["model"] != description["model"]:
             raise ValueError(f"initial_policy {path} is no run of this stage with the supervised policy's model.")
         known = tuple(theirs["rewards"])
@@ -271,9 +277,9 @@ class ConditionalPolicy:
                 f"initial_policy {path} was trained with the rewards {', '.join(known)}: they must come first, in that order, "
                 f"but the rewards are {', '.join(names)}."
             )
-        params, account = self.transfer(stored, jax.eval_shape(lambda: fresh), lambda: fresh)
-        account.report(path, step)
-        return params
+        plan = self.transfer.plan(stored, abstract)
+        plan.account.report(path, step)
+        return plan
 
     def _data(self, seed: int, batch_size: int, pad_id: int, rows: Callable[[int], np.ndarray]) -> DataSource:
         return DataSource(
@@ -306,11 +312,9 @@ class ConditionalPolicy:
     ) -> RewardStatistics:
         """The rewards' mean and deviation on the reference's samples: read where they are stored, fitted otherwise."""
 
-        def fit_once() -> None:
-            if not (run_dir / STATISTICS_FILE).is_file():
-                self._fit(policy, reference, vocabulary, seed).save(run_dir)
-
-        processes.decide("rewards", fit_once)
+        if not processes.decide("rewards", (run_dir / STATISTICS_FILE).is_file):
+            fitted = self._fit(policy, reference, vocabulary, seed)
+            processes.decide("statistics", lambda: fitted.save(run_dir))
         statistics = RewardStatistics.load(run_dir)
         RewardStack(self.rewards, statistics)  # Checks the names.
         return statistics
@@ -318,7 +322,8 @@ class ConditionalPolicy:
     def _fit(self, policy: Policy, reference: Params, vocabulary: Vocabulary, seed: int) -> RewardStatistics:
         stack = RewardStack(self.rewards)
         batch_size = min(self.batch_size, self.statistics_prompts)
-        data = self._data(seed + 1, batch_size, policy.config.pad_id, np.arange)
+        data = self._data(seed + 1, batch_size, policy.config.pad_id, row_indices)
+        held = HostRows.of(batch_size)
         config = SamplingConfig(self.max_length)
 
         @jax.jit
@@ -326,12 +331,14 @@ class ConditionalPolicy:
             keys = row_keys(key, inputs.shape[0])
             return generate(CachedDecoder(policy.bind(params)), inputs, keys=keys, config=config).tokens
 
+        gather = jax.jit(lambda rewards: constrain(rewards, None, None))
         rows = []
         for index in range(-(-self.statistics_prompts // batch_size)):
             batch = data.next()
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STATISTICS_KEY), index)
-            tokens = np.asarray(sample(reference, batch.inputs, key))
-            rows.append(stack.raw(reward_inputs(vocabulary, batch.inputs, batch.targets, tokens)))
+            tokens = held.fetch(sample(reference, held.place(batch.inputs), key))
+            found = held.place(stack.raw(reward_inputs(vocabulary, batch.inputs, batch.targets, tokens)))
+            rows.append(np.asarray(gather(found)))
         return RewardStatistics.fit(stack.names, np.concatenate(rows))
 
 

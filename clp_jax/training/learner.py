@@ -17,7 +17,7 @@ from clp_jax.partitioning import Rules, constrain, make_mesh, named_sharding, tr
 from clp_jax.training.digests import digest
 from clp_jax.training.guards import Guards
 from clp_jax.training.optimizers import OptimizerConfig
-from clp_jax.training.stage import LossFn, Outline, StageSetup
+from clp_jax.training.stage import Derived, LossFn, Outline, StageSetup
 from clp_jax.training.train_state import TrainState, full_axes, new_state
 
 LOSS_KEY = 0  # The purpose of the learner's random key; other purposes belong to the sources.
@@ -102,42 +102,44 @@ class Learner:
         """Makes what is traced inside, rollouts and evaluations too, follow the learner's mesh and rules."""
         return use_mesh(self._mesh, self._rules)
 
-    def abstract_state(self, params: Params | Callable[[], Params]) -> TrainState:
+    def abstract_state(self, params: Params | Callable[[], Params] | Derived) -> TrainState:
         """Shapes, types and shardings of the state, without making it; what a checkpoint is restored into.
 
         Args:
-            params: arrays, shapes, or a function that makes them.
+            params: arrays, shapes, or what makes them; see `clp_jax.training.stage.StageSetup`.
         """
-        shapes = jax.eval_shape(params) if callable(params) else params
-        abstract = jax.eval_shape(functools.partial(self._new_state, seed=0), shapes)
+        abstract = jax.eval_shape(functools.partial(self._new_state, seed=0), self._derived(params).abstract())
         shardings = self._state_shardings(abstract)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
-    def init_state(self, params: Params | Callable[[], Params], seed: int) -> TrainState:
+    def init_state(self, params: Params | Callable[[], Params] | Derived, seed: int) -> TrainState:
         """The state before the first step, each array made where it lives.
 
         Args:
-            params: a tree of arrays, or a function without arguments that makes one inside `jit`.
+            params: arrays, or what makes them; see `clp_jax.training.stage.StageSetup`.
             seed: decides every random number of the learner.
         """
-        make = self.initialiser(params, seed)
-        if callable(params):
-            return make()
-        if jax.process_count() > 1:
-            params = place_whole(params, jax.tree.map(lambda x: x.sharding, self.abstract_state(params).params))
-        return make(params)
+        made = self._derived(params)
+        return self.initialiser(made, seed)(*map(self._place, made.arguments, made.logical_axes))
 
-    def initialiser(self, params: Params | Callable[[], Params], seed: int) -> Any:
+    def initialiser(self, params: Params | Callable[[], Params] | Derived, seed: int) -> Any:
         """The program of `init_state`: of no argument where `params` is a function, of the arrays otherwise."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(params))
-        if callable(params):
-            return jax.jit(lambda: self._new_state(params(), seed), out_shardings=shardings)
-        return jax.jit(lambda tree: self._new_state(tree, seed), out_shardings=shardings)
+        function = self._derived(params).function
+        return jax.jit(lambda *trees: self._new_state(function(*trees), seed), out_shardings=shardings)
+
+    def _derived(self, params: Params | Callable[[], Params] | Derived) -> Derived:
+        if isinstance(params, Derived):
+            return params
+        return Derived(params) if callable(params) else Derived(lambda tree: tree, (params,), (self._axes,))
 
     def place_frozen(self, frozen: PyTree) -> PyTree:
         """The frozen tree on the mesh, by its logical axes."""
-        axes = full_axes(self._frozen_axes, frozen)
-        return place_whole(frozen, tree_shardings(axes, self._mesh, self._rules, frozen))
+        return self._place(frozen, self._frozen_axes)
+
+    def _place(self, tree: PyTree, logical_axes: PyTree) -> PyTree:
+        axes = full_axes(logical_axes, tree)
+        return place_whole(tree, tree_shardings(axes, self._mesh, self._rules, tree))
 
     def place_batch(self, batch: PyTree) -> PyTree:
         """A batch on the mesh, its examples spread over the data-parallel devices.

@@ -11,6 +11,7 @@ from clp_jax.models.policy import Policy
 from clp_jax.objectives.advantages import return_to_go, scalarize
 from clp_jax.objectives.kl import per_token_kl
 from clp_jax.objectives.policy_gradient import reinforce_loss
+from clp_jax.partitioning import constrain_mixed
 from clp_jax.sampling.rollouts import over_groups
 from clp_jax.sampling.score import Forced, teacher_force
 from clp_jax.training.estimators import AdvantageEstimator
@@ -61,7 +62,8 @@ class PolicyGradientLoss:
         num_groups = max(1, rows // self.rows_per_group)
 
         def one_group(inputs, preference, tokens, policy_params, reference) -> Forced:
-            model = self.policy.bind(self.conditioning.mix(policy_params, reference, preference[0]))
+            mixed = self.conditioning.mix(policy_params, reference, preference[0])
+            model = self.policy.bind(constrain_mixed(mixed, self.policy.logical_axes()))
             conditioned = self.conditioning.condition_inputs(inputs, preference[:: self.num_samples])
             return teacher_force(model, conditioned, tokens)
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from clp_jax import processes
 from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, Params, PRNGKeyArray, stand_in
-from clp_jax.data.batch import PromptBatch
 from clp_jax.data.reader import DataSource, prompt_batch
 from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.host_rows import HostRows
@@ -30,7 +29,8 @@ from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.run_directory import write_atomically
-from clp_jax.training.stage import DataShape, Outline, StageSetup
+from clp_jax.training.stage import DataShape, Derived, Outline, StageSetup
+from clp_jax.training.streamed_params import open_params
 from clp_jax.training.train_state import TrainState
 from clp_jax.training.transfer import Transfer
 
@@ -161,12 +161,12 @@ class RewardModel:
         corrupter = self._corrupter(vocabulary.pad_id, vocabulary.eos_ids, seed)
 
         @jax.jit
-        def score_pairs(params: Params, pairs: ScoredPairs) -> tuple[Array, ...]:
+        def measure(params: Params, pairs: ScoredPairs) -> Array:
             # Whole in every process, which all measure the same.
-            return tuple(constrain(scores, None) for scores in _scores(policy, params, pairs, None))
+            return constrain(LOSSES[self.loss](*_scores(policy, params, pairs, None))[1], None)
 
         def evaluate(params: Params) -> dict[str, float]:
-            result = self._evaluate(score_pairs, params, dataclasses.replace(corrupter, seed=seed + 1))
+            result = self._evaluate(measure, params, dataclasses.replace(corrupter, seed=seed + 1))
             if processes.is_main():
                 write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
             return result
@@ -193,37 +193,35 @@ class RewardModel:
         )
 
     def _data(self, split: str, seed: int = 0) -> DataSource:
-        # Whole batches in every process: summaries are exchanged among all documents of a batch.
-        return DataSource(
-            self.data_dir, split, batch_size=self.batch_size, converter=prompt_batch, seed=seed, rows=np.arange
-        )
+        return DataSource(self.data_dir, split, batch_size=self.batch_size, converter=prompt_batch, seed=seed)
 
-    def _initial(self, policy: Policy, seed: int) -> Params | Callable[[], Params]:
+    def _initial(self, policy: Policy, seed: int) -> Callable[[], Params] | Derived:
         def fresh() -> Params:
             return policy.init(jax.random.key(seed))
 
         if self.initial_checkpoint is None:
             return fresh
-        loaded, _, step = load_params(self.initial_checkpoint)
-        params, account = self.transfer(loaded, policy.abstract(), fresh)
-        account.report(self.initial_checkpoint, step)
-        return params
+        stored, _, step = open_params(self.initial_checkpoint)
+        plan = self.transfer.plan(stored, policy.abstract())
+        plan.account.report(self.initial_checkpoint, step)
+        return plan.derived(policy.logical_axes(), fresh)
 
     def _corrupter(self, pad_id: int, eos_ids: tuple[int, ...], seed: int) -> Corrupter:
         return Corrupter(tuple(self.corruptions), pad_id, eos_ids, seed)
 
-    def _evaluate(self, score_pairs: Callable[..., Any], params: Params, corrupter: Corrupter) -> dict[str, float]:
+    def _evaluate(self, measure: Callable[..., Any], params: Params, corrupter: Corrupter) -> dict[str, float]:
         data = self._data("validation")
         right: list[np.ndarray] = []
         kinds: list[np.ndarray] = []
-        for batch in data.epoch_batches(self.evaluation_pairs):
-            real = batch.example_ids >= 0
+        total = min(data.size, self.evaluation_pairs)
+        for start in range(0, total, self.batch_size):
+            ids = np.arange(start, start + self.batch_size)
+            real = ids < total
             if real.sum() < 2:
                 break  # There is nothing to exchange summaries with.
-            batch = jax.tree.map(lambda x, real=real: x[real], batch)
-            pairs, kind = make_pairs(batch, corrupter)
-            right.append(np.asarray(LOSSES[self.loss](*score_pairs(params, pairs))[1]))
-            kinds.append(kind)
+            pairs, kind = read_pairs(data, np.where(real, ids, -1), corrupter)
+            right.append(np.asarray(measure(params, pairs))[real])
+            kinds.append(kind[real])
         if not right:
             raise ValueError(f"the validation split of {self.data_dir} has fewer than 2 examples: nothing to pair.")
         accuracy, kind = np.concatenate(right), np.concatenate(kinds)
@@ -237,7 +235,7 @@ class PairSource:
     """Documents with true and bad summaries; the position in the data is all its state.
 
     Attributes:
-        data: prepared documents and summaries, whole batches.
+        data: prepared documents and summaries.
         corrupter: makes the bad ones.
     """
 
@@ -246,9 +244,9 @@ class PairSource:
 
     def next(self, state: TrainState, frozen: Any) -> tuple[ScoredPairs, dict[str, float]]:
         """The next batch."""
-        rows = HostRows.of(self.data.batch_size)
-        pairs = make_pairs(self.data.next(), self.corrupter)[0]
-        return rows.place(jax.tree.map(lambda x: x[rows.indices], pairs)), {}
+        ids = self.data.example_ids(self.data.position, self.data.batch_size)
+        self.data.seek(self.data.position + self.data.batch_size)
+        return read_pairs(self.data, ids, self.corrupter)[0], {}
 
     def position(self) -> dict[str, int]:
         """The position in the data."""
@@ -263,12 +261,27 @@ class PairSource:
         return self.data.example_ids(position["examples"], self.data.batch_size).tolist()
 
 
-def make_pairs(batch: PromptBatch, corrupter: Corrupter) -> tuple[ScoredPairs, Int[np.ndarray, "B"]]:
-    """Pairs for the scorer, and the kind of each corruption."""
-    documents, summaries = np.asarray(batch.inputs), np.asarray(batch.targets)
-    bad, kinds = corrupter(summaries, np.asarray(batch.example_ids))
-    good = join(documents, summaries, corrupter.pad_id)
-    return ScoredPairs(*good, *join(documents, bad, corrupter.pad_id)), kinds
+def read_pairs(
+    data: DataSource, example_ids: Int[np.ndarray, "B"], corrupter: Corrupter
+) -> tuple[ScoredPairs, Int[np.ndarray, "B"]]:
+    """Pairs for the scorer, and the kind of each corruption.
+
+    A process reads the rows that it holds, and those whose summaries these are exchanged with.
+
+    Args:
+        data: where the examples are.
+        example_ids: of the whole batch, -1 for rows that fill it up.
+        corrupter: makes the bad summaries.
+    """
+    draws, rows = corrupter.draw(example_ids), HostRows.of(len(example_ids))
+    mine = rows.indices
+    read, places = np.unique(np.concatenate([mine, draws.others[mine]]), return_inverse=True)
+    batch = data.read(example_ids[read])
+    own, others = np.split(places, 2)
+    documents, summaries = np.asarray(batch.inputs)[own], np.asarray(batch.targets)
+    bad = corrupter(summaries[own], summaries[others], draws[mine])
+    good = join(documents, summaries[own], corrupter.pad_id)
+    return rows.place(ScoredPairs(*good, *join(documents, bad, corrupter.pad_id))), draws.kinds
 
 
 def load_learned_reward(checkpoint: str, *, name: str | None = None, bound: float = 4.0) -> LearnedReward:

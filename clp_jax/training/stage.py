@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import jax
+
 from clp_jax.array_types import Array, Metrics, Params, PRNGKeyArray, PyTree
 from clp_jax.host_rows import HostRows
 from clp_jax.interop.t5x_slots import AdafactorSlots
@@ -48,12 +50,32 @@ class Saveable(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Derived:
+    """First parameters that are made of other arrays, where they live: no process holds more of them than its devices do.
+
+    Attributes:
+        function: makes them; pure, called under `jit`, so that a sharded tree is never whole on one device.
+        arguments: trees of arrays; those that are in files yet (`clp_jax.host_rows.InParts`) are read one after another.
+        logical_axes: a tree for each argument; None, anywhere, is replicated.
+    """
+
+    function: Callable[..., Params]
+    arguments: tuple[PyTree, ...] = ()
+    logical_axes: tuple[PyTree, ...] = ()
+
+    def abstract(self) -> Params:
+        """Their shapes and types; nothing is read."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.arguments)
+        return jax.eval_shape(self.function, *shapes)
+
+
+@dataclasses.dataclass(frozen=True)
 class StageSetup:
     """A stage ready to run.
 
     Attributes:
-        params: where training starts: a tree of arrays, or a function without arguments that makes one. The function is
-            called under `jit`, so that a sharded tree is never whole on one device; a resumed run does not call it.
+        params: where training starts: a tree of arrays, a function without arguments that makes one under `jit`, or `Derived`.
+            A resumed run makes and reads none of them.
         loss_fn: what the learner descends.
         source: where batches come from.
         describe: what rebuilds the model from a checkpoint, as JSON; ``"stage"`` names the stage and ``"model"`` its config.
@@ -67,7 +89,7 @@ class StageSetup:
         flops: of one step by the model alone, what the source computes included; None where nobody counted.
     """
 
-    params: Params | Callable[[], Params]
+    params: Params | Callable[[], Params] | Derived
     loss_fn: LossFn
     source: Source
     describe: Callable[[], dict[str, Any]]

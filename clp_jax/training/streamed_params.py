@@ -8,18 +8,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from clp_jax import processes
 from clp_jax.array_types import Params
 from clp_jax.interop import orbax_item
 from clp_jax.interop.arrays import ArraySpec, LazyArray, is_float, new_directory
 from clp_jax.interop.links import part_of
 from clp_jax.interop.regions import Region, whole
-from clp_jax.interop.slots import flatten, unflatten
+from clp_jax.interop.slots import flatten
+from clp_jax.training import array_store
 from clp_jax.training.checkpoint_manifest import RUN_FILE, ArrayDigest, Manifest
-from clp_jax.training.checkpoint_steps import files_below, read_run
+from clp_jax.training.checkpoint_steps import files_below, is_unverified, read_run
 from clp_jax.training.checkpoint_writer import digest_files
 from clp_jax.training.checkpoints import CheckpointError, find_intact
 
@@ -64,26 +67,43 @@ def write_params(path: Path, params: Params, description: dict[str, Any], step: 
 
 
 def open_params(path: str | os.PathLike) -> tuple[Params, dict[str, Any], int]:
-    """What `load_params` gives, but with arrays that are read when asked for (`LazyArray`); their files are verified first.
+    """What `load_params` gives, but with arrays that are read when asked for (`LazyArray`), in parts.
 
-    One array is held, from which parts are taken until another one is asked for: training saves an array in large chunks,
-    which can't be read in part. Such a chunk takes up to three times its size to read.
+    Process 0 says, for all, which checkpoint it is, and verifies its files; shards that are read whole are verified then.
 
     Raises:
-        CheckpointError: when there is no intact checkpoint.
+        CheckpointError: when there is no intact checkpoint, or it can't be read.
     """
-    found = find_intact(path)
-    run = read_run(epath.Path(found))
-    item = found / (_EMA if (found / _EMA).is_dir() else _PARAMS)
-    held = _Held()
+    found = epath.Path(processes.decide("checkpoint", lambda: str(find_intact(path))))
+    run = read_run(found)
+    item = _EMA if (found / _EMA).is_dir() else _PARAMS
+    check = None if is_unverified(found) else functools.partial(Manifest.read(found).verify_part, item)
+
+    def fill(stored: LazyArray, out: np.ndarray, region: Region) -> None:
+        try:
+            stored.fill(out, region)
+        except Exception as error:  # Readers in C++ raise what they like.
+            raise CheckpointError(f"the checkpoint {found} can't be read: {error}. Give another one.") from error
+
     try:
-        leaves = {
-            tuple(name.split("/")): LazyArray(leaf.shape, leaf.dtype, functools.partial(held.fill, leaf))
-            for name, leaf in orbax_item.read(item).items()
-        }
-    except (OSError, ValueError) as error:
+        tree = array_store.open_arrays(found / item, check)
+    except Exception as error:
         raise CheckpointError(f"the checkpoint {found} can't be read: {error}. Give another one.") from error
-    return unflatten(leaves), run["description"], int(run["step"])
+    params = jax.tree.map(lambda leaf: LazyArray(leaf.shape, leaf.dtype, functools.partial(fill, leaf)), tree)
+    return params, run["description"], int(run["step"])
+
+
+def hold_arrays(params: Params) -> Params:
+    """The same, but one array is held whole, from which parts are taken until another one is asked for.
+
+    Training saves an array in large chunks, which can't be read in part: many parts of one would each take as long as all.
+    Such a chunk takes up to three times its size to read.
+
+    Args:
+        params: `LazyArray`s.
+    """
+    held = _Held()
+    return jax.tree.map(lambda leaf: LazyArray(leaf.shape, leaf.dtype, functools.partial(held.fill, leaf)), params)
 
 
 @dataclasses.dataclass

@@ -27,8 +27,10 @@ from clp_jax.models.serialization import from_json, to_json
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.adafactor_slots import load_slots
-from clp_jax.training.checkpoints import find_checkpoint, load_params
-from clp_jax.training.stage import DataBatches, DataShape, Outline, StageSetup, inherited
+from clp_jax.training.checkpoint_manifest import leaves_by_path
+from clp_jax.training.checkpoints import find_checkpoint
+from clp_jax.training.stage import DataBatches, DataShape, Derived, Outline, StageSetup, inherited
+from clp_jax.training.streamed_params import open_params
 from clp_jax.training.transfer import Transfer
 
 # A policy may be trained on with other values of these: they change how it is computed, not what.
@@ -101,7 +103,7 @@ class Supervised:
     def setup(self, run_dir: Path, seed: int) -> StageSetup:
         """See `clp_jax.training.stage.Stage`."""
         params, description, step = (
-            (None, {}, 0) if self.initial_checkpoint is None else load_params(self.initial_checkpoint)
+            (None, {}, 0) if self.initial_checkpoint is None else open_params(self.initial_checkpoint)
         )
         model = from_json(description["model"]) if self.model is None else self.model
         vocabulary = Vocabulary.load(self.data_dir)
@@ -152,7 +154,7 @@ class Supervised:
 
     def _initial(
         self, policy: Policy, seed: int, params: Params | None, description: dict[str, Any], step: int
-    ) -> Params | Callable[[], Params]:
+    ) -> Callable[[], Params] | Derived:
         """The first parameters: fresh ones, or the initial checkpoint's."""
 
         def fresh() -> Params:
@@ -161,13 +163,23 @@ class Supervised:
         if params is None:
             return fresh
         if self.transfer is None:
-            params = self._of_the_same_model(policy, seed, params, description)
-        params, account = (self.transfer or Transfer())(params, policy.abstract(), fresh)
-        account.report(str(self.initial_checkpoint), step)
-        return params
+            dense = self._same_model(policy, description)
+        if self.upcycle:
 
-    def _of_the_same_model(self, policy: Policy, seed: int, params: Params, description: dict[str, Any]) -> Params:
-        """The initial checkpoint's parameters, upcycled where that is wanted."""
+            def sparse(tree: Params) -> Params:
+                return upcycled(tree, dense.config, policy.config, jax.random.key(seed))
+
+            trees, axes = (params,), (dense.logical_axes(),)
+            plan = Transfer().plan(Derived(sparse, trees, axes).abstract(), policy.abstract())
+            made = Derived(lambda tree: plan.fill(leaves_by_path(sparse(tree)), fresh), trees, axes)
+        else:
+            plan = (self.transfer or Transfer()).plan(params, policy.abstract())
+            made = plan.derived(policy.logical_axes(), fresh)
+        plan.account.report(str(self.initial_checkpoint), step)
+        return made
+
+    def _same_model(self, policy: Policy, description: dict[str, Any]) -> Policy:
+        """The initial checkpoint's policy, which must be this one, or one that can be upcycled to it."""
         dense = from_json(description["model"])
         stored, wanted = _fixed(to_json(dense)), _fixed(to_json(policy.config))
         for name, value in wanted.items():
@@ -177,7 +189,7 @@ class Supervised:
             raise ValueError(
                 f"{self.initial_checkpoint} is of another model: its {name} is {stored.get(name)}, model has {value}.{hint}"
             )
-        return upcycled(params, dense, policy.config, jax.random.key(seed)) if self.upcycle else params
+        return Policy(dense)
 
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
         converter = functools.partial(sequence_batch, start_id=loss_fn.policy.config.start_id)

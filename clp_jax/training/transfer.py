@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clp_jax.array_types import Params
+from clp_jax.array_types import Params, PyTree
+from clp_jax.partitioning import is_axes
 from clp_jax.training.checkpoint_manifest import leaves_by_path
+from clp_jax.training.stage import Derived
+from clp_jax.training.train_state import full_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +68,12 @@ class Transfer:
             except re.error as error:
                 raise ValueError(f"Transfer: {pattern!r} is not a regular expression: {error}.") from error
 
-    def __call__(self, stored: Params, abstract: Params, fresh: Callable[[], Params]) -> tuple[Params, Account]:
-        """The new tree and what became of every array.
+    def plan(self, stored: Params, abstract: Params) -> "Plan":
+        """Where every array goes; nothing is read or made.
 
         Args:
-            stored: parameters as they were read.
+            stored: parameters, or what is read in parts (`clp_jax.host_rows.InParts`), or shapes.
             abstract: shapes and types of the new ones.
-            fresh: makes all new ones; is called only where some of them are needed.
 
         Raises:
             ValueError: naming an array that no rule provides for, or that does not fit its place.
@@ -105,17 +107,9 @@ class Transfer:
                 raise ValueError(
                     f"parameter {path!r} has shape {leaf.shape} in the checkpoint, this model's has {wanted[path].shape}."
                 )
-        made = leaves_by_path(fresh()) if missing or grown else {}
-
-        def leaf_of(path: str) -> Any:
-            if path not in source:
-                return made[path]
-            leaf = jnp.asarray(source[path][1]).astype(wanted[path].dtype)
-            return jnp.concatenate([leaf, made[path][leaf.shape[0] :]]) if path in grown else leaf
-
-        structure: Any = jax.tree.structure(abstract)
         loaded = tuple(path for path in source if path not in grown)
-        return structure.unflatten(map(leaf_of, wanted)), Account(loaded, tuple(missing), tuple(grown), tuple(ignored))
+        account = Account(loaded, tuple(missing), tuple(grown), tuple(ignored))
+        return Plan({path: leaf for path, (_, leaf) in source.items()}, abstract, account)
 
     def _target(self, path: str) -> str | None:
         for pattern, target in self.moves.items():
@@ -127,6 +121,57 @@ class Transfer:
     def _grows(self, path: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
         longer = len(stored) == len(wanted) > 0 and stored[1:] == wanted[1:] and stored[0] < wanted[0]
         return longer and _matches(self.grow, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `Transfer` does with one stored tree.
+
+    Attributes:
+        taken: what is taken of it, by new path.
+        abstract: shapes and types of the new tree.
+        account: of every array.
+    """
+
+    taken: Mapping[str, Any]
+    abstract: Params
+    account: Account
+
+    def axes(self, logical_axes: PyTree) -> dict[str, Any]:
+        """The logical axes of what is taken, of those of the new tree."""
+        leaves = jax.tree.leaves(full_axes(logical_axes, self.abstract), is_leaf=is_axes)
+        by_path = dict(zip(leaves_by_path(self.abstract), leaves, strict=True))
+        return {path: by_path[path] for path in self.taken}
+
+    def derived(self, logical_axes: PyTree, fresh: Callable[..., Params], *others: tuple[PyTree, PyTree]) -> Derived:
+        """The new tree, to be made where it lives.
+
+        Args:
+            logical_axes: of the new tree.
+            fresh: makes all new ones, of the others.
+            *others: trees of arrays with their logical axes.
+        """
+        trees, axes = zip((self.taken, self.axes(logical_axes)), *others, strict=True)
+        return Derived(lambda taken, *rest: self.fill(taken, lambda: fresh(*rest)), trees, axes)
+
+    def fill(self, taken: Mapping[str, Any], fresh: Callable[[], Params]) -> Params:
+        """The new tree; pure.
+
+        Args:
+            taken: arrays, as `taken` says.
+            fresh: makes all new ones; is called only where some of them are needed.
+        """
+        account = self.account
+        made = leaves_by_path(fresh()) if account.initialised or account.grown else {}
+
+        def leaf_of(path: str, wanted: Any) -> Any:
+            if path not in taken:
+                return made[path]
+            leaf = jnp.asarray(taken[path]).astype(wanted.dtype)
+            return jnp.concatenate([leaf, made[path][leaf.shape[0] :]]) if path in account.grown else leaf
+
+        structure: Any = jax.tree.structure(self.abstract)
+        return structure.unflatten(leaf_of(*item) for item in leaves_by_path(self.abstract).items())
 
 
 def _matches(patterns: Iterable[str], path: str) -> bool:

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 from groups import start
+from tiny_runs import MODEL
 
-from clp_jax.data.reader import DataSource, sequence_batch
+from clp_jax.data.reader import DataSource, prompt_batch, sequence_batch
 from clp_jax.processes import RESTARTABLE
+from clp_jax.rewards.pairs import Corrupter
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import DIGEST_METRICS, TIMING_METRICS, read_metrics
 
@@ -120,6 +122,20 @@ def test_each_process_reads_the_rows_of_its_devices(home, two, name):
     ]
     # Where the tensor axis crosses processes both have all rows, otherwise each has its half.
     assert [len(held) for held in rows] == ([8, 8] if "crossed" in name else [4, 4])
+
+
+def test_pairs_are_read_where_they_are_needed(home, two):
+    """A process reads its half of the rows, and those whose summaries they are exchanged with."""
+    data = DataSource(home / "prompts", "train", batch_size=8, converter=prompt_batch, seed=3)
+    corrupter = Corrupter(("foreign", "swap"), MODEL.pad_id, MODEL.eos_ids, 3)
+    for number in range(2):
+        notes = [json.loads(line) for line in (two / f"rewards.ids.2.{number}").read_text().splitlines()]
+        assert [position for position, _ in notes] == [8 * step for step in range(STEPS)]
+        for position, [[_, found]] in notes:
+            ids = data.example_ids(position, 8)
+            mine = np.arange(4 * number, 4 * number + 4)
+            rows = {*mine.tolist(), *corrupter.draw(ids).others[mine].tolist()}
+            assert sorted(found) == sorted(ids[list(rows)].tolist())
 
 
 def test_only_process_0_writes_and_all_keep_quiet_about_it(two):

@@ -21,7 +21,7 @@ from clp_jax.train import train
 from clp_jax.training.clp import ConditionalPolicy
 from clp_jax.training.estimators import ValueBaseline
 from clp_jax.training.optimizers import AdamW
-from clp_jax.training.reward_models import RewardModel
+from clp_jax.training.reward_models import PairSource, RewardModel
 from clp_jax.training.supervised import Supervised
 
 BATCH = ("batch", ("slice", "data", "fsdp", "expert"))
@@ -132,7 +132,21 @@ class Recorded:
     def setup(self, run_dir, seed):
         """That of the stage."""
         found = self.stage.setup(run_dir, seed)
+        if isinstance(found.source, PairSource):
+            _note_reading(found.source.data, self.path)
         return dataclasses.replace(found, source=Recording(found.source, self.path, self.pause, self.hang_at))
+
+
+def _note_reading(data, path):
+    """Notes which records of each batch this process reads."""
+    read = data.read
+
+    def noted(ids):
+        with open(path, "a") as file:
+            file.write(json.dumps([data.position - data.batch_size, [[0, ids.tolist()]]]) + "\n")
+        return read(ids)
+
+    data.read = noted
 
 
 def mesh_of(sizes, crossed):

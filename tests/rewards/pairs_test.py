@@ -20,6 +20,12 @@ def corrupter(kinds, seed=0) -> Corrupter:
     return Corrupter(kinds, PAD_ID, (EOS_ID,), seed)
 
 
+def corrupt(corrupter, true, ids) -> tuple[np.ndarray, np.ndarray]:
+    """All rows of a batch, and the kind of each."""
+    draws = corrupter.draw(ids)
+    return corrupter(true, true[draws.others], draws), draws.kinds
+
+
 def tokens(*values) -> np.ndarray:
     return np.asarray(values, np.int32)
 
@@ -113,7 +119,7 @@ def _repeated(bad: list[int], true: list[int]) -> int | None:
 def test_no_true_summary_survives(kinds):
     for seed in range(6):
         true = summaries(seed, longest=LENGTH - 1 if seed % 2 else 3)
-        bad, kind = corrupter(kinds, seed)(true, np.arange(len(true)))
+        bad, kind = corrupt(corrupter(kinds, seed), true, np.arange(len(true)))
         assert bad.shape == true.shape and bad.dtype == np.int32
         assert not np.any(np.all(bad == true, axis=1))
         assert set(kind.tolist()) == set(range(len(kinds)))
@@ -125,7 +131,7 @@ def test_no_true_summary_survives(kinds):
 def test_the_last_token_stays():
     true = summaries(1, shortest=4, longest=10)
     for kind in ("swap", "truncate", "shuffle", "repeat", "ramble"):
-        bad, _ = corrupter((kind,), 3)(true, np.arange(len(true)))
+        bad, _ = corrupt(corrupter((kind,), 3), true, np.arange(len(true)))
         for row, original in zip(bad, true, strict=True):
             last = content(row)[-1]
             own = last // 100 == content(original)[-1] // 100
@@ -136,7 +142,7 @@ def test_the_last_token_stays():
 
 def test_kinds_say_what_happened():
     true = summaries(2, rows=60, shortest=5, longest=8)
-    bad, kind = corrupter(("foreign", "shuffle"), 0)(true, np.arange(60))
+    bad, kind = corrupt(corrupter(("foreign", "shuffle"), 0), true, np.arange(60))
     for row, original, index in zip(bad, true, kind, strict=True):
         own = set(content(row)[:-1] // 100) == set(content(original) // 100)
         assert own == (index == 1)
@@ -145,13 +151,34 @@ def test_kinds_say_what_happened():
 def test_it_is_a_function_of_the_seed_and_the_ids():
     true, ids = summaries(), np.arange(40) + 7
     kinds = tuple(CORRUPTIONS)
-    first = corrupter(kinds, 5)(true, ids)
+    first = corrupt(corrupter(kinds, 5), true, ids)
     np.random.seed(0)  # noqa: NPY002 (global state must not matter)
-    for again in (corrupter(kinds, 5)(true, ids), corrupter(kinds, 5)(true.copy(), ids.tolist())):
+    for again in (corrupt(corrupter(kinds, 5), true, ids), corrupt(corrupter(kinds, 5), true.copy(), ids.tolist())):
         np.testing.assert_array_equal(again[0], first[0])
         np.testing.assert_array_equal(again[1], first[1])
-    for other in (corrupter(kinds, 6)(true, ids), corrupter(kinds, 5)(true, ids + 1)):
+    for other in (corrupt(corrupter(kinds, 6), true, ids), corrupt(corrupter(kinds, 5), true, ids + 1)):
         assert not np.array_equal(other[0], first[0])
+
+
+def test_rows_by_themselves_are_those_of_the_whole_batch():
+    true, ids = summaries(rows=12), np.arange(12) + 3
+    made = corrupter(tuple(CORRUPTIONS), 2)
+    whole, draws = corrupt(made, true, ids)[0], made.draw(ids)
+    assert sorted(draws.others) == list(range(12)) and not np.any(draws.others == np.arange(12))
+    for mine in (np.arange(4), np.asarray([1, 5, 11])):
+        part = draws[mine]
+        np.testing.assert_array_equal(made(true[mine], true[part.others], part), whole[mine])
+
+
+def test_rows_that_fill_a_batch_up_change_nothing():
+    ids = np.arange(9)
+    made = corrupter(tuple(CORRUPTIONS), 2)
+    draws, filled = made.draw(ids), made.draw(np.append(ids, [-1, -1]))
+    for name in ("others", "kinds", "seeds"):
+        np.testing.assert_array_equal(getattr(filled, name)[:9], getattr(draws, name))
+    assert filled.others[9:].tolist() == [9, 10]
+    empty = finish(tokens(), LENGTH)[None]
+    np.testing.assert_array_equal(made(empty, empty, filled[np.asarray([9])]), empty)
 
 
 @pytest.mark.parametrize("kinds", [(), ("swap", "swop")])
@@ -173,8 +200,8 @@ def test_ids_are_the_vocabularys():
     theirs = np.where(ours == PAD_ID, 9, np.where(ours == EOS_ID, 7, ours))
     for pad_id in (9, -1):
         theirs = np.where(theirs == 9, pad_id, theirs)
-        bad, kinds = corrupter(tuple(CORRUPTIONS), 3)(ours, np.arange(12))
-        other, same = Corrupter(tuple(CORRUPTIONS), pad_id, (7, 8), 3)(theirs, np.arange(12))
+        bad, kinds = corrupt(corrupter(tuple(CORRUPTIONS), 3), ours, np.arange(12))
+        other, same = corrupt(Corrupter(tuple(CORRUPTIONS), pad_id, (7, 8), 3), theirs, np.arange(12))
         np.testing.assert_array_equal(kinds, same)
         np.testing.assert_array_equal(other, np.where(bad == PAD_ID, pad_id, np.where(bad == EOS_ID, 7, bad)))
     assert pairs.content(tokens(5, 0, 1, 8, 9), 9, (7, 8)).tolist() == [5, 0, 1]

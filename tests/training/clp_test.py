@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from compilations import before_each_batch, counted
 from tiny_policies import tiny_config
-from tiny_runs import LENGTHS, MODEL, make_data, make_supervised
+from tiny_runs import LENGTHS, MODEL, first_params, make_data, make_supervised
 
 from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning, Unconditioned
 from clp_jax.models.config import MoEConfig
@@ -157,7 +157,7 @@ def test_every_component_starts_as_the_supervised_policy(tmp_path, home):
     setup = stage(home).setup(tmp_path, seed=0)
     jax.tree.map(
         lambda p, r: np.testing.assert_array_equal(p, np.stack([r, r])),
-        setup.params["policy"],
+        first_params(setup)["policy"],
         setup.frozen["reference"],
     )
     assert setup.tokens_per_batch == 4 * 2 * 4
@@ -255,7 +255,7 @@ def test_only_a_supervised_policy_may_be_the_reference(tmp_path, home, whole):
 
 def test_an_unconditioned_policy_has_one_copy(tmp_path, home):
     setup = stage(home, conditioning=Unconditioned(), preferences=fixed((1.0, 0.0))).setup(tmp_path, seed=0)
-    jax.tree.map(np.testing.assert_array_equal, setup.params["policy"], setup.frozen["reference"])
+    jax.tree.map(np.testing.assert_array_equal, first_params(setup)["policy"], setup.frozen["reference"])
     assert LENGTHS["targets"] == setup.source._data.manifest.lengths["targets"]
 
 
@@ -284,9 +284,9 @@ def test_a_policy_gets_components_for_more_rewards(tmp_path, home, whole, capsys
     more = FunctionReward("vowels", lambda p, c, r: [sum(letter in "aeiou" for letter in text) for text in c])
     three = {"conditioning": ParameterConditioning("full", 3), "preferences": Dirichlet(3, alpha=0.1)}
     changes = three | {"rewards": (*REWARDS, more), "initial_policy": str(whole)}
-    params = stage(home, **changes).setup(tmp_path, seed=0).params
+    params = first_params(stage(home, **changes).setup(tmp_path, seed=0))
     said = capsys.readouterr().err
-    fresh = stage(home, **changes | {"initial_policy": None}).setup(tmp_path, seed=0).params
+    fresh = first_params(stage(home, **changes | {"initial_policy": None}).setup(tmp_path, seed=0))
     components = [jax.tree.map(lambda leaf, i=i: leaf[i], params["policy"]) for i in range(3)]
     for i in range(2):
         kept = jax.tree.map(lambda leaf, i=i: leaf[i], trained["policy"])

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_runs import MODEL, make_data, make_supervised
+from tiny_runs import MODEL, first_params, make_data, make_supervised
 
 from clp_jax.training.checkpoints import load_params
 from clp_jax.training.reward_models import RewardModel
@@ -14,8 +14,9 @@ from clp_jax.training.reward_models import RewardModel
 def test_the_encoder_is_the_policys_and_the_head_is_new(tmp_path, capsys):
     data, sft = make_data(tmp_path / "data"), make_supervised(tmp_path / "sft", tmp_path / "data")
     stage = RewardModel("preference", str(data), MODEL, "preference", ("foreign",), str(sft))
-    params, fresh = stage.setup(tmp_path / "run", 0).params, dataclasses.replace(stage, initial_checkpoint=None)
-    fresh, policy = fresh.setup(tmp_path / "run", 0).params(), load_params(sft)[0]
+    params = first_params(stage.setup(tmp_path / "run", 0))
+    fresh = first_params(dataclasses.replace(stage, initial_checkpoint=None).setup(tmp_path / "run", 0))
+    policy = load_params(sft)[0]
     loaded = ("token_embedder", "encoder")
     for name in params:
         jax.tree.map(np.testing.assert_array_equal, params[name], (policy if name in loaded else fresh)[name])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import before_each_batch, counted
+from tiny_runs import first_params
 
 from clp_jax.data import records
 from clp_jax.data.manifest import Manifest, Shard, Split, file_digest
@@ -179,20 +180,20 @@ def test_starting_from_a_checkpoint(tmp_path, data_dir):
     run(tmp_path / "first", data_dir, 2)
     start = functools.partial(stage, data_dir, initial_checkpoint=str(tmp_path / "first"))
     first, _, _ = load_params(tmp_path / "first")
-    given = start(model=dataclasses.replace(MODEL, dropout_rate=0.0, remat="full")).setup(tmp_path, 0).params
+    given = first_params(start(model=dataclasses.replace(MODEL, dropout_rate=0.0, remat="full")).setup(tmp_path, 0))
     jax.tree.map(np.testing.assert_array_equal, given, first)
     with pytest.raises(ValueError, match="another model: its mlp_dim is 16, model has 32"):
         start(model=dataclasses.replace(MODEL, mlp_dim=32)).setup(tmp_path, 0)
     with pytest.raises(ValueError, match="another model: its activation is gelu, model has relu"):
         start(model=dataclasses.replace(MODEL, activation="relu")).setup(tmp_path, 0)
     own = start(model=None).setup(tmp_path, 0)
-    jax.tree.map(np.testing.assert_array_equal, own.params, first)
+    jax.tree.map(np.testing.assert_array_equal, first_params(own), first)
     with pytest.raises(ValueError, match="Supervised.model is None: expected a model, or an initial_checkpoint"):
         stage(data_dir, model=None)
     sparse = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2))
     with pytest.raises(ValueError, match="another model: its moe is None.* set upcycle=True"):
         start(model=sparse).setup(tmp_path, 0)
-    grown = start(model=sparse, upcycle=True).setup(tmp_path, 0).params
+    grown = first_params(start(model=sparse, upcycle=True).setup(tmp_path, 0))
     experts = grown["encoder"]["layers"]["mlp"]["experts"]["wo"]["kernel"]
     dense = first["encoder"]["layers"]["mlp"]["wo"]["kernel"]
     np.testing.assert_array_equal(experts, np.stack([dense, dense], axis=1))
@@ -205,10 +206,10 @@ def test_starting_from_another_model_by_rules(tmp_path, data_dir, capsys):
     rules = Transfer({".*/mlp/.*": None}, init=(".*/mlp/.*",))
     start = functools.partial(stage, data_dir, initial_checkpoint=str(tmp_path / "first"), transfer=rules)
     wider = dataclasses.replace(MODEL, mlp_dim=32)
-    setup = start(model=wider).setup(tmp_path, 0)
-    fresh = Policy(wider).init(jax.random.key(0))
+    params = first_params(start(model=wider).setup(tmp_path, 0))
+    fresh = jax.jit(Policy(wider).init)(jax.random.key(0))
     for side in ("encoder", "decoder"):
-        layers = setup.params[side]["layers"]
+        layers = params[side]["layers"]
         jax.tree.map(np.testing.assert_array_equal, layers.pop("mlp"), fresh[side]["layers"]["mlp"])
         stored = first[side]["layers"]
         del stored["mlp"]
