@@ -61,10 +61,17 @@ def read(item: Path) -> dict[str, LazyArray]:
             place = {"driver": "file", "path": f"{item / dotted}/"}
         where = f"{item}: array {name!r}"
         array = tensorstore_files.open_array(place, where, driver=driver, complete=complete)
-        if shape is not None and shape != array.shape:
-            raise CheckpointFileError(f"{where} has shape {array.shape}: {METADATA_FILE} says {shape}.")
+        if shape is not None and not _divides(shape, array.shape):
+            raise CheckpointFileError(
+                f"{where} has shape {array.shape}: {METADATA_FILE} says that it was written in parts of {shape}."
+            )
         leaves[name] = array
     return leaves
+
+
+def _divides(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether an array is made of parts of this shape: the shards of those devices that wrote it."""
+    return len(part) == len(whole) and all(a == b or (a and b % a == 0) for a, b in zip(part, whole, strict=True))
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _names(metadata: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...] | None]:
-    """Paths of the arrays, and their shapes where they are said."""
+    """Paths of the arrays, and the shapes of the parts they were written in, where they are said."""
     names = {}
     try:
         for leaf in metadata["tree_metadata"].values():

@@ -142,7 +142,7 @@ def changed(path, change):
         (lambda tree: tree["tree_metadata"].update(x=3), "does not describe its arrays"),
         (
             lambda tree: tree["tree_metadata"]["('target', 'token_embedder', 'embedding')"]["value_metadata"].update(write_shape=[3]),
-            r"array 'target/token_embedder/embedding' has shape \(64, 16\): _METADATA says \(3,\)",
+            r"array 'target/token_embedder/embedding' has shape \(64, 16\): _METADATA says that it was written in parts of \(3,\)",
         ),
         (lambda tree: tree["tree_metadata"].pop("('state', 'step')"), "has no step: expected a whole number 'state/step'"),
     ],

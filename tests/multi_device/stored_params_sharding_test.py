@@ -17,6 +17,7 @@ from clp_jax.models.policy import Policy
 from clp_jax.training.checkpoints import CheckpointError, load_params, save_params
 from clp_jax.training.learner import Learner
 from clp_jax.training.streamed_params import open_params
+from clp_jax.training.supervised import SupervisedLoss
 from clp_jax.training.transfer import Transfer
 
 POLICY = Policy(tiny_config(embed_dim=16, mlp_dim=32, num_heads=4, head_dim=4, vocab_size=32))
@@ -27,7 +28,7 @@ SPECS = ((), ("fsdp",), ("fsdp", "tensor"), (None, ("tensor", "fsdp")))
 def saved(tmp_path_factory):
     """A checkpoint, written as training under `fsdp_tensor` writes one: an array in parts."""
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "4"
-    learner = Learner(None, Descent(), logical_axes=POLICY.logical_axes(), **layout("fsdp_tensor"))
+    learner = Learner(SupervisedLoss(POLICY), Descent(), logical_axes=POLICY.logical_axes(), **layout("fsdp_tensor"))
     save_params(path, learner.init_state(varied_params(POLICY), 0).params, {"stage": "toy"}, step=4)
     return path
 
@@ -36,8 +37,8 @@ def saved(tmp_path_factory):
 def test_first_parameters_are_the_checkpoints_under_any_layout(saved, name):
     stored, _, step = open_params(saved)
     assert step == 4 and all(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(stored))
-    learner = Learner(None, Descent(), logical_axes=POLICY.logical_axes(), **layout(name))
-    first = Transfer().plan(stored, POLICY.abstract()).derived(POLICY.logical_axes(), None)
+    learner = Learner(SupervisedLoss(POLICY), Descent(), logical_axes=POLICY.logical_axes(), **layout(name))
+    first = Transfer().plan(stored, POLICY.abstract()).derived(POLICY.logical_axes(), dict)
     state, abstract = learner.init_state(first, 0), learner.abstract_state(first)
     jax.tree.map(np.testing.assert_array_equal, state.params, load_params(saved)[0])
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
