@@ -224,7 +224,7 @@ class _Worker:
         self._batches = list(data.epoch_batches(num_prompts))
         self._config = config
         self._key = jax.random.key(seed)
-        self._score = jax.jit(lambda params, inputs, tokens: score(loaded.policy.bind(params), inputs, tokens))
+        self._score = jax.jit(lambda params, inputs, tokens: score(loaded.served.bind(params), inputs, tokens))
         decode = loaded.vocabulary.decode_batch
         self.prompts = [t for b in self._batches for t in decode(b.inputs[b.example_ids >= 0])]
         self.tokens_per_preference = len(self._batches) * data.batch_size * config.max_length

@@ -93,7 +93,7 @@ class Session:
         """The number and the completions of every prompt, given as token ids and a seed, as soon as they are there."""
         if self.config not in self._servers:
             loaded = self.loaded
-            server = Server(loaded.policy, loaded.conditioning, loaded.vocabulary, self.config, self._show)
+            server = Server(loaded.served, loaded.conditioning, loaded.vocabulary, self.config, self._show)
             self._servers[self.config] = server
         preference = Preference.of(self.weights, self.alpha)
         yield from self._servers[self.config].complete(self._steerable.at(preference), preference, prompts)

@@ -28,8 +28,9 @@ def score(
 
     A line has ``inputs`` and ``targets``, as text or as lists of token ids; a line of the output has its number, all that the
     line has, ``logprobs`` and ``total``. Texts become what the policy reads and writes: targets end with an end of sequence.
-    Lists are taken as they are. Lines keep their order; a bad one is reported with its number and left out, and the exit
-    code is 1 then.
+    Lists are taken as they are. A score depends on its line alone: experts with a capacity share it within a line, also where
+    batches shared it in training. Lines keep their order; a bad one is reported with its number and left out, and the
+    exit code is 1 then.
 
     Args:
         checkpoint: run directory of a policy, or ``RUN/checkpoints/STEP``.
@@ -66,7 +67,7 @@ def score(
 
     @functools.partial(jax.jit)
     def run(params, reference, inputs, tokens, mask, preference):
-        model = loaded.policy.bind(loaded.conditioning.mix(params, reference, preference))
+        model = loaded.served.bind(loaded.conditioning.mix(params, reference, preference))
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (inputs.shape[0], *x.shape)), preference)
         return score_tokens(model, loaded.conditioning.condition_inputs(inputs, rows), tokens, mask)
 

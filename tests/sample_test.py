@@ -10,8 +10,9 @@ import pytest
 from tiny_policies import varied_params
 from tiny_runs import MODEL, VOCAB_SIZE, make_data, make_supervised
 
-from clp_jax.models.config import PaLMConfig
+from clp_jax.models.config import MoEConfig, PaLMConfig
 from clp_jax.models.policy import Policy
+from clp_jax.nn.routing import ExpertChoice, TokenChoice
 from clp_jax.sample import sample
 from clp_jax.score import score
 
@@ -39,12 +40,23 @@ def penalised(model, logits, prompt: list[int], before: list[int]) -> list[int]:
     return written
 
 
+# In training all rows of a batch share what room experts have, and some tokens find none.
+SHARING = dataclasses.replace(
+    MODEL,
+    moe=MoEConfig(
+        num_experts=4,
+        router=ExpertChoice(group="batch"),
+        decoder_router=TokenChoice(group="batch", eval_capacity=1.0),
+    ),
+)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A directory with the runs of an encoder-decoder and of a decoder."""
+    """A directory with the runs of an encoder-decoder, of a decoder, and of one with experts."""
     home = tmp_path_factory.mktemp("sample")
     data = make_data(home / "data")
-    for kind, model in MODELS.items():
+    for kind, model in (MODELS | {"experts": SHARING}).items():
         make_supervised(home / kind, data, model)
     return home
 
@@ -58,13 +70,22 @@ def answered(function, home, kind, lines, **settings) -> list[dict]:
     return [json.loads(line) for line in target.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*MODELS, "experts"])
 def test_scores_do_not_depend_on_how_many_lines_there_are(kind, home):
     lines = [{"inputs": PROMPTS[i % 3], "targets": PROMPTS[i % 2][: 1 + i % 5], "id": f"n{i}"} for i in range(11)]
     whole = answered(score, home, kind, lines)
     assert [line["id"] for line in whole] == [line["id"] for line in lines]
     for count in (1, 5):
         assert answered(score, home, kind, lines[:count]) == whole[:count]
+
+
+@pytest.mark.parametrize("kind", ["decoder-only", "experts"])
+def test_beams_do_not_depend_on_other_lines(kind, home):
+    """Neither on how many there are, nor on how long."""
+    lines = [{"inputs": PROMPTS[0]}, {"inputs": PROMPTS[1] * 7}, {"inputs": PROMPTS[2]}]
+    settings = dict(strategy="beam", num_beams=2, num_samples=2, max_tokens=LENGTH, max_prompt=64)
+    whole = answered(sample, home, kind, lines, **settings)
+    assert answered(sample, home, kind, lines[:1], **settings) == whole[:1]
 
 
 def test_a_line_with_its_own_seed_is_sampled_alike_wherever_it_is(home):

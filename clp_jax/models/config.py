@@ -39,7 +39,8 @@ class MoEConfig:
         dropout_rate: inside the experts, in ``[0, 1)``; None takes the model's.
         shared_dim: width of a shared expert that sees every token; 0 for none.
         shared_gate: whether a sigmoid gate scales the shared expert (Qwen2-MoE).
-        extra_mlp: a dense block, with its own norm and residual, after each sparse one (ST-MoE).
+        extra_mlp: a dense block, with its own norm and residual, after each sparse one (ST-MoE); where blocks follow each
+            other, with norms before them alone.
         balance_weight: of the load-balance loss.
         balance_by: what that loss takes the experts' shares of: every ``"layer"``, for a mean of its losses (Switch,
             arXiv 2101.03961; GShard), or the ``"model"``, all sparse layers together (Mixtral and Qwen-MoE as
@@ -127,7 +128,7 @@ class ModelConfig:
         qk_norm: RMS norms of every head's queries and keys (Qwen 3, Gemma 3).
         qkv_bias: biases of query, key and value.
         out_bias: a bias of the attention's output.
-        mlp_bias: biases of the feed-forward block.
+        mlp_bias: biases of the feed-forward block; experts have none.
         num_buckets: buckets of T5's relative position bias; 0 for none.
         max_distance: distances from here on share a bucket; more than half of `num_buckets`.
         bias_per_layer: whether every layer has a bias of its own (T5X's scalable T5) or a stack shares one.
@@ -137,7 +138,7 @@ class ModelConfig:
         window_pattern: which layers have the window, repeated through the stack: ``(True, False)`` alternates local and
             global ones.
         parallel_block: attention and feed-forward beside each other behind one norm (PaLM), not one after the other.
-        pre_norm: norms before attention and feed-forward.
+        pre_norm: norms before attention, to an encoder too, and feed-forward.
         post_norm: norms of what they return, before the residual (Gemma 2 and 3).
         norm_eps: of the RMS norms.
         norm_offset: whether scales are stored less 1 (Gemma).
@@ -231,8 +232,9 @@ class ModelConfig:
         for name in ("query_scale", "attention_cap", "logit_cap", "norm_eps"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise self._error(name, "a positive number")
-        if self.rope is not None:
-            self.rope.check(self.head_dim)
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rope.check(self.head_dim)
         if not (self.pre_norm or self.post_norm):
             raise self._error("pre_norm", "norms before or after each block: set pre_norm or post_norm")
         if not self.window_pattern:
@@ -248,6 +250,7 @@ class ModelConfig:
                 raise ValueError(
                     f"{type(self).__name__}.{name} is {value!r}{hint}: expected one of {', '.join(known)}."
                 )
+        self._check_experts()
 
     @property
     def kv_heads(self) -> int:
@@ -263,6 +266,18 @@ class ModelConfig:
     def is_stochastic(self) -> bool:
         """Whether training differs from evaluation: by dropout, or by what routers do."""
         return self.dropout_rate > 0 or (self.moe is not None and not self.moe.dense)
+
+    def routed_by_row(self) -> "ModelConfig":
+        """The same with experts that share their room within a row alone: what is said of one depends on no other."""
+        if self.moe is None:
+            return self
+        router, decoder_router = (
+            router if router is None or isinstance(router, Dropless) else dataclasses.replace(router, group="row")
+            for router in (self.moe.router, self.moe.decoder_router)
+        )
+        return dataclasses.replace(
+            self, moe=dataclasses.replace(self.moe, router=router, decoder_router=decoder_router)
+        )
 
     def pattern(self, kind: LayerKind, *, causal: bool) -> Pattern:
         """How self-attention of one layer sees."""
@@ -293,6 +308,20 @@ class ModelConfig:
         width = round((moe.mlp_dim or self.mlp_dim) * router.experts_per_token)
         return width + moe.shared_dim + (self.mlp_dim if moe.extra_mlp else 0)
 
+    def _check_experts(self) -> None:
+        """Refuses what a layer with experts would leave out."""
+        moe = self.moe
+        if moe is None:
+            return
+        if self.mlp_bias and not moe.dense:
+            raise self._error("mlp_bias", "False beside experts, which have no biases")
+        for name, expected in (("parallel_block", False), ("pre_norm", True), ("post_norm", False)):
+            if moe.extra_mlp and getattr(self, name) is not expected:
+                raise ValueError(
+                    f"MoEConfig.extra_mlp is True with {name}={not expected}: expected {name}={expected}, as in ST-MoE, whose "
+                    "blocks follow each other behind a norm each. Set it, or extra_mlp=False."
+                )
+
     def _depths(self) -> tuple[str, ...]:
         return tuple(
             f.name for f in dataclasses.fields(self) if f.name.startswith("num_") and f.name.endswith("layers")
@@ -318,6 +347,11 @@ class T5Config(ModelConfig):
     num_buckets: int = 32
 
     def __post_init__(self):
+        if self.parallel_block:
+            raise self._error(
+                "parallel_block",
+                "False: the decoder's attention to the encoder stands between the two blocks. Use PaLMConfig for parallel ones",
+            )
         super().__post_init__()
         if self.moe is not None and not self.moe.dense:
             self.moe.router.check(False, self.moe.num_experts)

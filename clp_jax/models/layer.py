@@ -69,8 +69,11 @@ class Layer(nnx.Module):
         if config.post_norm:
             self.self_attention_post_norm = norm()
         if cross:
-            self.cross_attention_norm = norm()
+            if config.pre_norm:
+                self.cross_attention_norm = norm()
             self.cross_attention = _attention(config, rngs)
+            if config.post_norm:
+                self.cross_attention_post_norm = norm()
         if config.pre_norm and not config.parallel_block:
             self.mlp_norm = norm()
         self.mlp = _experts(config, rngs, causal) if kind.sparse else _mlp(config, kind.mlp_dim, rngs)
@@ -123,8 +126,10 @@ class Layer(nnx.Module):
         x = x + y
         if cross is not None:
             kv, sight = cross
-            query = self.cross_attention.project_q(self.cross_attention_norm(x))
+            query = self.cross_attention.project_q(self.cross_attention_norm(x) if self.config.pre_norm else x)
             y = self.cross_attention.attend(query, [Keys(kv[0], kv[1], sight)], fold(key, 4))
+            if self.config.post_norm:
+                y = self.cross_attention_post_norm(y)
             x = x + dropout(y, rate, key, salt=5)
         y, routing = self._feed_forward(self.mlp_norm(x) if self.config.pre_norm else x, present, fold(key, 2))
         x = x + dropout(y, rate, key, salt=3)

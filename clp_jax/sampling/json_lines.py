@@ -13,7 +13,7 @@ import numpy as np
 
 from clp_jax.array_types import Int
 from clp_jax.data.vocabulary import TokenIds, Vocabulary
-from clp_jax.sampling.text import bucket, prompt_tokens
+from clp_jax.sampling.text import alike, bucket, prompt_tokens
 
 # Characters of a line that messages show.
 _SHOWN = 40
@@ -189,17 +189,12 @@ def _check_ids(name: str, ids: Any, longest: int, flag: str, vocab_size: int) ->
 
 
 def batches(lines: Sequence[Line], batch_size: int) -> Iterator[list[Line]]:
-    """Requests of like lengths together, so that few programs serve all and little is padding.
+    """Lines of like lengths together (`alike`).
 
     Order is up to who writes the answers; every line is in one batch.
     """
-    by_shape: dict[tuple[int, int], list[Line]] = {}
-    for line in lines:
-        shape = bucket(len(line.inputs)), bucket(len(line.targets or ()))
-        by_shape.setdefault(shape, []).append(line)
-    for group in by_shape.values():
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+    for part in alike([(len(line.inputs), len(line.targets or ())) for line in lines], batch_size):
+        yield [lines[number] for number in part]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> Int[np.ndarray, "B S"]:

@@ -17,8 +17,9 @@ from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.engine import Engine, EngineConfig, Request, Sample
 from clp_jax.sampling.generate import SamplingConfig
+from clp_jax.sampling.json_lines import pad_rows
 from clp_jax.sampling.stop_strings import truncate_at
-from clp_jax.sampling.text import Completion, bucket
+from clp_jax.sampling.text import Completion, alike, bucket
 
 # Gets the number of a prompt, of its sample, and the tokens that were just written.
 OnTokens = Callable[[int, int, tuple[int, ...]], None]
@@ -138,15 +139,9 @@ class Server:
     def _search(
         self, params: Params, config: BeamConfig, prompts: Sequence[tuple[int, ...]]
     ) -> Iterator[tuple[int, list[Completion]]]:
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self.config.slots):
-            part = order[start : start + self.config.slots]
-            size = bucket(max(len(prompts[i]) for i in part))
+        for part in alike([(len(tokens),) for tokens in prompts], self.config.slots):
             # A last batch is filled up: fewer rows would be summed in another order, and a line depend on its neighbours.
-            inputs = np.full((self.config.slots, size), self._policy.config.pad_id, np.int32)
-            for row in range(self.config.slots):
-                tokens = prompts[part[min(row, len(part) - 1)]]
-                inputs[row, : len(tokens)] = tokens
+            inputs = pad_rows([prompts[i] for i in part], self.config.slots, self._policy.config.pad_id)
             found = self._beams(params, inputs, config).completions
             arrays = [np.asarray(x) for x in (found.tokens, found.log_probs, found.mask)]
             for row, index in enumerate(part):

@@ -1,6 +1,7 @@
 """Text in, text out: tokenising prompts to fixed lengths, generating in batches, and detokenising."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,23 @@ def bucket(length: int, smallest: int = 32) -> int:
     while size < length:
         size *= 2
     return size
+
+
+def alike(lengths: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of requests whose lengths have the same buckets, for one batch each.
+
+    Few programs serve all, and little is padding; and how far a request is padded does not depend on the others.
+
+    Args:
+        lengths: of each request: of its prompt, and of its completion where it has one.
+        batch_size: requests together, at most.
+    """
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for number, sizes in enumerate(lengths):
+        by_shape.setdefault(tuple(map(bucket, sizes)), []).append(number)
+    for group in by_shape.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 def prompt_tokens(vocabulary: Vocabulary | TokenIds, prompt: str, max_length: int) -> tuple[list[int], bool]:

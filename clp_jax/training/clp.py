@@ -27,10 +27,11 @@ from clp_jax.models.conditioning import (
     Unconditioned,
     check_alpha,
 )
+from clp_jax.models.config import T5Config
 from clp_jax.models.flops import Sizes, forward_flops, prompt_flops, training_flops
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
-from clp_jax.nn.routing import TokenChoice
+from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
 from clp_jax.partitioning import Rules, constrain
 from clp_jax.preferences import AlphaRange
 from clp_jax.rewards.learned import LearnedReward
@@ -130,7 +131,8 @@ class ConditionalPolicy:
         if isinstance(self.conditioning, WrittenPreference):
             raise ValueError("preferences written into prompts need a vocabulary, and data, to be compiled.")
         policy, conditioning = Policy(data.model), self.conditioning
-        _check_experts(policy, self.batch_size * self.num_samples, self.max_length)
+        sizes = self._sizes(data.inputs)
+        _check_experts(policy, sizes)
         reference, axes = policy.abstract(), policy.logical_axes()
         params = {
             "policy": jax.eval_shape(conditioning.expand, reference),
@@ -144,8 +146,7 @@ class ConditionalPolicy:
         argument_axes = (expanded_axes, axes, ("batch", None), None, None, None)
         chunk = jax.eval_shape(rollout, *arguments)
         whole = jax.tree.map(lambda x: stand_in((self.num_chunks * x.shape[0], *x.shape[1:]), x.dtype), chunk)
-        rows = self.batch_size * self.num_samples
-        sizes = Sizes(self.batch_size, data.inputs, rows, self.max_length)
+        rows = sizes.rows
         part = Sizes(prompts.shape[0], data.inputs, rows // self.num_chunks, self.max_length)
         return Outline(
             params=params,
@@ -191,8 +192,8 @@ class ConditionalPolicy:
         alpha = getattr(self.preferences, "alpha", None)
         if alpha is not None:
             check_alpha(self.conditioning, alpha.low if isinstance(alpha, AlphaRange) else alpha)
-        policy = Policy(from_json(description["model"]))
-        _check_experts(policy, self.batch_size * self.num_samples, self.max_length)
+        policy, manifest = Policy(from_json(description["model"])), Manifest.load(self.data_dir)
+        _check_experts(policy, self._sizes(manifest.lengths["inputs"]))
         vocabulary = Vocabulary.load(self.data_dir)
         _check_vocabulary(self, vocabulary, description)
         conditioning = self.conditioning
@@ -211,7 +212,6 @@ class ConditionalPolicy:
         if self.initial_policy is not None:
             plan = self._from_policy(params.abstract(), self.initial_policy, description, names)
             params = plan.derived(expanded_axes, fresh, (reference, axes))
-        manifest = Manifest.load(self.data_dir)
         own = {
             "stage": "clp",
             "model": description["model"],
@@ -239,8 +239,11 @@ class ConditionalPolicy:
 
     def _flops(self, policy: Policy, inputs: int) -> float:
         """Of the update and of the rollouts: the policy samples, the reference scores."""
-        sizes = Sizes(self.batch_size, inputs, self.batch_size * self.num_samples, self.max_length)
+        sizes = self._sizes(inputs)
         return training_flops(policy.config, sizes) + 2 * forward_flops(policy.config, sizes)
+
+    def _sizes(self, inputs: int) -> Sizes:
+        return Sizes(self.batch_size, inputs, self.batch_size * self.num_samples, self.max_length)
 
     def _baseline(self, policy: Policy, seed: int, names: tuple[str, ...]) -> Params:
         key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -379,19 +382,38 @@ def _check_objectives(stage: ConditionalPolicy, names: tuple[str, ...]) -> None:
         )
 
 
-def _check_experts(policy: Policy, rows: int, max_length: int) -> None:
-    """Decoding routes one token of a row at a time, scoring all of them: both are one policy if no token is dropped."""
+def _check_experts(policy: Policy, sizes: Sizes) -> None:
+    """What samples and what is scored are one policy if experts drop no token of one that they take of the other.
+
+    Decoding routes one token of a row at a time, scoring all of them: no token of a completion may be dropped. Prompts are read
+    in chunks and in micro-batches: they may lose tokens where these depend on their own row alone.
+    """
     moe = policy.config.moe
-    router = None if moe is None or moe.dense else moe.decoder_router or moe.router
-    if moe is None or not isinstance(router, TokenChoice):
+    if moe is None or moe.dense:
         return
-    size = router.group_size(rows, max_length)
-    room = int(router.capacities(size, moe.num_experts, training=False)[-1])
+    advice = f"a Dropless router, or an eval_capacity of at least the number of experts, {moe.num_experts}."
+    decoder = moe.decoder_router or moe.router
+
+    def room_of(router: TokenChoice | ExpertChoice, rows: int, length: int) -> tuple[int, int]:
+        size = router.group_size(rows, length)
+        return int(router.capacities(size, moe.num_experts, training=False)[-1]), size
+
+    if isinstance(decoder, TokenChoice):
+        room, size = room_of(decoder, sizes.rows, sizes.targets)
+        if room < size:
+            raise ValueError(
+                f"the decoder's experts have room for {room} of {size} tokens: sampling would drop none of those that "
+                f"scoring drops, and the policy gradient would be of another policy. Use {advice}"
+            )
+    reader = moe.router if isinstance(policy.config, T5Config) else decoder
+    if isinstance(reader, Dropless) or reader.group == "row":
+        return
+    room, size = room_of(reader, sizes.prompts, sizes.inputs)
     if room < size:
         raise ValueError(
-            f"the decoder's experts have room for {room} of {size} tokens: sampling would drop none of those that "
-            "scoring drops, and the policy gradient would be of another policy. Use a Dropless router, or an eval_capacity of "
-            f"at least the number of experts, {moe.num_experts}."
+            f"the experts that read prompts have room for {room} of {size} tokens, and with group={reader.group!r} prompts "
+            "share it: samples and updates, which read them in other batches, would drop other tokens, and the policy gradient "
+            f"would be of another policy. Use group='row', {advice}"
         )
 
 

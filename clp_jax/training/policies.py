@@ -1,6 +1,7 @@
 """Trained policies, rebuilt from their run directories alone, as things that can be steered."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,14 @@ class LoadedPolicy:
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def served(self) -> Policy:
+        """The policy as it answers requests: its experts' room is shared within a row, whatever shared it in training."""
+        return Policy(self.policy.config.routed_by_row())
+
     def steerable(self) -> ConditionedPolicy:
         """The policy, ready to generate at any preference."""
-        return ConditionedPolicy(self.policy, self.conditioning, self.params, self.reference)
+        return ConditionedPolicy(self.served, self.conditioning, self.params, self.reference)
 
     def preference(self, weights: Sequence[float] | None, alpha: float) -> Preference:
         """The preference that a user asks of it.
@@ -175,7 +181,7 @@ def load_logit_mixture(
     params = [expert.params for expert in experts]
     if alpha_min is not None:
         params.append(experts[0].reference)
-    return experts[0], LogitMixture(experts[0].policy, stack_experts(params), alpha_min)
+    return experts[0], LogitMixture(experts[0].served, stack_experts(params), alpha_min)
 
 
 def load_per_weight(paths: Sequence[str | Path], weights: Sequence[Sequence[float]]) -> tuple[LoadedPolicy, PerWeight]:
@@ -193,7 +199,7 @@ def load_per_weight(paths: Sequence[str | Path], weights: Sequence[Sequence[floa
             raise CheckpointError(f"{path} is conditioned: one policy for each weight is an ordinary one.")
         _check_comparable(paths[0], policies[0], path, policy)
     table = tuple((tuple(float(x) for x in row), policy.params) for row, policy in zip(weights, policies, strict=True))
-    return policies[0], PerWeight(policies[0].policy, table)
+    return policies[0], PerWeight(policies[0].served, table)
 
 
 def _experts(paths: Sequence[str | Path], or_one: bool = False) -> list[LoadedPolicy]:

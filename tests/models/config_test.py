@@ -9,7 +9,7 @@ from tiny_policies import tiny_config
 from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
 from clp_jax.models.t5 import T5
 from clp_jax.nn.rope import Rope
-from clp_jax.nn.routing import ExpertChoice, TokenChoice
+from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,7 @@ def test_experts_are_balanced_by_layer_or_by_model():
         (dict(num_kv_heads=3), "num_kv_heads is 3: expected a divisor of num_heads=2"),
         (dict(rope=Rope(fraction=0.25)), "expected an even number"),
         (dict(attention_cap=-1.0), "attention_cap is -1.0: expected a positive number"),
+        (dict(local_rope=Rope(fraction=0.25)), "expected an even number"),
         (dict(pre_norm=False), "expected norms before or after each block"),
         (dict(window=0), "window is 0: expected at least 1"),
         (dict(eos_ids=(11,)), "eos_ids is .11,.: expected one or more token ids of the vocabulary"),
@@ -109,3 +110,43 @@ def test_settings_that_can_not_be(changes, says):
     sizes = dict(vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4, num_layers=1)
     with pytest.raises(ValueError, match=says):
         PaLMConfig.llama(**(sizes | changes))
+
+
+EXPERTS = MoEConfig(num_experts=2, router=Dropless(1))
+EXTRA = dataclasses.replace(EXPERTS, extra_mlp=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(mlp_bias=True, moe=EXPERTS), "mlp_bias is True: expected False beside experts, which have no biases"),
+        (dict(parallel_block=True, moe=EXTRA), "extra_mlp is True with parallel_block=True: expected"),
+        (dict(post_norm=True, moe=EXTRA), "extra_mlp is True with post_norm=True: expected"),
+        (dict(pre_norm=False, post_norm=True, moe=EXTRA), "extra_mlp is True with pre_norm=False: expected"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
+def test_settings_that_no_layer_has_together(kind, changes, says):
+    sizes = dict(vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4, num_layers=1)
+    make = tiny_config if kind == "encoder-decoder" else lambda **given: PaLMConfig.llama(**sizes, **given)
+    if kind == "encoder-decoder" and "parallel_block" in changes:
+        says = "parallel_block is True: expected False"
+    with pytest.raises(ValueError, match=says):
+        make(**changes)
+
+
+def test_the_blocks_of_an_encoder_decoder_are_in_sequence():
+    says = r"T5Config\.parallel_block is True: expected False: .* attention to the encoder.* Use PaLMConfig"
+    with pytest.raises(ValueError, match=says):
+        tiny_config(parallel_block=True)
+
+
+def test_rows_are_routed_alone():
+    """What is served does not depend on other rows; nothing but the group changes."""
+    encoder, decoder = ExpertChoice(group=4096, eval_capacity=2.0), TokenChoice(k=2, group="batch")
+    moe = MoEConfig(num_experts=2, router=encoder, decoder_router=decoder)
+    alone = tiny_config(moe=moe).routed_by_row()
+    rows = dataclasses.replace(encoder, group="row"), dataclasses.replace(decoder, group="row")
+    assert alone == tiny_config(moe=dataclasses.replace(moe, router=rows[0], decoder_router=rows[1]))
+    for same in (tiny_config(), tiny_config(moe=EXPERTS), alone):
+        assert same.routed_by_row() == same

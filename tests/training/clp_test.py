@@ -12,10 +12,11 @@ from tiny_policies import tiny_config
 from tiny_runs import LENGTHS, MODEL, first_params, make_data, make_supervised
 
 from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning, Unconditioned
-from clp_jax.models.config import MoEConfig
+from clp_jax.models.config import MoEConfig, PaLMConfig
+from clp_jax.models.flops import Sizes
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json, to_json
-from clp_jax.nn.routing import Dropless, TokenChoice
+from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
 from clp_jax.preferences import AlphaRange, Dirichlet, corner_sampler, fixed
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
@@ -259,12 +260,16 @@ def test_an_unconditioned_policy_has_one_copy(tmp_path, home):
     assert LENGTHS["targets"] == setup.source._data.manifest.lengths["targets"]
 
 
+# Two prompts of eight tokens, three completions of sixteen.
+SIZES = Sizes(prompts=2, inputs=8, rows=3, targets=16)
+
+
 def test_experts_that_drop_tokens_are_refused():
     """A decoding step has room for every token; a whole forward has not: they would be two policies."""
 
     def check(router):
         moe = MoEConfig(num_experts=4, router=TokenChoice(), decoder_router=router)
-        _check_experts(Policy(tiny_config(moe=moe)), 3, 16)
+        _check_experts(Policy(tiny_config(moe=moe)), SIZES)
 
     check(Dropless(2))
     check(TokenChoice(eval_capacity=4.0))
@@ -276,7 +281,32 @@ def test_experts_that_drop_tokens_are_refused():
         ValueError, match="room for 8 of 16 tokens.* eval_capacity of at least the number of experts, 4"
     ):
         check(TokenChoice(eval_capacity=2.0))
-    _check_experts(Policy(tiny_config()), 3, 16)
+    _check_experts(Policy(tiny_config()), SIZES)
+
+
+def test_prompts_that_share_experts_are_refused():
+    """A rollout reads them in chunks, an update in micro-batches: other tokens would find room."""
+    sizes = dict(vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4, num_layers=1)
+    batch = TokenChoice(eval_capacity=4.0, group="batch")
+
+    def check(router, decoder_router=None):
+        moe = MoEConfig(num_experts=4, router=router, decoder_router=decoder_router or batch)
+        _check_experts(Policy(tiny_config(moe=moe)), SIZES)
+
+    for fine in (ExpertChoice(), TokenChoice(eval_capacity=0.5), Dropless(2), ExpertChoice(eval_capacity=4.0, group=8)):
+        check(fine)
+    says = (
+        "prompts have room for 8 of 16 tokens, and with group='batch' prompts share it: .* Use group='row', a Dropless"
+    )
+    with pytest.raises(ValueError, match=says):
+        check(ExpertChoice(eval_capacity=2.0, group="batch"))
+    with pytest.raises(ValueError, match="room for 4 of 8 tokens, and with group=9 prompts share it"):
+        check(TokenChoice(eval_capacity=2.0, group=9))
+    # A decoder's experts read prompts too, longer ones than completions here.
+    decoder = MoEConfig(num_experts=4, router=TokenChoice(fixed_capacity=48, group="batch"))
+    _check_experts(Policy(PaLMConfig.llama(**sizes, moe=decoder)), SIZES)
+    with pytest.raises(ValueError, match="room for 48 of 80 tokens, and with group='batch'"):
+        _check_experts(Policy(PaLMConfig.llama(**sizes, moe=decoder)), dataclasses.replace(SIZES, inputs=40))
 
 
 def test_a_policy_gets_components_for_more_rewards(tmp_path, home, whole, capsys):
