@@ -71,21 +71,24 @@ def answered(function, home, kind, lines, **settings) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", [*MODELS, "experts"])
-def test_scores_do_not_depend_on_how_many_lines_there_are(kind, home):
+def test_scores_do_not_depend_on_other_lines(kind, home):
     lines = [{"inputs": PROMPTS[i % 3], "targets": PROMPTS[i % 2][: 1 + i % 5], "id": f"n{i}"} for i in range(11)]
     whole = answered(score, home, kind, lines)
     assert [line["id"] for line in whole] == [line["id"] for line in lines]
     for count in (1, 5):
         assert answered(score, home, kind, lines[:count]) == whole[:count]
+    assert answered(score, home, kind, lines[4:5]) == [whole[4] | {"line": 1}]
 
 
 @pytest.mark.parametrize("kind", ["decoder-only", "experts"])
 def test_beams_do_not_depend_on_other_lines(kind, home):
-    """Neither on how many there are, nor on how long."""
+    """Neither on how many there are, nor on how long, nor on where a line stands."""
     lines = [{"inputs": PROMPTS[0]}, {"inputs": PROMPTS[1] * 7}, {"inputs": PROMPTS[2]}]
     settings = dict(strategy="beam", num_beams=2, num_samples=2, max_tokens=LENGTH, max_prompt=64)
     whole = answered(sample, home, kind, lines, **settings)
-    assert answered(sample, home, kind, lines[:1], **settings) == whole[:1]
+    for number in (0, 2):
+        (alone,) = answered(sample, home, kind, lines[number : number + 1], **settings)
+        assert alone == whole[number] | {"line": 1}
 
 
 def test_a_line_with_its_own_seed_is_sampled_alike_wherever_it_is(home):

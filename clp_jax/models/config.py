@@ -87,6 +87,10 @@ class MoEConfig:
                 )
 
 
+def _by_row(router: TokenChoice | ExpertChoice | Dropless) -> TokenChoice | ExpertChoice | Dropless:
+    return router if isinstance(router, Dropless) else dataclasses.replace(router, group="row")
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What may differ between the layers of a stack.
@@ -271,13 +275,9 @@ class ModelConfig:
         """The same with experts that share their room within a row alone: what is said of one depends on no other."""
         if self.moe is None:
             return self
-        router, decoder_router = (
-            router if router is None or isinstance(router, Dropless) else dataclasses.replace(router, group="row")
-            for router in (self.moe.router, self.moe.decoder_router)
-        )
-        return dataclasses.replace(
-            self, moe=dataclasses.replace(self.moe, router=router, decoder_router=decoder_router)
-        )
+        decoder_router = self.moe.decoder_router and _by_row(self.moe.decoder_router)
+        moe = dataclasses.replace(self.moe, router=_by_row(self.moe.router), decoder_router=decoder_router)
+        return dataclasses.replace(self, moe=moe)
 
     def pattern(self, kind: LayerKind, *, causal: bool) -> Pattern:
         """How self-attention of one layer sees."""
