@@ -106,8 +106,7 @@ def train(
         stop = stack.enter_context(StopSignal())
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
         mesh = meet(make_mesh() if mesh is None else mesh)
-        with use_mesh(mesh, rules):  # What is read of checkpoints goes to where it will be.
-            setup = stage.setup(directory.path, seed)
+        setup = _set_up(stage, directory, seed, mesh, rules)
         learner = Learner(
             setup.loss_fn,
             optimizer,
@@ -155,6 +154,12 @@ def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitS
 
     path, done, described = processes.decide("run directory", enter)
     return RunDirectory(Path(path)), done, described
+
+
+def _set_up(stage: Stage, directory: RunDirectory, seed: int, mesh: Mesh, rules: Rules) -> StageSetup:
+    """The stage, ready to run: what it reads of checkpoints goes to where it will be."""
+    with use_mesh(mesh, rules):
+        return stage.setup(directory.path, seed)
 
 
 def _reports(
