@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from clp_jax.launch.calls import call, carry_out, stream
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import verdict
-from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.jobset import CONTAINER, Pods, coordinator, manifest
 from clp_jax.launch.options import option
 from clp_jax.launch.remote_code import check_run_directory, check_secrets, environment, remote_command, unpack

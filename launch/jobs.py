@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from clp_jax.launch.command import look_after
-from clp_jax.launch.job import Held, JobRecord, LaunchError, all_records, jobs_directory
+from clp_jax.launch.errors import Held, LaunchError
+from clp_jax.launch.job import JobRecord, all_records, jobs_directory
 from clp_jax.launch.options import build, describe, option, split, suggest
 from clp_jax.launch.supervisor import Patience, advance, retry
 from clp_jax.launch.supervisor import describe as describe_job

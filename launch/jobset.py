@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import FINAL
-from clp_jax.launch.job import LaunchError
 
 JOB = "slice"
 CONTAINER = "main"

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.code import code_version
-from clp_jax.launch.command import create, run_dir_of
-from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.command import create
+from clp_jax.launch.command_words import run_dir_of
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.options import split
 from clp_jax.launch.pipeline import Stage
 from clp_jax.launch.supervisor import Patience, advance, describe

@@ -23,7 +23,8 @@ from clp_jax.launch.calls import show
 from clp_jax.launch.code import code_version
 from clp_jax.launch.command import check_before_creating, create
 from clp_jax.launch.command_words import program_words
-from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory, write
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord, jobs_directory, write
 from clp_jax.launch.lock import hold
 from clp_jax.launch.supervisor import Patience, advance, retry
 from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines

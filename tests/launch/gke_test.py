@@ -7,7 +7,8 @@ import tarfile
 
 import pytest
 from clp_jax.launch import calls
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import JobRecord
 from clp_jax.launch.jobset import manifest
 from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Note, Run, Write

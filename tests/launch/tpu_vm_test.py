@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from clp_jax.launch import calls
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.command import create
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.supervisor import advance, retry
 from clp_jax.launch.target import Run, Unreachable, Write
 from clp_jax.launch.targets import find_target
 
-from .conftest import AWKWARD, QUICK, are_gone, phases, until
+from .conftest import AWKWARD, FAKES, QUICK, are_gone, phases, until
 
 SPOT = {"topology": "v5e:4x4", "zone": "us-west4-a", "provision": "spot"}
 
@@ -59,6 +61,23 @@ def test_the_environment_is_made_once_for_the_same_requirements(world):
     assert len(list((node / "clp" / "environments").iterdir())) == 1
     target.start(record)
     assert len(world.runs) == 1
+
+
+def test_a_machine_with_an_old_python_gets_another(world):
+    (world.path / "old_python").touch()
+    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    assert world.run(record, target).phase == "succeeded"
+    brought, made, installed = (world.path / "pip.log").read_text().splitlines()
+    assert brought == "pip of the machine: -m pip install --quiet --user uv"
+    assert made.startswith("uv: -m uv venv --quiet --seed --python 3.11 ") and "requirements.txt" in installed
+    assert len(world.runs) == 1
+
+
+def test_a_command_that_names_no_file_of_the_user(world):
+    job = Job("job", ("python3", str(FAKES / "training.py")), "tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    target = find_target(job.target, job.options)
+    assert world.run(create(world.jobs, job, target), target).phase == "succeeded"
+    assert world.runs[0]["files"] == []
 
 
 def test_a_spot_node_disappears(world):
