@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import begin, call_once, show
 from clp_jax.launch.code import archive, code_version
 from clp_jax.launch.command_words import run_dir_of
@@ -127,7 +128,7 @@ def make_job(
     default = (
         re.sub(r"[^a-z0-9]+", "-", Path(words[min(1, len(words) - 1)]).stem.lower()).strip("-")[:30] if words else ""
     )
-    run_dir = options.run_dir or run_dir_of(words)
+    run_dir = seen_from_here(options.run_dir or run_dir_of(words), target_options)
     return Job(
         name=options.name or (f"{default}-{digest}" if default[:1].isalpha() else f"job-{digest}"),
         command=words,

@@ -91,4 +91,11 @@ def run_dir_of(command: Sequence[str]) -> str | None:
             break
         value = values.get(value[1:], "")
     found = re.fullmatch(r"'([^'\\]*)'|\"([^\"\\]*)\"", value)
-    return (found[1] or found[2]) if found else None
+    run_dir = (found[1] or found[2]) if found else None
+    if run_dir is not None and "://" in run_dir:
+        bucket, _, rest = run_dir.partition("://")[2].partition("/")
+        raise LaunchError(
+            f"the run directory is {run_dir!r}: a run writes to a directory. Let the workers mount the bucket, and name it "
+            f"there: --mounts={bucket}=/mnt/{bucket}, and /mnt/{bucket}/{rest}."
+        )
+    return run_dir

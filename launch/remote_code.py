@@ -72,7 +72,7 @@ def check_run_directory(job: Job, shared: Sequence[str], advice: str) -> None:
     if not any(f"{job.run_dir}/".startswith(f"{folder.rstrip('/')}/") for folder in shared):
         raise LaunchError(
             f"the run directory is {job.run_dir!r}, which the workers do not share and which ends with them: give one in a "
-            f"bucket (gs://...), or {advice}."
+            f"bucket that they mount (--mounts=BUCKET=/mnt/BUCKET), or {advice}."
         )
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import show
 from clp_jax.launch.code import code_version
 from clp_jax.launch.command import create
@@ -52,7 +53,7 @@ def stage_job(pipeline: str, stage: Stage, made: str) -> Job:
         command=stage.command,
         target=places[0],
         options=options,
-        run_dir=run_dir_of(stage.command),
+        run_dir=seen_from_here(run_dir_of(stage.command), options),
         code_version=code_version(),
         directory=str(Path.cwd()),
     )

@@ -186,6 +186,10 @@ def test_the_run_directory_is_what_the_configuration_says(tmp_path):
     words = ("clp", "train", "--gin_file=examples/pydoc_sft.gin", f"--gin.SFT_DIR='{tmp_path}/a run'")
     assert run_dir_of(words) == f"{tmp_path}/a run"
     assert run_dir_of(("python3", "x.py")) is None
+    with pytest.raises(
+        LaunchError, match="Let the workers mount the bucket, and name it there: --mounts=b=/mnt/b, and /mnt/b/run"
+    ):
+        run_dir_of(("clp", "train", "--gin_file=examples/pydoc_sft.gin", "--gin.SFT_DIR='gs://b/run'"))
 
 
 SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "num_slices": "2"})
@@ -256,12 +260,13 @@ def test_the_compiler_itself_says_what_fits(world, capsys, monkeypatch, mlp_dim)
     pytest.importorskip("libtpu", reason="compiles for TPUs with the extra `aot`")
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(calls, "LONGEST", 900.0)
-    (world.path / "buckets" / "b").mkdir(parents=True)
+    (world.path / "buckets" / "bkt").mkdir(parents=True)
     sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1, "embed_dim": 128, "head_dim": 32, "mlp_dim": mlp_dim}
-    words = ["train", "--gin_file=examples/pydoc_sft.gin", "--gin.RUN_DIR='gs://b/run'"]
+    words = ["train", "--gin_file=examples/pydoc_sft.gin", "--gin.RUN_DIR=/mnt/b/run"]
     words += [f"--gin.t5_1_1.{name}={value}" for name, value in sizes.items()]
     world.trouble("create", "quota")
-    code = clp("launch", "tpu-vm", "--topology=v5e:2x2", "--zone=us-west4-a", "--name=job", "--look=0.05", "--", *words)
+    where = ("--topology=v5e:2x2", "--zone=us-west4-a", "--mounts=bkt=/mnt/b")
+    code = clp("launch", "tpu-vm", *where, "--name=job", "--look=0.05", "--", *words)
     told = capsys.readouterr().err
     asked = [call for call in world.calls("gcloud") if "create" in call]
     if mlp_dim == 256:

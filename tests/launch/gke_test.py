@@ -27,6 +27,7 @@ ALL = {
     "service_account": "trainer",
     "secrets": "WANDB_API_KEY=wandb/key",
     "context": "c",
+    "mounts": "data=/mnt/data,runs=/mnt/runs",
 }
 
 
