@@ -89,6 +89,20 @@ def test_failing_retrying_and_watching(world, capsys):
     assert clp("jobs", "watch") == 0
 
 
+def test_output_that_went_with_its_machine_is_not_silence(world, capsys):
+    world.trouble("training", {"code": 2})
+    where = ("--topology=v5e:2x2", "--zone=us-west4-a", "--name=job", "--look=0.05")
+    assert clp("launch", "tpu-vm", *where, "--", *TRAINING) == 1
+    capsys.readouterr()
+    assert clp("jobs", "logs", "job") == 0
+    assert capsys.readouterr().err.startswith(
+        "job: what it ran on is given back, and its output with it; clp jobs status job"
+    )
+    assert clp("jobs", "status", "job") == 0
+    out = capsys.readouterr().out
+    assert "[job-1-w-0] the last line" in out and "looked after" not in out
+
+
 def test_stopping_a_job_that_another_launcher_looks_after(world, capsys):
     world.trouble("training", {"sleep": 60})
     assert clp("launch", "local", "--name=job", "--look=0.05", "--detach", "--", *TRAINING) == 0
