@@ -21,7 +21,7 @@ _PASSING = re.compile(
     re.IGNORECASE,
 )
 
-# Seconds that no call is waited for longer.
+# Seconds that no tool is waited for longer.
 LONGEST = 3600.0
 
 
@@ -51,6 +51,7 @@ def call(run: Run, may_fail: bool = False) -> Called:
         Unreachable: when it did not answer in time, or said that the other side does not.
         LaunchError: when it is not installed, or refused.
     """
+    run = dataclasses.replace(run, timeout=min(run.timeout, LONGEST))
     for attempt in range(1, run.attempts + 1):
         try:
             done = call_once(run)
@@ -111,11 +112,11 @@ def call_once(run: Run) -> Called:
     """
     process = _open(run, subprocess.PIPE)
     try:
-        output, error_text = process.communicate(timeout=min(run.timeout, LONGEST))
+        output, error_text = process.communicate(timeout=run.timeout)
     except BaseException as stopped:
         _end(process, signal.SIGKILL)
         if isinstance(stopped, subprocess.TimeoutExpired):
-            raise Unreachable(f"{_short(run)} did not answer within {min(run.timeout, LONGEST):g} s.") from stopped
+            raise Unreachable(f"{_short(run)} did not answer within {run.timeout:g} s.") from stopped
         raise
     return Called(process.returncode, output, error_text)
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from clp_jax.launch import calls
 from clp_jax.launch import command as launching
 from clp_jax.launch.command_words import run_dir_of
 from clp_jax.launch.errors import LaunchError
@@ -273,7 +272,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_rented(tmp_path, monkey
 def test_the_compiler_itself_says_what_fits(world, capsys, monkeypatch, mlp_dim):
     pytest.importorskip("libtpu", reason="compiles for TPUs with the extra `aot`")
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(calls, "LONGEST", 900.0)
     (world.path / "buckets" / "bkt").mkdir(parents=True)
     sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1, "embed_dim": 128, "head_dim": 32, "mlp_dim": mlp_dim}
     words = ["train", "--gin_file=examples/pydoc_sft.gin", "--gin.RUN_DIR=/mnt/b/run"]
