@@ -110,7 +110,9 @@ def held_rows(batch):
                 if isinstance(leaf, jax.Array)
                 else [(0, leaf)]
             )
-            found[jax.tree_util.keystr(path, simple=True)] = [[first, np.atleast_1d(x).tolist()] for first, x in shards]
+            found[jax.tree_util.keystr(path, simple=True, separator="/")] = [
+                [first, np.atleast_1d(x).tolist()] for first, x in shards
+            ]
     return found
 
 
