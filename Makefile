@@ -1,8 +1,9 @@
-# `make help` lists the targets. PYTHON is the interpreter of a new environment, VENV where it goes.
+# `make help` lists the targets. PYTHON is the interpreter of a new environment, VENV where it goes, JOBS the processes of `make test`.
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := $(VENV)/bin
 CLP := $(BIN)/clp
@@ -31,7 +32,7 @@ quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own doc
 	$(CLP) pipeline examples/pydoc.yaml
 
 test: $(INSTALLED) ## All tests; those that need several devices, or processes, by themselves.
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadfile
 	$(BIN)/python -m pytest tests/multi_device
 	$(BIN)/python -m pytest tests/multi_process
 

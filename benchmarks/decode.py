@@ -2,7 +2,9 @@
 
     python benchmarks/decode.py --size small
 
-Both generate the same number of tokens for the same prompts; an end of sequence stops neither.
+Both generate the same number of tokens for the same prompts; an end of sequence stops neither. "torch, products alone"
+reads the prompts and multiplies the rows of every token with the weights, in torch, and does nothing else: a decoder
+whose products are as fast as torch's gains at most `generate`'s time over that.
 """
 
 import functools
@@ -35,6 +37,7 @@ from clp_jax.sampling.strategies import Greedy, Sampling
 BATCH_SIZE = 32
 NUM_SAMPLES = 4
 SHARED, BEAMS = "sampling, 4 of a prompt", "4 beams"
+PRODUCTS = "torch, products alone"
 PROMPTS = {"sampling": BATCH_SIZE, "greedy": BATCH_SIZE, SHARED: BATCH_SIZE // 4, BEAMS: BATCH_SIZE // 4}
 
 
@@ -89,6 +92,8 @@ def measure(policy: Policy, shape: Shape, torch_model: Any, repeats: int) -> tup
     ratios = {
         f"{name} / torch generate": times[f"torch {name}"] / times[name] for name in runs if f"torch {name}" in times
     }
+    if PRODUCTS in times:
+        ratios["products alone / torch generate"] = times["torch greedy"] / times[PRODUCTS]
     rows += [(name, f"{value:8.2f}") for name, value in ratios.items()]
     memory = {
         "parameters": num_bytes(params),
@@ -151,7 +156,34 @@ def torch_programs(model: Any, shape: Shape, prompts: Any) -> dict[str, Any]:
         "torch greedy": program("greedy", do_sample=False),
         f"torch {SHARED}": program(SHARED, do_sample=True, top_k=0, num_return_sequences=NUM_SAMPLES),
         f"torch {BEAMS}": program(BEAMS, do_sample=False, num_beams=NUM_SAMPLES),
+        PRODUCTS: torch_products(model, shape, torch.from_numpy(prompts).long()),
     }
+
+
+def torch_products(model: Any, shape: Shape, prompts: Any) -> Any:
+    """Reading the prompts, and products of the weights with the rows of every token, without attention or a choice."""
+    import torch
+
+    # Keys and values of the prompts are made when those are read.
+    once = [name for name, _ in model.named_modules() if name.endswith(("EncDecAttention.k", "EncDecAttention.v"))]
+    layers = [
+        (layer, torch.zeros(prompts.numel() if name in once else BATCH_SIZE, layer.in_features), name in once)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and not name.startswith("encoder.")
+    ]
+    is_t5 = hasattr(model, "encoder")
+
+    @torch.no_grad()
+    def run() -> None:
+        if is_t5:
+            model.encoder(prompts)
+        else:
+            model(prompts, logits_to_keep=1)
+        for layer, rows, is_once in layers:
+            for _ in range(1 if is_once else shape.targets - (not is_t5)):
+                layer(rows)
+
+    return run
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _NOT_THERE = re.compile(r"NOT_FOUND|was not found|notFound", re.IGNORECASE)
 _IS_THERE = re.compile(r"ALREADY_EXISTS|already exists", re.IGNORECASE)
 _WAITING = ("CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES", "STATE_UNSPECIFIED")
 _TAKEN = ("SUSPENDING", "SUSPENDED", "DELETING")
+_SCRIPT = "run.sh"
 _SSH_SECONDS, _COPY_SECONDS, _STOP_SECONDS = 300.0, 900.0, 120
 
 
@@ -150,8 +151,8 @@ class TpuVm:
         """Asks the workers to end, and waits for them to save."""
         here = self._here(record)
         command = (
-            f'if [ -f {here}/{PID} ] && [ ! -f {here}/{EXIT} ]; then kill -TERM "$(cat {here}/{PID})" 2>/dev/null; '
-            f"for _ in $(seq {_STOP_SECONDS}); do [ -f {here}/{EXIT} ] && break; sleep 1; done; fi"
+            f'if {_lives(here)}; then kill -TERM "$(cat {here}/{PID})"; '
+            f"for _ in $(seq {_STOP_SECONDS}); do {_lives(here)} || break; sleep 1; done; fi"
         )
         found = self._describe(record.resource)
         if found is not None and found.get("state", {}).get("state") == "ACTIVE":
@@ -201,7 +202,7 @@ class TpuVm:
         return Run(words, timeout=300.0)
 
     def _start_steps(self, record: JobRecord) -> list[Step]:
-        script, code = record.attempt_directory / "run.sh", record.path / "code.tar.gz"
+        script, code = record.attempt_directory / _SCRIPT, record.path / "code.tar.gz"
         steps: list[Step] = [Write(script, self._script(record))]
         folder = f"clp/{record.resource}"
         if self.bucket is not None:
@@ -212,7 +213,7 @@ class TpuVm:
             copy = self._gcloud(
                 "tpu-vm", "scp", *files, f"{node}:{folder}/", "--worker=all", "--quiet", *self._addresses()
             )
-            begin = f"cd {folder} && (setsid nohup bash run.sh > setup.log 2>&1 < /dev/null &)"
+            begin = f"cd {folder} && (setsid nohup bash {_SCRIPT} > setup.log 2>&1 < /dev/null &)"
             steps += [
                 dataclasses.replace(self._ssh(node, f"mkdir -p {folder}"), attempts=3),
                 Run(copy, timeout=_COPY_SECONDS, attempts=3),
@@ -245,7 +246,7 @@ class TpuVm:
         command = (
             f"if [ -f {here}/{EXIT} ]; then echo CLP exit $(cat {here}/{EXIT}); "
             f"elif [ ! -d {here}/{CLAIM} ]; then echo CLP waits; "
-            f"elif [ ! -s {here}/{PID} ] || kill -0 $(cat {here}/{PID}) 2>/dev/null; then echo CLP runs; "
+            f"elif [ ! -s {here}/{PID} ] || {_lives(here)}; then echo CLP runs; "
             # It may have ended between the two looks.
             f"elif [ -f {here}/{EXIT} ]; then echo CLP exit $(cat {here}/{EXIT}); else echo CLP exit {KILLED}; fi"
         )
@@ -305,6 +306,14 @@ class TpuVm:
 
     def _here(self, record: JobRecord) -> str:
         return f"clp/{record.resource}/state"
+
+
+def _lives(here: str) -> str:
+    """A piece of shell that is true while a worker's script runs.
+
+    A killed process keeps its number until its parent takes notice, without its words; another may get the number later.
+    """
+    return f'ps -ww -o args= -p "$(cat {here}/{PID} 2>/dev/null)" 2>/dev/null | grep -qF {_SCRIPT}'
 
 
 def _why(found: dict[str, Any]) -> str:

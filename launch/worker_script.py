@@ -39,14 +39,14 @@ def worker_script(
         f'finish() {{ echo "$1" > "$here/{EXIT}.new"; mv "$here/{EXIT}.new" "$here/{EXIT}"; exit "$1"; }}',
         "child=",
         # The setup may take minutes, and may be stopped too.
-        'trap \'if [ -z "$child" ]; then finish 143; fi; kill -TERM "$child" 2>/dev/null\' TERM INT',
+        'trap \'if [ -z "$child" ]; then finish 143; fi; told=1; kill -TERM "$child" 2>/dev/null\' TERM INT',
         *setup,
         f"cd {directory} || finish 1",
         *exports,
         f"{shlex.join(command)}{redirection} &",
         "child=$!",
-        # A trap interrupts `wait`; only a child that is gone has been waited for.
-        'while true; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || break; done',
+        # A trap interrupts `wait`, whose code is then the signal's; asked again it has the child's.
+        'while true; do told=; wait "$child"; code=$?; [ -n "$told" ] || break; done',
         'finish "$code"',
     ]
     return "\n".join(lines) + "\n"

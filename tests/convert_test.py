@@ -256,7 +256,7 @@ def test_a_conditioned_policy_is_exported_at_weights(home, subset):
     }
     write_conditioned(home / f"run_{subset}", policy, ParameterConditioning(subset, 2), unflatten(copies), shared)
     clp("convert", f"clp:run_{subset}", f"hf:at_{subset}", "--weights=0.25,0.75")
-    found = huggingface.read(home / f"at_{subset}")
+    found = huggingface.open_checkpoint(home / f"at_{subset}").loaded()
     assert found.config == policy.config
     for path, leaf in flatten(found.params):
         np.testing.assert_allclose(leaf, mixed[path], rtol=1e-6, atol=1e-7, err_msg="/".join(path))

@@ -12,7 +12,8 @@ from clp_jax.interop import safetensors_files
 from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.hf_decoders import GEMMA3
 from clp_jax.interop.hf_families import config_json, family_for, family_named, same
-from clp_jax.interop.links import check_tree, loaded, opened, specs, write_tensors
+from clp_jax.interop.imported import Imported
+from clp_jax.interop.links import check_tree, opened, specs, write_tensors
 from clp_jax.interop.overrides import checked
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
@@ -37,34 +38,20 @@ TEXT_FILES = (
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Imported:
-    """A checkpoint that was read.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HuggingFaceCheckpoint(Imported):
+    """A Hugging Face checkpoint that was opened: ``origin`` has ``model_type``, ``config``, ``generation_config``, too.
 
     Attributes:
-        config: of the policy.
-        params: numpy arrays, or lazy ones (`clp_jax.interop.arrays.LazyArray`).
-        origin: what the policy came from, plain JSON: ``format``, ``model_type``, ``config``, ``generation_config``.
         text_files: tokenizer and generation settings, to be carried along.
-        left_out: names of tensors of a larger model that the policy has no part for (images).
     """
 
-    config: ModelConfig
-    params: Params
-    origin: dict[str, Any]
     text_files: tuple[Path, ...]
-    left_out: tuple[str, ...] = ()
-
-
-def read(directory: Path | str, *, dtype: str = "float32", overrides: Mapping[str, Any] | None = None) -> Imported:
-    """`open_checkpoint` with its parameters as numpy arrays, read one tensor at a time."""
-    found = open_checkpoint(directory, dtype=dtype, overrides=overrides)
-    return dataclasses.replace(found, params=loaded(found.params))
 
 
 def open_checkpoint(
     directory: Path | str, *, dtype: str = "float32", overrides: Mapping[str, Any] | None = None
-) -> Imported:
+) -> HuggingFaceCheckpoint:
     """Opens a checkpoint, whose parameters are read when asked for.
 
     Args:
@@ -106,7 +93,10 @@ def open_checkpoint(
     origin = {"format": "huggingface", "model_type": family.model_type, "config": dict(text)}
     if generation:
         origin["generation_config"] = generation
-    return Imported(config, params, origin, text_files(directory), tuple(left_out))
+    found = text_files(directory)
+    return HuggingFaceCheckpoint(
+        config=config, params=params, origin=origin, left_out=tuple(left_out), text_files=found
+    )
 
 
 def write(
@@ -126,8 +116,8 @@ def write(
         directory: new; appears whole at the end.
         config: of the policy.
         params: numpy, JAX or lazy arrays.
-        origin: as `read` gave it, where the policy came from Hugging Face: its family, and settings we don't model.
-        files: copied as they are, such as `Imported.text_files`.
+        origin: as `open_checkpoint` gave it, where the policy came from Hugging Face: its family, and settings we don't model.
+        files: copied as they are, such as `HuggingFaceCheckpoint.text_files`.
         dtype: of the tensors, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None takes the origin's, or the parameters'.
         max_shard_bytes: of one file.
         card: text of ``README.md`` (`clp_jax.interop.model_card`); None writes none.

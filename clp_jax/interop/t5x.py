@@ -10,7 +10,8 @@ import numpy as np
 from clp_jax.array_types import Params
 from clp_jax.interop import t5x_files
 from clp_jax.interop.arrays import ArraySpec
-from clp_jax.interop.links import check_tree, loaded, opened, specs, write_tensors
+from clp_jax.interop.imported import Imported
+from clp_jax.interop.links import check_tree, opened, specs, write_tensors
 from clp_jax.interop.overrides import checked
 from clp_jax.interop.t5x_names import infer, is_scanned, links
 from clp_jax.interop.t5x_settings import untold
@@ -21,41 +22,18 @@ from clp_jax.models.policy import Policy
 SCAN_AXIS = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Imported:
-    """A checkpoint that was read.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5XCheckpoint(Imported):
+    """A T5X checkpoint that was opened: ``origin`` has ``form``, ``step`` and ``scan_axis``, too.
 
     Attributes:
-        config: of the policy.
-        params: numpy arrays, or lazy ones (`clp_jax.interop.arrays.LazyArray`).
         step: of training.
-        origin: what the policy came from, plain JSON: ``format``, ``form``, ``step``, ``scan_axis``.
         slots: the optimizer's; None where they were not asked for.
-        left_out: names of other collections that the checkpoint holds.
     """
 
     config: T5Config
-    params: Params
     step: int
-    origin: dict[str, Any]
     slots: AdafactorSlots | None = None
-    left_out: tuple[str, ...] = ()
-
-
-def read(
-    path: Path | str,
-    *,
-    step: int | None = None,
-    dtype: str = "float32",
-    overrides: Mapping[str, Any] | None = None,
-    model: ModelConfig | None = None,
-    scan_axis: int = SCAN_AXIS,
-    optimizer: bool = False,
-) -> Imported:
-    """`open_checkpoint` with its parameters as numpy arrays, read one tensor at a time."""
-    options: dict[str, Any] = {"overrides": overrides, "model": model, "scan_axis": scan_axis, "optimizer": optimizer}
-    found = open_checkpoint(path, step=step, dtype=dtype, **options)
-    return dataclasses.replace(found, params=loaded(found.params))
 
 
 def open_checkpoint(
@@ -67,7 +45,7 @@ def open_checkpoint(
     model: ModelConfig | None = None,
     scan_axis: int = SCAN_AXIS,
     optimizer: bool = False,
-) -> Imported:
+) -> T5XCheckpoint:
     """Opens a checkpoint of any form, whose parameters are read when asked for.
 
     Args:
@@ -96,7 +74,14 @@ def open_checkpoint(
     params = opened(found, checkpoint.parameters, abstract, config.param_dtype, where=str(path))
     slots = read_slots(found, checkpoint.slots, Policy(config), checkpoint.step) if optimizer else None
     origin = {"format": "t5x", "form": checkpoint.form, "step": checkpoint.step, "scan_axis": axis}
-    return Imported(config, params, checkpoint.step, origin, slots, tuple(checkpoint.mutables))
+    return T5XCheckpoint(
+        config=config,
+        params=params,
+        origin=origin,
+        left_out=tuple(checkpoint.mutables),
+        step=checkpoint.step,
+        slots=slots,
+    )
 
 
 def write(

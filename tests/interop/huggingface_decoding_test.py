@@ -37,7 +37,7 @@ def run(policy, params, inputs, config):
 def read(model, directory):
     """The policy and its parameters, of a model that transformers saved."""
     torch_models.save(model, directory)
-    imported = huggingface.read(directory)
+    imported = huggingface.open_checkpoint(directory).loaded()
     return Policy(dataclasses.replace(imported.config, eos_ids=ENDS)), jax.tree.map(jnp.asarray, imported.params)
 
 

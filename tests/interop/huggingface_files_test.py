@@ -75,7 +75,7 @@ def change(directory, **tensors):
 def test_a_fresh_policy_comes_back(tmp_path, config):
     params = params_of(config)
     huggingface.write(tmp_path / "out", config, params, card="# Card\n")
-    again = huggingface.read(tmp_path / "out")
+    again = huggingface.open_checkpoint(tmp_path / "out").loaded()
     assert_equal(again.params, params)
     assert huggingface.is_unchanged(config, again.origin)
     assert (tmp_path / "out" / "README.md").read_text() == "# Card\n"
@@ -108,7 +108,7 @@ def test_shards_and_types(tmp_path, llama):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
     for dtype in ("bfloat16", "float32"):
-        again = huggingface.read(tmp_path / "out", dtype=dtype, overrides={"remat": "full"})
+        again = huggingface.open_checkpoint(tmp_path / "out", dtype=dtype, overrides={"remat": "full"}).loaded()
         assert again.config.param_dtype == dtype
         assert again.config.remat == "full"
         assert {leaf.dtype.name for leaf in jax.tree.leaves(again.params)} == {dtype}
@@ -125,7 +125,7 @@ def test_files_of_the_text_are_carried(tmp_path, llama):
     for name, content in contents.items():
         (directory / name).write_bytes(content)
     (directory / "training_args.bin").write_bytes(b"not ours")
-    again = huggingface.read(directory)
+    again = huggingface.open_checkpoint(directory).loaded()
     assert again.config.eos_ids == (1, 5)
     huggingface.write(tmp_path / "out", again.config, again.params, origin=again.origin, files=again.text_files)
     for name, content in contents.items():
@@ -140,12 +140,12 @@ def test_tied_tensors_may_be_there_twice(llama):
     change(
         directory, lm_head__weight=embedding, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(2, np.float32)
     )
-    assert_equal(huggingface.read(directory).params, params)
+    assert_equal(huggingface.open_checkpoint(directory).loaded().params, params)
     change(directory, lm_head__weight=embedding + 1)
     with pytest.raises(
         ValueError, match="'lm_head.weight' differs from 'model.embed_tokens.weight', which it should repeat"
     ):
-        huggingface.read(directory)
+        huggingface.open_checkpoint(directory).loaded()
 
 
 def test_the_text_part_of_a_model_of_images(tmp_path):
@@ -160,7 +160,7 @@ def test_the_text_part_of_a_model_of_images(tmp_path):
         save_file(renamed | {"vision_tower.patch.weight": np.ones(3)}, directory / "model.safetensors")
         whole = {"model_type": "gemma3", "text_config": values, "vision_config": {"hidden_size": 3}}
         (directory / "config.json").write_text(json.dumps(whole))
-        again = huggingface.read(directory)
+        again = huggingface.open_checkpoint(directory).loaded()
         assert_equal(again.params, params)
         assert again.left_out == ("vision_tower.patch.weight",)
         assert again.origin["model_type"] == "gemma3_text"
@@ -190,13 +190,13 @@ def test_wrong_tensors_are_named(llama, tensors, message):
     directory, _ = llama
     change(directory, **tensors)
     with pytest.raises(ValueError, match=message):
-        huggingface.read(directory)
+        huggingface.open_checkpoint(directory).loaded()
 
 
 def test_wrong_directories(tmp_path, llama):
     directory, params = llama
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
-        huggingface.read(tmp_path)
+        huggingface.open_checkpoint(tmp_path).loaded()
     with pytest.raises(ValueError, match="exists: nothing is overwritten"):
         huggingface.write(directory, LLAMA, params)
     with pytest.raises(ValueError, match="dtype is 'int4': expected one of float32"):
@@ -205,16 +205,16 @@ def test_wrong_directories(tmp_path, llama):
         huggingface.write(tmp_path / "new", LLAMA, params | {"more": np.ones(1)})
     (directory / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json holds a list: expected an object"):
-        huggingface.read(directory)
+        huggingface.open_checkpoint(directory).loaded()
     (directory / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json can't be read"):
-        huggingface.read(directory)
+        huggingface.open_checkpoint(directory).loaded()
     assert not (tmp_path / "new").exists()
 
 
 def test_a_policy_that_another_checkpoint_became(tmp_path, llama):
     directory, _ = llama
-    origin = huggingface.read(directory).origin
+    origin = huggingface.open_checkpoint(directory).origin
     origin["config"] |= {"max_position_embeddings": 77, "initializer_range": 0.5}
     # Trained on with a longer vocabulary: what we don't model is kept.
     config = PaLMConfig(**{**vars(LLAMA), "vocab_size": 16, "num_layers": 1})
@@ -248,7 +248,10 @@ def test_one_tensor_at_a_time(tmp_path):
 
     # Names, links and the shapes of the policy take what they take in a policy of the same layers.
     huggingface.write(tmp_path / "tiny", LLAMA, params_of(LLAMA))
-    overhead = peak(lambda: huggingface.read(tmp_path / "tiny"))
-    assert peak(lambda: huggingface.read(tmp_path / "out")) < whole + 1.2 * largest + overhead
-    assert peak(lambda: huggingface.read(tmp_path / "out", dtype="bfloat16")) < whole / 2 + 1.2 * largest + overhead
+    overhead = peak(lambda: huggingface.open_checkpoint(tmp_path / "tiny").loaded())
+    assert peak(lambda: huggingface.open_checkpoint(tmp_path / "out").loaded()) < whole + 1.2 * largest + overhead
+    assert (
+        peak(lambda: huggingface.open_checkpoint(tmp_path / "out", dtype="bfloat16").loaded())
+        < whole / 2 + 1.2 * largest + overhead
+    )
     assert peak(lambda: huggingface.write(tmp_path / "again", config, params)) < 2.2 * largest + overhead

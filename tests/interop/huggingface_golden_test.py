@@ -37,17 +37,21 @@ def recorded(request, tmp_path):
 
 def test_logits_loss_gradients_auxiliary_losses_and_greedy_completions(recorded):
     name, directory = recorded
-    imported = huggingface.read(directory / "in")
+    imported = huggingface.open_checkpoint(directory / "in").loaded()
     batch = huggingface_results.training_batch(*(RECORD[rows] for rows in ("inputs", "decoder_inputs", "targets")))
     expected = {what: value for what, value in _part(f"{name}/").items() if what in huggingface_results.RESULTS}
-    expected["gradient"] = huggingface.read(directory / "gradient").params
+    expected["gradient"] = huggingface.open_checkpoint(directory / "gradient").loaded().params
     huggingface_results.check(huggingface_results.compute(Policy(imported.config), imported.params, batch), expected)
 
 
 @pytest.mark.parametrize("recorded", [name for name in NAMES if f"{name}/beams" in RECORD], indirect=True)
 def test_beams(recorded):
     name, directory = recorded
-    imported, inputs, beams = huggingface.read(directory / "in"), jnp.asarray(RECORD["inputs"]), RECORD[f"{name}/beams"]
+    imported, inputs, beams = (
+        huggingface.open_checkpoint(directory / "in").loaded(),
+        jnp.asarray(RECORD["inputs"]),
+        RECORD[f"{name}/beams"],
+    )
     ending = Policy(dataclasses.replace(imported.config, eos_ids=tuple(RECORD["ends"].tolist())))
     number = len(beams) // len(inputs)
 
@@ -62,7 +66,10 @@ def test_beams(recorded):
 
 def test_written_back_it_is_what_it_was(recorded):
     name, tmp_path = recorded
-    imported, tensors = huggingface.read(tmp_path / "in"), load_file(tmp_path / "in" / "model.safetensors")
+    imported, tensors = (
+        huggingface.open_checkpoint(tmp_path / "in").loaded(),
+        load_file(tmp_path / "in" / "model.safetensors"),
+    )
     huggingface.write(
         tmp_path / "out", imported.config, imported.params, origin=imported.origin, files=imported.text_files
     )

@@ -31,15 +31,17 @@ def saved(request, tmp_path_factory):
 
 def test_logits_loss_gradients_and_greedy_completions(saved):
     directory, batch, expected = saved
-    imported = huggingface.read(directory / "model")
+    imported = huggingface.open_checkpoint(directory / "model").loaded()
     rows = huggingface_results.training_batch(batch.inputs, batch.decoder_inputs, batch.targets)
     found = huggingface_results.compute(Policy(imported.config), imported.params, rows)
-    huggingface_results.check(found, expected | {"gradient": huggingface.read(directory / "gradient").params})
+    huggingface_results.check(
+        found, expected | {"gradient": huggingface.open_checkpoint(directory / "gradient").loaded().params}
+    )
 
 
 def test_written_back_it_is_what_it_was(saved, tmp_path):
     directory, _, _ = saved
-    imported = huggingface.read(directory / "model")
+    imported = huggingface.open_checkpoint(directory / "model").loaded()
     huggingface.write(
         tmp_path / "out", imported.config, imported.params, origin=imported.origin, files=imported.text_files
     )
@@ -55,7 +57,7 @@ def test_written_back_it_is_what_it_was(saved, tmp_path):
 
 def test_transformers_loads_what_is_written_without_an_origin(saved, tmp_path):
     directory, batch, expected = saved
-    imported = huggingface.read(directory / "model")
+    imported = huggingface.open_checkpoint(directory / "model").loaded()
     huggingface.write(tmp_path / "out", imported.config, imported.params)
     logits = torch_models.load_and_compute(tmp_path / "out", batch)
     np.testing.assert_allclose(logits, expected["logits"], rtol=1e-6, atol=1e-6)
@@ -71,7 +73,7 @@ def test_bfloat16_errs_no_more_than_torch(case, tmp_path):
     torch_models.save(model.bfloat16(), tmp_path)
     theirs = torch_models.load_and_compute(tmp_path, batch, "bfloat16")
 
-    imported = huggingface.read(tmp_path, dtype="bfloat16", overrides={"dtype": "bfloat16"})
+    imported = huggingface.open_checkpoint(tmp_path, dtype="bfloat16", overrides={"dtype": "bfloat16"}).loaded()
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(imported.params)} == {"bfloat16"}
     policy = Policy(imported.config)
     run = jax.jit(lambda params, *rows: policy.bind(params)(*rows))

@@ -55,7 +55,7 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize("form", ["legacy", "legacy_bf16", "legacy_chunked", "orbax", "mtf"])
 def test_what_t5x_wrote_is_the_policy_that_it_trained(nano, form):
-    imported = t5x.read(nano / form, optimizer=form != "mtf")
+    imported = t5x.open_checkpoint(nano / form, optimizer=form != "mtf").loaded()
     assert imported.config == T5Config(
         vocab_size=64, embed_dim=16, mlp_dim=32, num_heads=2, head_dim=8, num_encoder_layers=2, num_decoder_layers=2
     )
@@ -70,7 +70,7 @@ def test_what_t5x_wrote_is_the_policy_that_it_trained(nano, form):
 @pytest.mark.parametrize("form", ["legacy", "legacy_bf16", "legacy_chunked", "orbax"])
 def test_written_back_it_is_what_it_was(nano, tmp_path, form):
     dtype = "bfloat16" if form == "legacy_bf16" else "float32"
-    imported = t5x.read(nano / form, dtype=dtype, optimizer=True)
+    imported = t5x.open_checkpoint(nano / form, dtype=dtype, optimizer=True).loaded()
     written = t5x.write(
         tmp_path,
         imported.config,
@@ -84,7 +84,7 @@ def test_written_back_it_is_what_it_was(nano, tmp_path, form):
 
 
 def test_the_optimizer_goes_on_where_t5x_stopped(nano):
-    imported = t5x.read(nano / "legacy", optimizer=True)
+    imported = t5x.open_checkpoint(nano / "legacy", optimizer=True).loaded()
     policy = Policy(imported.config)
     state = jax.eval_shape(Adafactor().build(policy.logical_axes()).init, imported.params)[1]
     for kind in ("v_row", "v_col", "v"):
@@ -109,7 +109,7 @@ def test_factored_slots_keep_their_places(tmp_path):
     stored = t5x_files.read(tmp_path).slots
     name = "decoder/layers_1/mlp/wo/kernel"  # [130, 128]: rows are as long as the smaller dimension.
     assert [stored[f"{name}/{kind}"].shape for kind in ("v_row", "v_col", "v", "m")] == [(128,), (130,), (1,), (1,)]
-    again = t5x.read(tmp_path, optimizer=True)
+    again = t5x.open_checkpoint(tmp_path, optimizer=True).loaded()
     assert again.slots.count == 7
     for kind in ("v_row", "v_col", "v"):
         jax.tree.map(np.testing.assert_array_equal, getattr(again.slots, kind), getattr(slots, kind))
@@ -143,7 +143,7 @@ def test_slots_of_stacked_parameters_are_t5xs(tmp_path, changes, scan_axis, leas
     slots = t5x.AdafactorSlots(1, *kinds)
     params, scanned = varied_params(policy), scan_axis is not None
     t5x.write(tmp_path, config, params, step=1, slots=slots, scanned=scanned, scan_axis=scan_axis or 0)
-    again = t5x.read(tmp_path, scan_axis=1 if scan_axis is None else scan_axis, optimizer=True)
+    again = t5x.open_checkpoint(tmp_path, scan_axis=1 if scan_axis is None else scan_axis, optimizer=True).loaded()
     for kind, expected in zip(("v_row", "v_col", "v"), kinds, strict=True):
         jax.tree.map(np.testing.assert_array_equal, getattr(again.slots, kind), expected)
     # The row is the model's dimension, the column the other one, of each layer or expert by itself.
@@ -189,7 +189,7 @@ def test_every_layout_comes_back(tmp_path, changes, scan_axis):
     t5x.write(
         tmp_path, config, params, step=3, scanned=scan_axis is not None, scan_axis=scan_axis or 0, card="# Card\n"
     )
-    again = t5x.read(tmp_path, scan_axis=1 if scan_axis is None else scan_axis)
+    again = t5x.open_checkpoint(tmp_path, scan_axis=1 if scan_axis is None else scan_axis).loaded()
     assert again.config == config
     assert again.origin == {"format": "t5x", "form": "legacy", "step": 3, "scan_axis": scan_axis}
     assert_equal(dict(flatten_names(again.params)), dict(flatten_names(params)))
@@ -226,12 +226,12 @@ def test_a_stated_policy_is_what_is_read(tmp_path):
     """Of experts' routers nothing is in the tree: two for each token are read as one, unless the policy is stated."""
     config = T5Config(**SIZES, moe=ST_MOE, activation="silu", dropout_rate=0.1)
     t5x.write(tmp_path, config, varied_params(Policy(config)), step=0)
-    assumed = t5x.read(tmp_path).config
+    assumed = t5x.open_checkpoint(tmp_path).config
     assert (assumed.moe.router, assumed.moe.decoder_router) == (TokenChoice(k=1, min_capacity=4), None)
-    stated = t5x.read(tmp_path, model=config)
+    stated = t5x.open_checkpoint(tmp_path, model=config).loaded()
     assert stated.config == config
     jax.tree.map(np.testing.assert_array_equal, stated.params, varied_params(Policy(config)))
-    assert t5x.read(tmp_path, model=config, overrides={"dropout_rate": 0}).config.dropout_rate == 0.0
+    assert t5x.open_checkpoint(tmp_path, model=config, overrides={"dropout_rate": 0}).config.dropout_rate == 0.0
     wrong = [
         (
             T5Config(**SIZES | dict(vocab_size=12), moe=ST_MOE),
@@ -248,7 +248,7 @@ def test_a_stated_policy_is_what_is_read(tmp_path):
     ]
     for other, message in wrong:
         with pytest.raises(ValueError, match=message):
-            t5x.read(tmp_path, model=other)
+            t5x.open_checkpoint(tmp_path, model=other).loaded()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_what_a_directory_does_not_say_is_what_reading_it_needs(tmp_path, change
     found = t5x_settings.untold(config, None)
     assert found == expected
     t5x.write(tmp_path, config, varied_params(Policy(config)), step=0)
-    again = t5x.read(tmp_path, overrides=found).config
+    again = t5x.open_checkpoint(tmp_path, overrides=found).config
     assert canonical(again) == canonical(config) and again.dropout_rate == config.dropout_rate
 
 
@@ -323,12 +323,12 @@ def test_what_t5x_does_not_compute_is_not_written(tmp_path, changes):
 )
 def test_overrides_that_can_not_be(nano, overrides, message):
     with pytest.raises(ValueError, match=re.escape(f"overrides: {message}")):
-        t5x.read(nano / "legacy", overrides=overrides)
+        t5x.open_checkpoint(nano / "legacy", overrides=overrides).loaded()
 
 
 def test_overrides_as_they_are_typed(nano):
     typed = {"eos_ids": 2, "norm_eps": 1, "attention_cap": "none", "remat": "full"}
-    config = t5x.read(nano / "legacy", overrides=typed).config
+    config = t5x.open_checkpoint(nano / "legacy", overrides=typed).config
     assert (config.eos_ids, config.norm_eps, config.attention_cap, config.remat) == ((2,), 1.0, None, "full")
     assert type(config.norm_eps) is float
 
@@ -352,9 +352,9 @@ def test_what_can_not_be(nano, tmp_path):
         biased = T5Config(**SIZES, qkv_bias=True)
         t5x.write(tmp_path, biased, varied_params(Policy(biased)), step=0)
     with pytest.raises(ValueError, match="expected a multiple of num_heads=3"):
-        t5x.read(nano / "legacy", overrides={"num_heads": 3})
+        t5x.open_checkpoint(nano / "legacy", overrides={"num_heads": 3}).loaded()
     with pytest.raises(ValueError, match="parameter .* is missing"):
         t5x.write(tmp_path, config, {"encoder": params["encoder"]}, step=0)
     with pytest.raises(ValueError, match="T5Config.activation is 'glu'"):
-        t5x.read(nano / "legacy", overrides={"activation": "glu"})
+        t5x.open_checkpoint(nano / "legacy", overrides={"activation": "glu"}).loaded()
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from clp_jax.launch.targets import find_target
 
 from clp_jax import main as cli
 
-from .conftest import AWKWARD, FAKES, phases
+from .conftest import AWKWARD, FAKES, phases, until
 
 TRAINING = ("python3", str(FAKES / "training.py"))
 
@@ -67,9 +66,7 @@ def test_a_launcher_that_died_is_taken_over_by_the_same_command(world, capsys):
     launcher = subprocess.Popen(
         [sys.executable, "-m", "clp_jax.main", *words], env=environment, stderr=subprocess.DEVNULL
     )
-    end = time.monotonic() + 60
-    while not world.runs and time.monotonic() < end:
-        time.sleep(0.05)
+    until(lambda: world.runs)
     assert clp(*words) == 2
     assert "another launcher looks after job" in capsys.readouterr().err
     launcher.kill()
@@ -92,9 +89,7 @@ def test_failing_retrying_and_watching(world, capsys):
 def test_stopping_a_job_that_another_launcher_looks_after(world, capsys):
     world.trouble("training", {"sleep": 60})
     assert clp("launch", "local", "--name=job", "--look=0.05", "--detach", "--", *TRAINING) == 0
-    end = time.monotonic() + 60
-    while not world.runs and time.monotonic() < end:
-        time.sleep(0.05)
+    until(lambda: world.runs)
     assert record().is_held
     assert clp("jobs", "stop", "job") == 0
     assert capsys.readouterr().out == "job: stopped: as asked\n"

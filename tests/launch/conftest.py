@@ -1,11 +1,14 @@
 """A world of fake tools on the PATH, and jobs in it."""
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,37 @@ def _archive(extra):
 def phases(record):
     """The phases of a job, in order."""
     return [state.phase for state in record.states]
+
+
+def until(condition, seconds=60.0):
+    """Waits for what other processes do, and not for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def are_gone(pids):
+    """Whether none of some processes runs; what nobody has taken notice of yet (a zombie) does not."""
+    states = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            # The name, in parentheses, may hold anything.
+            states.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+    return all(state in "ZX" for state in states)
+
+
+@pytest.fixture
+def unreaped():
+    """A machine whose first process takes no notice of orphans that end: here they become ours, and stay zombies."""
+    become_subreaper = 36
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(become_subreaper, 1, 0, 0, 0) == 0
+    yield
+    assert libc.prctl(become_subreaper, 0, 0, 0, 0) == 0
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from clp_jax.launch.target import Note, Run, Write
 from clp_jax.launch.targets import find_target
 from kubernetes_fields import unknown_fields
 
-from .conftest import AWKWARD, QUICK, phases
+from .conftest import AWKWARD, QUICK, phases, until
 
 TWO_HOSTS = {"topology": "v5p:2x2x2"}
 ONE_HOST = {"topology": "v5e:2x2"}
@@ -110,8 +110,7 @@ def test_a_job_from_the_manifest_to_the_end(world):
 def test_a_pod_is_evicted(world):
     record, target = world.record("gke", ONE_HOST)
     world.trouble("training", {"sleep": 60})
-    while not world.runs:
-        advance(record, target, QUICK)
+    until(lambda: advance(record, target, QUICK) and world.runs)
     world.trouble("evict")
     assert world.run(record, target).phase == "succeeded"
     (preempted,) = [state for state in record.states if state.phase == "preempted"]

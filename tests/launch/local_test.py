@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from clp_jax.launch.job import Job, JobRecord, LaunchError
@@ -13,30 +12,14 @@ from clp_jax.launch.namespaces import check_namespaces
 from clp_jax.launch.supervisor import advance, describe
 from clp_jax.launch.targets import find_target
 
-from .conftest import AWKWARD, QUICK, phases
-
-
-def until(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.02)
-
-
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
+from .conftest import AWKWARD, QUICK, are_gone, phases, until
 
 
 def begin(world, options, **settings):
     """A job whose processes run."""
     record, target = world.record("local", options, **settings)
     processes = int(options.get("processes", 1))
-    while len(world.runs) < processes:
-        advance(record, target, QUICK)
+    until(lambda: advance(record, target, QUICK) and len(world.runs) >= processes)
     return record, target
 
 
@@ -66,11 +49,11 @@ def test_a_killed_process_ends_the_others_and_all_begin_again(world):
     assert world.run(record, target).phase == "succeeded"
     assert phases(record) == ["queued", "running", "broken", "queued", "running", "succeeded"]
     assert "exit code 137" in record.states[2].detail
-    assert not any(is_running(run["pid"]) for run in world.runs)
+    until(lambda: are_gone(run["pid"] for run in world.runs))
     assert len(world.runs) == 4
 
 
-def test_a_killed_script_is_no_success_and_leaves_no_command(world):
+def test_a_killed_script_is_no_success_and_leaves_no_command(world, unreaped):
     world.trouble("training", {"sleep": 60})
     record, target = begin(world, {})
     here = record.attempt_directory / "worker-0"
@@ -78,7 +61,7 @@ def test_a_killed_script_is_no_success_and_leaves_no_command(world):
     os.kill(int((here / "pid").read_text()), signal.SIGKILL)
     assert world.run(record, target).phase == "succeeded"
     assert phases(record)[2] == "broken"
-    assert not any(is_running(run["pid"]) for run in world.runs)
+    until(lambda: are_gone(run["pid"] for run in world.runs))
 
 
 def test_a_job_outlives_its_launcher_and_is_found_again(world, tmp_path):
@@ -126,7 +109,7 @@ def test_stopping_gives_time_to_save(world):
     record.stop_request.touch()
     assert world.run(record, target).phase == "stopped"
     assert list(target.logs(record))[-1] == "[0] asked to end"
-    assert not is_running(world.runs[0]["pid"])
+    assert are_gone([world.runs[0]["pid"]])
     assert (record.attempt_directory / "worker-0" / "exit").read_text() == "75\n"
 
 

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from clp_jax.main import main
+
+from .conftest import until
 
 PROGRAM = Path(__file__).parents[1] / "fixtures" / "stage_program.py"
 RUN = f"{sys.executable} {PROGRAM}"
@@ -134,17 +135,10 @@ def launcher(*words):
     )
 
 
-def wait_for(condition):
-    until = time.monotonic() + 60
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert condition()
-
-
 def test_killed_in_the_middle_it_waits_for_what_it_left_running(capfd):
     write(TWO, ONE, more="--until=go")
     process = launcher()
-    wait_for(notes)
+    until(notes)
     process.kill()
     process.wait()
     threading.Timer(5.0, Path("go").touch).start()
@@ -158,7 +152,7 @@ def test_killed_in_the_middle_it_waits_for_what_it_left_running(capfd):
 def test_asked_to_end_it_ends_its_stage(number):
     write(TWO, ONE, more="--until=never")
     process = launcher()
-    wait_for(notes)
+    until(notes)
     process.send_signal(number)
     assert process.wait(timeout=60) == 128 + number
     write(TWO, ONE)
@@ -168,7 +162,7 @@ def test_asked_to_end_it_ends_its_stage(number):
 def test_a_second_pipeline_does_not_run(capfd):
     write(ONE, more="--until=go")
     process = launcher()
-    wait_for(notes)
+    until(notes)
     assert main(["pipeline", "p.yaml"]) == 2
     assert "another process runs this pipeline in runs/toy/pipeline: wait for it." in capfd.readouterr().err
     Path("go").touch()

@@ -10,7 +10,7 @@ from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Run
 from clp_jax.launch.targets import find_target
 
-from .conftest import AWKWARD, QUICK, phases
+from .conftest import AWKWARD, QUICK, phases, until
 
 TWO = {"nodes": "2", "partition": "gpu queue", "time": "1:00:00", "gpus_per_node": "8"}
 
@@ -18,11 +18,6 @@ TWO = {"nodes": "2", "partition": "gpu queue", "time": "1:00:00", "gpus_per_node
 def left(world):
     """Jobs that are still in the queue."""
     return [job["name"] for job in world.state.get("slurm", []) if job["state"] in ("PENDING", "RUNNING")]
-
-
-def until_running(record, target, world, runs=1):
-    while len(world.runs) < runs:
-        advance(record, target, QUICK)
 
 
 def test_a_job_from_the_queue_to_the_end(world):
@@ -46,7 +41,7 @@ def test_a_job_from_the_queue_to_the_end(world):
 def test_nodes_are_taken_away(world, problem):
     record, target = world.record("slurm", {})
     world.trouble("training", {"sleep": 60})
-    until_running(record, target, world)
+    until(lambda: advance(record, target, QUICK) and world.runs)
     world.trouble(problem)
     assert world.run(record, target).phase == "succeeded"
     assert "preempted" in phases(record)
@@ -105,7 +100,7 @@ def test_slurm_requeues_the_same_attempt(world):
 def test_stopping_cancels(world):
     record, target = world.record("slurm", {})
     world.trouble("training", {"sleep": 60})
-    until_running(record, target, world)
+    until(lambda: advance(record, target, QUICK) and world.runs)
     record.stop_request.touch()
     assert world.run(record, target).phase == "stopped"
     assert left(world) == []

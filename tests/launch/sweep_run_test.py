@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ from clp_jax.launch.sweep_run import Settings, SweepDirectory, run_sweep
 from clp_jax.launch.targets import find_target
 
 from clp_jax.main import main
+
+from .conftest import until
 
 PROGRAM = Path(__file__).parents[1] / "fixtures" / "trial_program.py"
 COMMAND = f"{sys.executable} {PROGRAM}"
@@ -102,9 +103,7 @@ def test_a_sweep_goes_on_after_its_launcher_was_killed():
     program = "import sys\nfrom clp_jax.main import main\nmain(sys.argv[1:])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     launcher = subprocess.Popen([sys.executable, "-c", program, *words], env=environment, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while not [what for what, _ in notes() if what == "end"] and time.monotonic() < until:
-        time.sleep(0.02)
+    until(lambda: [what for what, _ in notes() if what == "end"])
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     before = len(begun())

@@ -1,6 +1,9 @@
 """TPU VMs, against a `gcloud` that keeps queued resources and runs what SSH asks for in bash."""
 
 import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 from clp_jax.launch import calls
@@ -9,7 +12,7 @@ from clp_jax.launch.supervisor import advance, retry
 from clp_jax.launch.target import Run, Unreachable, Write
 from clp_jax.launch.targets import find_target
 
-from .conftest import AWKWARD, QUICK, phases
+from .conftest import AWKWARD, QUICK, are_gone, phases, until
 
 SPOT = {"topology": "v5e:4x4", "zone": "us-west4-a", "provision": "spot"}
 
@@ -82,9 +85,23 @@ def test_a_worker_fails_and_the_others_are_ended(world):
     broken = next(state for state in record.states if state.phase == "broken")
     assert "exit code 9" in broken.detail
     assert len(world.runs) == 8
-    for run in world.runs:
-        with pytest.raises(ProcessLookupError):
-            os.kill(run["pid"], 0)
+    until(lambda: are_gone(run["pid"] for run in world.runs))
+
+
+def test_a_killed_script_is_no_worker_that_runs(world, unreaped):
+    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    world.trouble("training", {"sleep": 60})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    script = int((world.path / "nodes/job-1/w-0/clp/job-1/state/pid").read_text())
+    os.killpg(script, signal.SIGKILL)
+    assert Path(f"/proc/{script}").is_dir()
+    until(lambda: target.status(record).phase == "failed")
+    assert target.status(record).detail == "worker 0 ended with exit code 137"
+    # Nothing to wait for.
+    begun = time.monotonic()
+    target.stop(record)
+    assert time.monotonic() - begun < 30
+    assert world.run(record, target).phase == "succeeded"
 
 
 def test_two_slices_are_one_queued_resource(world):

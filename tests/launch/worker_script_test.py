@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import pytest
 from clp_jax.launch.target import Write
 from clp_jax.launch.worker_script import worker_script
 
-from .conftest import AWKWARD
+from .conftest import AWKWARD, until
 
 WORDS = ["plain", "a b", "", "*", "~", "-n", "$HOME", "`id`", "'", '"', "\\", "a\nb", "é", "!x", "#", AWKWARD]
 SHOW = "import json, os, sys; print(json.dumps([sys.argv[1:], os.getcwd(), os.environ.get('NAME')]))"
@@ -64,10 +63,7 @@ def test_sigterm_is_passed_on_and_waited_for(tmp_path, during):
     setup = [f"touch '{tmp_path}/setup'", "sleep 1"] if during == "setup" else []
     process = run(tmp_path, [sys.executable, "-c", program], setup=setup, wait=False)
     here = tmp_path / "here it is"
-    end = time.monotonic() + 30
-    ready = (lambda: (tmp_path / "setup").exists()) if during == "setup" else (lambda: "ready" in _read(here / "log"))
-    while not ready() and time.monotonic() < end:
-        time.sleep(0.02)
+    until((tmp_path / "setup").exists if during == "setup" else lambda: "ready" in _read(here / "log"))
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(30) == (143 if during == "setup" else 75)
     assert _read(here / "log") == ("" if during == "setup" else "ready\nsaved\n")

@@ -43,7 +43,7 @@ def nano(tmp_path_factory):
     directory = tmp_path_factory.mktemp("nano")
     with tarfile.open(FIXTURES / "t5x_nano.tar.xz") as archive:
         archive.extractall(directory, filter="data")
-    imported = t5x.read(directory / "legacy", optimizer=True)
+    imported = t5x.open_checkpoint(directory / "legacy", optimizer=True).loaded()
     save_slots(directory / "run", imported.slots)
     return Nano(imported.config, imported.params, load_slots(directory / "run"), directory / "legacy")
 
