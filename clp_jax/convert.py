@@ -8,7 +8,6 @@ more of an array that training saved in one chunk, while it is read.
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import numpy as np
 from rich.console import Console
 
 from clp_jax.array_types import Params
-from clp_jax.data.vocabulary import DIRECTORY_NAME, FILE_NAME, SENTENCEPIECE_FILES, TOKENIZER_FILE, Vocabulary
+from clp_jax.data.vocabulary import DIRECTORY_NAME, FILE_NAME, Vocabulary
 from clp_jax.interop import huggingface, t5x, t5x_settings
 from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.hf_tokenizers import tokenizer_files
 from clp_jax.interop.model_card import model_card
 from clp_jax.interop.regions import Region
 from clp_jax.interop.slots import flatten, unflatten
@@ -170,7 +170,9 @@ def convert(
     else:
         _write_clp(target_place, found, dtype)
     if target_kind != "clp" and found.tokenizer is not None:
-        _carry(found.tokenizer, target_place, found.config)
+        for name, content in tokenizer_files(found.tokenizer, found.config).items():
+            if not (target_place / name).exists():
+                (target_place / name).write_bytes(content)
     console.print("\n".join(f"{target}: {line}" for line in ("written.", *told)), soft_wrap=True)
 
 
@@ -338,21 +340,3 @@ def _tokenizer(place: Path) -> Path | None:
         except FileNotFoundError:
             continue
     return None
-
-
-def _carry(tokenizer: Path, place: Path, config: ModelConfig) -> None:
-    """Copies a tokenizer's files, each under the name by which the policy's family finds it."""
-    usual = "spiece.model" if isinstance(config, T5Config) else "tokenizer.model"
-    files = {}
-    if tokenizer.is_dir() or tokenizer.suffix == ".json":
-        directory = tokenizer if tokenizer.is_dir() else tokenizer.parent
-        files = {file.name: file for file in huggingface.text_files(directory)}
-    if tokenizer.is_file():
-        files[TOKENIZER_FILE if tokenizer.suffix == ".json" else usual] = tokenizer
-    elif TOKENIZER_FILE not in files and usual not in files:
-        model = next(tokenizer / name for name in SENTENCEPIECE_FILES if (tokenizer / name).is_file())
-        files.pop(model.name, None)
-        files[usual] = model
-    for name, file in files.items():
-        if not (place / name).exists():
-            shutil.copyfile(file, place / name)

@@ -321,7 +321,7 @@ DEEP = SMALL | dict(num_layers=4, scale_tied_head=False)
 STACKS = SMALL | dict(num_encoder_layers=4, num_decoder_layers=4)
 MIXTRAL = MoEConfig(num_experts=4, router=Dropless(2))
 SHARED = MoEConfig(
-    num_experts=4, router=Dropless(1, renormalize=False), every=2, mlp_dim=6, shared_dim=5, shared_gate=True
+    num_experts=4, router=Dropless(1, renormalize=False), every=2, mlp_dim=16, shared_dim=5, shared_gate=True
 )
 SWITCH = MoEConfig(num_experts=4, router=TokenChoice(fixed_capacity=5), every=2, z_weight=0.1)
 SURE_FIRST = TokenChoice(fixed_capacity=5, batch_prioritised=True)
