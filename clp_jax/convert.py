@@ -138,11 +138,8 @@ def convert(
         "clp": lambda: _read_clp(place, weights, alpha, optimizer),
     }
     console = Console(emoji=False, markup=False, highlight=False)
-    found = readers[kind]()
+    found = _with_tokenizer(readers[kind](), tokenizer)
     console.print(f"{source}: {type(found.config).__name__}, {Policy(found.config).num_params():,} parameters.")
-    if tokenizer is not None:
-        _check_size(tokenizer, found.config)
-        found = dataclasses.replace(found, tokenizer=tokenizer)
     told = _told(found.config, scanned) if target_kind == "t5x" else ()
     card = functools.partial(model_card, found.config, (*found.provenance, f"`clp convert {source} {target}`", *told))
     if target_kind == "hf":
@@ -170,9 +167,7 @@ def convert(
     else:
         _write_clp(target_place, found, dtype)
     if target_kind != "clp" and found.tokenizer is not None:
-        for name, content in tokenizer_files(found.tokenizer, found.config).items():
-            if not (target_place / name).exists():
-                (target_place / name).write_bytes(content)
+        _carry(found.tokenizer, target_place, found.config)
     console.print("\n".join(f"{target}: {line}" for line in ("written.", *told)), soft_wrap=True)
 
 
@@ -321,13 +316,23 @@ def _given_tokenizer(path: Path) -> Path:
     return found or path
 
 
-def _check_size(tokenizer: Path, config: ModelConfig) -> None:
-    size = Vocabulary.load(tokenizer).size
-    if size > config.vocab_size:
+def _with_tokenizer(found: Converted, tokenizer: Path | None) -> Converted:
+    """A policy with the tokenizer that was asked for, if any."""
+    if tokenizer is None:
+        return found
+    size, most = Vocabulary.load(tokenizer).size, found.config.vocab_size
+    if size > most:
         raise ValueError(
-            f"vocabulary {tokenizer} has {size} tokens: expected at most the {config.vocab_size} of the policy. Give the one "
-            "that it was trained with."
+            f"vocabulary {tokenizer} has {size} tokens: expected at most the {most} of the policy. Give the one that it was "
+            "trained with."
         )
+    return dataclasses.replace(found, tokenizer=tokenizer)
+
+
+def _carry(tokenizer: Path, place: Path, config: ModelConfig) -> None:
+    for name, content in tokenizer_files(tokenizer, config).items():
+        if not (place / name).exists():
+            (place / name).write_bytes(content)
 
 
 def _tokenizer(place: Path) -> Path | None:

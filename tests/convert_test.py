@@ -181,7 +181,7 @@ def test_an_exported_policys_tokenizer_is_found(home, kind):
         model = tiny_tokenizers.sentencepiece_directory(home / f"files_{kind}", kind) / "tokenizer.model"
     else:
         model = home / f"{kind}.model"
-        train_vocabulary(tiny_tokenizers.TEXTS, 76, model)
+        train_vocabulary(tiny_tokenizers.TEXTS, 68, model)
     written = home / f"out_{kind}"
     clp("convert", f"hf:{source}", f"hf:{written}", f"--vocabulary={model}")
     name = {"json": "tokenizer.json", "llama": "tokenizer.model", "gemma": "tokenizer.model"}.get(kind, "spiece.model")
@@ -321,7 +321,7 @@ def test_strategies(home, strategy):
         (["hf:t5", "hf:new", "--vocabulary=t5"], "no vocabulary at t5"),
         (["hf:t5", "hf:new", "--vocabulary=t5/config.json"], "config.json is not a tokenizer of Hugging Face's"),
         (["hf:t5", "t5x:new", "--vocabulary=t5/model.safetensors"], "model.safetensors is not a SentencePiece model"),
-        (["hf:t5", "hf:new", "--vocabulary=large.model"], "large.model has 76 tokens: expected at most the 31"),
+        (["hf:t5", "hf:new", "--vocabulary=large.model"], "large.model has 68 tokens: expected at most the 31"),
         (["hf:t5", "t5x:new", "--step=3"], "step says nothing about hf to t5x"),
         (["clp:run_t5", "hf:new", "--scanned"], "scanned says nothing about clp to hf"),
         (["hf:t5"], "convert still needs --target=VALUE.\n"),
@@ -345,7 +345,7 @@ def test_what_can_not_be_converted(home, words, message, capfd):
         shutil.copyfile(home / "t5" / "config.json", home / "pickled" / "config.json")
         (home / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04never opened")
     if "--vocabulary=large.model" in words:
-        train_vocabulary(tiny_tokenizers.TEXTS, 76, home / "large.model")
+        train_vocabulary(tiny_tokenizers.TEXTS, 68, home / "large.model")
     assert message in refuses(capfd, "convert", *words)
     assert not (home / "new").exists()
 
@@ -421,8 +421,9 @@ def test_one_array_at_a_time_is_mixed_as_all_are(home, subset, alpha_min):
     """To the bit, with the reference as a component too: also of arrays that have no copies."""
     policy, conditioning = Policy(POLICIES["t5"]), ParameterConditioning(subset, 2, alpha_min)
     first, second, reference = (varied_params(policy, seed) for seed in (1, 2, 3))
-    leaves = zip_leaves(first, first, second).items()
-    copies = unflatten({path: np.stack(both) if PREDICATES[subset](path) else both[0] for path, (_, *both) in leaves})
+    both = {path: [leaf for _, leaf in leaves] for path, leaves in zip_leaves(first, second).items()}
+    chosen = PREDICATES[subset]
+    copies = unflatten({path: np.stack(leaves) if chosen(path) else leaves[0] for path, leaves in both.items()})
     run = f"run_mixed_{subset}"
     write_conditioned(home / run, policy, conditioning, copies, reference)
     clp("convert", f"clp:{run}", f"hf:mixed_{subset}", "--weights=0.25,0.75", "--alpha=0.3")

@@ -419,7 +419,7 @@ def test_the_first_family_that_can_express_a_policy(config, family):
         ),
         (
             PaLMConfig.gemma(**DEEP, post_norm=True, query_scale=0.3),
-            "model_type 'gemma2' can't express PaLMConfig with query_scale=0.3",
+            "no Hugging Face family can express PaLMConfig with query_scale=0.3",
         ),
         (T5Config(**STACKS, num_buckets=0), "no Hugging Face family can express T5Config with num_buckets=0"),
         (
