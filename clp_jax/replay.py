@@ -11,7 +11,7 @@ import jax
 
 from clp_jax import processes
 from clp_jax.host_rows import meet
-from clp_jax.partitioning import make_mesh
+from clp_jax.partitioning import Rules, make_mesh, use_mesh
 from clp_jax.train import fresh_state
 from clp_jax.training.checkpoint_manifest import DamagedError
 from clp_jax.training.checkpoint_steps import complete_steps
@@ -54,7 +54,8 @@ def replay(run_dir: str, *, step: int, training: Callable[..., Mapping[str, Any]
     mesh = arguments.get("mesh")
     mesh = meet(make_mesh() if mesh is None else mesh)
     seed = arguments.get("seed", 0)
-    setup = arguments["stage"].setup(directory.path, seed)
+    with use_mesh(mesh, arguments.get("rules", Rules())):
+        setup = arguments["stage"].setup(directory.path, seed)
     learner = Learner.for_stage(setup, **learner_settings(arguments) | {"mesh": mesh})
     state = _state_before(step, directory, learner, setup, seed)
     compared: dict[int, list[str]] = {}

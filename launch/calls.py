@@ -1,5 +1,6 @@
 """Commands of other people's tools, run without a shell, with a limit of time."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -9,7 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from clp_jax.launch.job import LaunchError, write
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import write
 from clp_jax.launch.target import Run, Step, Unreachable, Write
 
 # What tools say when the same call may do better. Of gcloud, kubectl, ssh and SLURM.
@@ -19,7 +21,7 @@ _PASSING = re.compile(
     re.IGNORECASE,
 )
 
-# Seconds that no call is waited for longer.
+# Seconds that no tool is waited for longer.
 LONGEST = 3600.0
 
 
@@ -49,9 +51,10 @@ def call(run: Run, may_fail: bool = False) -> Called:
         Unreachable: when it did not answer in time, or said that the other side does not.
         LaunchError: when it is not installed, or refused.
     """
+    run = dataclasses.replace(run, timeout=min(run.timeout, LONGEST))
     for attempt in range(1, run.attempts + 1):
         try:
-            done = _call_once(run)
+            done = call_once(run)
         except Unreachable:
             if attempt == run.attempts:
                 raise
@@ -91,36 +94,40 @@ def begin(words: Sequence[str], output: Path) -> None:
 
 def stream(run: Run) -> Iterator[str]:
     """The lines that a command writes, as they come; it is ended when nobody wants more."""
-    try:
-        process = subprocess.Popen(
-            run.words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-        )
-    except FileNotFoundError as error:
-        raise LaunchError(
-            f"{run.words[0]} is not installed here, or not on the PATH: see docs/launching.md."
-        ) from error
+    process = _open(run, subprocess.DEVNULL)
     assert process.stdout is not None
     try:
         for line in process.stdout:
             yield line.rstrip("\n")
     finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
+        _end(process, signal.SIGTERM)
 
 
-def _call_once(run: Run) -> Called:
+def call_once(run: Run) -> Called:
+    """Runs a command and waits for it; what it says, and its exit code, are the caller's to read.
+
+    Raises:
+        Unreachable: when it did not answer in time.
+        LaunchError: when it is not installed.
+    """
+    process = _open(run, subprocess.PIPE)
     try:
-        process = subprocess.Popen(
+        output, error_text = process.communicate(timeout=run.timeout)
+    except BaseException as stopped:
+        _end(process, signal.SIGKILL)
+        if isinstance(stopped, subprocess.TimeoutExpired):
+            raise Unreachable(f"{_short(run)} did not answer within {run.timeout:g} s.") from stopped
+        raise
+    return Called(process.returncode, output, error_text)
+
+
+def _open(run: Run, errors: int) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
             run.words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=errors,
             text=True,
             errors="replace",
             start_new_session=True,
@@ -129,16 +136,13 @@ def _call_once(run: Run) -> Called:
         raise LaunchError(
             f"{run.words[0]} is not installed here, or not on the PATH: see docs/launching.md."
         ) from error
-    try:
-        output, error_text = process.communicate(timeout=min(run.timeout, LONGEST))
-    except BaseException as stopped:
-        # The tool may have begun others (gcloud begins ssh).
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(stopped, subprocess.TimeoutExpired):
-            raise Unreachable(f"{_short(run)} did not answer within {min(run.timeout, LONGEST):g} s.") from stopped
-        raise
-    return Called(process.returncode, output, error_text)
+
+
+def _end(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Ends a tool, and what it has begun (gcloud begins ssh)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+    process.communicate()
 
 
 def _short(run: Run) -> str:

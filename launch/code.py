@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 
 # Folders at the top of a checkout, and where an installation has them.
 _FOLDERS = {

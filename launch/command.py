@@ -8,15 +8,18 @@ import json
 import os
 import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from clp_jax.launch.calls import begin, call, show
+from clp_jax.launch.buckets import seen_from_here
+from clp_jax.launch.calls import begin, call_once, show
 from clp_jax.launch.code import archive, code_version
+from clp_jax.launch.command_words import run_dir_of
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.gin_files import files_of
-from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.supervisor import Patience, supervise
@@ -26,7 +29,7 @@ from clp_jax.launch.targets import TARGETS, find_target
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
 # An archive, as text.
 _LONG = re.compile(r"[A-Za-z0-9+/=]{2000,}")
-_PROGRAM_SECONDS = 600.0
+_COMPILING_SECONDS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +128,7 @@ def make_job(
     default = (
         re.sub(r"[^a-z0-9]+", "-", Path(words[min(1, len(words) - 1)]).stem.lower()).strip("-")[:30] if words else ""
     )
-    run_dir = options.run_dir or run_dir_of(words)
+    run_dir = seen_from_here(options.run_dir or run_dir_of(words), target_options)
     return Job(
         name=options.name or (f"{default}-{digest}" if default[:1].isalpha() else f"job-{digest}"),
         command=words,
@@ -137,28 +140,6 @@ def make_job(
         max_restarts=options.max_restarts,
         max_failures=options.max_failures,
     )
-
-
-def run_dir_of(command: Sequence[str]) -> str | None:
-    """Where a `clp` command writes, as its resolved configuration says; this also finds what is wrong with it.
-
-    Raises:
-        LaunchError: with the command's own line, when it is refused.
-    """
-    if command[:1] != ("clp",) or "--help" in command:
-        return None
-    done = call(Run((*local_command(command), "--print_config"), timeout=_PROGRAM_SECONDS), may_fail=True)
-    if done.code:
-        lines = done.error.strip().splitlines() or [f"exit code {done.code}"]
-        raise LaunchError(f"the command is refused. {lines[-1]}")
-    values = dict(re.findall(r"^([\w.]+) = (.+)$", done.output, flags=re.MULTILINE))
-    value = next((text for name, text in values.items() if name.split(".")[-1] == "run_dir"), "")
-    for _ in range(len(values)):
-        if not value.startswith("%"):
-            break
-        value = values.get(value[1:], "")
-    found = re.fullmatch(r"'([^'\\]*)'|\"([^\"\\]*)\"", value)
-    return (found[1] or found[2]) if found else None
 
 
 def refuse_secrets(words: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -191,13 +172,22 @@ def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> N
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         words = ("clp", "compile", *_gin_words(job.command[2:]), *asked, f"--output={report}")
-        done = call(Run(local_command(words), timeout=3600.0), may_fail=True)
-        fits = json.loads(report.read_text()).get("fits") if done.code in (0, 1) and report.is_file() else None
-    if fits is not True:
-        what = "it does not fit the slice" if fits is False else "it can't be compiled for the slice"
-        lines = [line.strip() for line in (done.error.strip() or done.output.strip()).splitlines() if line.strip()]
-        told = [line for line in lines if "does not fit" in line] or lines[-1:] or [f"exit code {done.code}"]
-        raise LaunchError(f"{what}: {told[0]} (--force launches it all the same)")
+        done = call_once(Run(local_command(words), timeout=_COMPILING_SECONDS))
+        found = json.loads(report.read_text()) if report.is_file() else {}
+    if found.get("fits") is False:
+        raise LaunchError(
+            f"it does not fit {asked[0].partition('=')[2]}: {_misfit(found)} (--force launches it all the same)"
+        )
+    if done.code or not found:
+        lines = (done.error.strip() or done.output.strip() or f"exit code {done.code}").splitlines()
+        raise LaunchError(f"it can't be compiled for the slice: {lines[-1].strip()} (--force launches it all the same)")
+
+
+def _misfit(report: Mapping[str, Any]) -> str:
+    """What a report says of the first program that does not fit."""
+    program = next(program for program in report["programs"] if not program["memory"]["fits"])
+    needed, limit = (program["memory"][name] / 2**30 for name in ("needed", "limit"))
+    return f"{program['name']} needs {needed:.1f} GiB of a device's {limit:.1f}. {program['advice']}".strip()
 
 
 def _gin_words(words: Sequence[str]) -> list[str]:
@@ -300,6 +290,6 @@ def _existing(jobs: Path, job: Job) -> JobRecord | None:
 
 
 def _in_background(record: JobRecord, patience: Patience) -> None:
-    words = ("-m", "clp_jax.main", "jobs", "watch", record.job.name, f"--look={patience.look}")
-    begin((sys.executable, *words), record.path / "launcher.log")
+    words = local_command(("clp", "jobs", "watch", record.job.name, f"--look={patience.look}"))
+    begin(words, record.path / "launcher.log")
     show(f"{record.job.name} is looked after in the background: clp jobs status {record.job.name}")

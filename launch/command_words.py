@@ -3,14 +3,16 @@
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.calls import call_once
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.local import local_command
 from clp_jax.launch.options import suggest
+from clp_jax.launch.target import Run
+
+_RESOLVING_SECONDS = 600.0
 
 
 def command_words(command: Any, where: str) -> tuple[str, ...]:
@@ -53,16 +55,47 @@ def program_words(words: Sequence[str], commands: Collection[str], where: str) -
     return tuple(words)
 
 
-def resolved_config(words: Sequence[str], directory: str | Path = ".") -> str:
+def resolved_config(words: Sequence[str]) -> str:
     """What ``clp WORDS --print_config`` prints: the whole configuration, with nothing run.
 
     Raises:
         LaunchError: with what the command says is wrong.
     """
-    line = (*local_command(("clp", *words)), "--print_config")
-    done = subprocess.run(line, cwd=directory, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [text for text in done.stderr.splitlines() if text.strip()] or [f"exit code {done.returncode}"]
+    done = call_once(Run((*local_command(("clp", *words)), "--print_config"), timeout=_RESOLVING_SECONDS))
+    if done.code:
+        said = [text for text in done.error.splitlines() if text.strip()] or [f"exit code {done.code}"]
         first = next((number for number, text in enumerate(said) if "error: " in text), len(said) - 1)
         raise LaunchError(re.sub(r"^clp \w+: error: ", "", said[first]))
-    return done.stdout
+    return done.output
+
+
+def run_dir_of(command: Sequence[str]) -> str | None:
+    """Where a command writes, as its resolved configuration says; this also finds what is wrong with it.
+
+    Args:
+        command: its words, with ``clp`` where it is one of this package.
+
+    Raises:
+        LaunchError: with what the command says is wrong.
+    """
+    if command[:1] != ("clp",) or "--help" in command:
+        return None
+    try:
+        config = resolved_config(command[1:])
+    except LaunchError as error:
+        raise LaunchError(f"the command is refused. {error}") from None
+    values = dict(re.findall(r"^([\w.]+) = (.+)$", config, flags=re.MULTILINE))
+    value = next((text for name, text in values.items() if name.split(".")[-1] == "run_dir"), "")
+    for _ in range(len(values)):
+        if not value.startswith("%"):
+            break
+        value = values.get(value[1:], "")
+    found = re.fullmatch(r"'([^'\\]*)'|\"([^\"\\]*)\"", value)
+    run_dir = (found[1] or found[2]) if found else None
+    if run_dir is not None and "://" in run_dir:
+        bucket, _, rest = run_dir.partition("://")[2].partition("/")
+        raise LaunchError(
+            f"the run directory is {run_dir!r}: a run writes to a directory. Let the workers mount the bucket, and name it "
+            f"there: --mounts={bucket}=/mnt/{bucket}, and /mnt/{bucket}/{rest}."
+        )
+    return run_dir

@@ -6,9 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from clp_jax.launch.buckets import read_mounts
 from clp_jax.launch.calls import call, carry_out, stream
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import verdict
-from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.jobset import CONTAINER, Pods, coordinator, manifest
 from clp_jax.launch.options import option
 from clp_jax.launch.remote_code import check_run_directory, check_secrets, environment, remote_command, unpack
@@ -32,6 +34,7 @@ class Gke:
     context: str | None = option("of kubectl; by default the present one", None)
     namespace: str | None = option("of the cluster; by default the context's", None)
     service_account: str | None = option("of Kubernetes, bound to one of Google Cloud (workload identity)", None)
+    mounts: tuple[str, ...] = option("BUCKET=/FOLDER,...: buckets that pods have as folders, for runs and data", ())
     secrets: tuple[str, ...] = option("VARIABLE=SECRET/KEY,...: variables from Secrets of the cluster", ())
     grace: int = option("seconds to save in, when a pod is ended", 60)
     shared_disk: str | None = option("a folder that the image mounts everywhere, for run directories in it", None)
@@ -47,6 +50,7 @@ class Gke:
                 raise LaunchError(f"--{name} is {value}: expected at least 1.")
         if (self.provision == "reserved") != (self.reservation is not None):
             raise LaunchError("--provision=reserved and --reservation=NAME go together.")
+        read_mounts(self.mounts)
         check_secrets(self.secrets, r"[\w.-]+/[\w.-]+", "VARIABLE=SECRET/KEY, as the cluster has it")
 
     def compile_options(self) -> tuple[str, ...]:
@@ -56,7 +60,7 @@ class Gke:
     def check(self, job: Job) -> None:
         """Raises `LaunchError` for a run directory that pods do not share."""
         check_run_directory(
-            job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on one"
+            job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on such a disk"
         )
 
     def check_access(self, job: Job) -> None:
@@ -146,6 +150,7 @@ class Gke:
             secrets={w.partition("=")[0]: _secret(w.partition("=")[2]) for w in self.secrets},
             grace=self.grace,
             is_spot=self.provision == "spot",
+            mounts=read_mounts(self.mounts),
         )
 
     def _script(self, record: JobRecord) -> str:
@@ -202,6 +207,8 @@ def _failure(pods: Sequence[dict[str, Any]], message: str) -> Status:
         if any(c.get("type") == "DisruptionTarget" and c.get("status") == "True" for c in status.get("conditions", [])):
             return Status("preempted", detail=f"{pod['metadata']['name']} was evicted")
         for container in status.get("containerStatuses", []):
+            if container.get("name") != CONTAINER:
+                continue  # What GKE puts beside it, to mount buckets for one.
             code = container.get("state", {}).get("terminated", {}).get("exitCode")
             codes.append(code)
     if not any(codes):

@@ -9,16 +9,18 @@ NAME/attempts/N/   what the target keeps of the Nth attempt: scripts, exit codes
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.lock import hold, is_held
 
 # Of an attempt that goes on: asked for; there, its command not begun; running.
 Under = Literal["queued", "starting", "running"]
@@ -32,14 +34,6 @@ UNDER, BETWEEN, FINAL = get_args(Under), get_args(Between), get_args(Final)
 CODE = "code.tar.gz"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _DIRECTORY_VARIABLE, _DIRECTORY = "CLP_JOBS_DIR", "~/.clp/jobs"
-
-
-class LaunchError(ValueError):
-    """A job can't be launched or looked after; the message says what is wrong and what to do."""
-
-
-class Held(LaunchError):
-    """Another launcher looks after the job."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,35 +226,19 @@ class JobRecord:
         path = self.attempt_directory / f"{name}.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Holds the job: one launcher at a time looks after it; the lock ends with the process.
 
         Raises:
             Held: when another launcher holds it.
         """
-        with open(self.path / "lock", "a") as file:
-            # Whoever only asks whether it is held holds it for a moment.
-            until = time.monotonic() + 1.0
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() > until:
-                        raise Held(f"another launcher looks after {self.job.name}: see clp jobs list.") from error
-                    time.sleep(0.05)
-            yield
+        # Whoever only asks whether it is held holds it for a moment.
+        return hold(self.path / "lock", f"another launcher looks after {self.job.name}: see clp jobs list.", 1.0)
 
     @property
     def is_held(self) -> bool:
         """Whether a launcher looks after the job now."""
-        with open(self.path / "lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+        return is_held(self.path / "lock")
 
 
 def write(path: Path, text: str) -> None:

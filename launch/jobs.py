@@ -6,8 +6,10 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 
+from clp_jax.launch.calls import show
 from clp_jax.launch.command import look_after
-from clp_jax.launch.job import Held, JobRecord, LaunchError, all_records, jobs_directory
+from clp_jax.launch.errors import Held, LaunchError
+from clp_jax.launch.job import JobRecord, all_records, jobs_directory
 from clp_jax.launch.options import build, describe, option, split, suggest
 from clp_jax.launch.supervisor import Patience, advance, retry
 from clp_jax.launch.supervisor import describe as describe_job
@@ -78,7 +80,8 @@ def _status(records: Sequence[JobRecord], options: JobsOptions) -> int:
         print(f"{job.name}\n  command: {shlex.join(job.command)}\n  directory: {job.directory}")
         print(f"  target: {job.target} {' '.join(f'--{k}={v}' for k, v in job.options.items())}".rstrip())
         print(f"  code: {job.code_version}\n  run directory: {job.run_dir or 'not known'}\n  record: {record.path}")
-        print(f"  looked after: {'yes' if record.is_held else 'no: clp jobs watch ' + job.name}")
+        if not (record.is_over and record.kept("deleted")):
+            print(f"  looked after: {'yes' if record.is_held else 'no: clp jobs watch ' + job.name}")
         for state in record.states:
             step = f"  checkpoint {state.step}" if state.step is not None else ""
             detail = state.detail.replace("\n", "\n" + " " * 31)
@@ -89,8 +92,15 @@ def _status(records: Sequence[JobRecord], options: JobsOptions) -> int:
 def _logs(records: Sequence[JobRecord], options: JobsOptions) -> int:
     for record in records:
         target = find_target(record.job.target, record.job.options)
+        is_silent = True
         for line in target.logs(record, options.lines, options.follow):
             print(line, flush=True)
+            is_silent = False
+        if is_silent and record.kept("deleted"):
+            name = record.job.name
+            show(
+                f"{name}: what it ran on is given back, and its output with it; clp jobs status {name} has the last lines."
+            )
     return 0
 
 

@@ -6,11 +6,12 @@ Fields as in jobset.x-k8s.io/v1alpha2, batch/v1 and core/v1.
 import base64
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clp_jax.launch.buckets import Mount
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import FINAL
-from clp_jax.launch.job import LaunchError
 
 JOB = "slice"
 CONTAINER = "main"
@@ -36,6 +37,7 @@ class Pods:
         secrets: variable to the name and the key of a Secret.
         grace: seconds between SIGTERM and the end.
         is_spot: whether pods may be on spot nodes.
+        mounts: buckets that pods have as folders.
     """
 
     resource: str
@@ -50,6 +52,7 @@ class Pods:
     secrets: Mapping[str, tuple[str, str]]
     grace: int
     is_spot: bool
+    mounts: Sequence[Mount] = ()
 
 
 def manifest(pods: Pods, script: str, code: bytes) -> str:
@@ -106,6 +109,8 @@ def jobset(pods: Pods) -> dict[str, Any]:
 
 
 def _job(pods: Pods) -> dict[str, Any]:
+    # GKE's driver for buckets puts a container of its own beside ours.
+    annotations = {"annotations": {"gke-gcsfuse/volumes": "true"}} if pods.mounts else {}
     return {
         "parallelism": pods.hosts,
         "completions": pods.hosts,
@@ -119,7 +124,7 @@ def _job(pods: Pods) -> dict[str, Any]:
                 }
             ]
         },
-        "template": {"metadata": {"labels": {"clp-job": pods.job}}, "spec": _pod(pods)},
+        "template": {"metadata": {"labels": {"clp-job": pods.job}, **annotations}, "spec": _pod(pods)},
     }
 
 
@@ -139,14 +144,20 @@ def _pod(pods: Pods) -> dict[str, Any]:
         # Of the coordinator, of the TPU driver's own exchange, and of slices among themselves.
         "ports": [{"containerPort": port} for port in (_COORDINATOR_PORT, 8471, 8080)],
         "resources": {"requests": dict(pods.limits), "limits": dict(pods.limits)},
-        "volumeMounts": [{"name": "files", "mountPath": "/clp/files", "readOnly": True}],
+        "volumeMounts": [
+            {"name": "files", "mountPath": "/clp/files", "readOnly": True},
+            *({"name": f"bucket-{i}", "mountPath": mount.folder} for i, mount in enumerate(pods.mounts)),
+        ],
     }
     spec = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": pods.grace,
         "nodeSelector": dict(pods.node_selector),
         "containers": [container],
-        "volumes": [{"name": "files", "configMap": {"name": pods.resource}}],
+        "volumes": [
+            {"name": "files", "configMap": {"name": pods.resource}},
+            *({"name": f"bucket-{i}", "csi": _bucket(mount.bucket)} for i, mount in enumerate(pods.mounts)),
+        ],
     }
     if pods.service_account is not None:
         spec["serviceAccountName"] = pods.service_account
@@ -154,6 +165,11 @@ def _pod(pods: Pods) -> dict[str, Any]:
         toleration = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
         spec["tolerations"] = [toleration]
     return spec
+
+
+def _bucket(name: str) -> dict[str, Any]:
+    attributes = {"bucketName": name, "mountOptions": "implicit-dirs"}
+    return {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
 
 
 def _metadata(pods: Pods) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clp_jax.launch.calls import begin, call
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
-from clp_jax.launch.job import Job, JobRecord, LaunchError, write
+from clp_jax.launch.job import Job, JobRecord, write
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.namespaces import Namespaces, check_namespaces
 from clp_jax.launch.options import option
@@ -155,7 +156,8 @@ class Local:
 def local_command(command: Sequence[str]) -> tuple[str, ...]:
     """The words that run a command on this machine: ``clp`` is the package that launches."""
     first, *rest = command
-    return (sys.executable, "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
+    # -P: files of the user that are called as a library's (json.py) stand behind it, not before.
+    return (sys.executable, "-P", "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
 
 
 def _free_port() -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 
 from clp_jax.launch.calls import call
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.target import Run
 
 _MOST = 250

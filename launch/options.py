@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 
 _T = TypeVar("_T")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clp_jax.launch.command_words import command_words, program_words
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.yaml_files import check_keys, read_yaml
 
 _NAME = re.compile(r"[a-z]([a-z0-9_-]{0,28}[a-z0-9])?")

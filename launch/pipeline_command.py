@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.pipeline import find_pipeline, read_pipeline, shipped_files
 from clp_jax.launch.pipeline_run import print_plan, run_pipeline

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.command import check_before_creating
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.lock import hold
 from clp_jax.launch.pipeline import Pipeline, Stage
 from clp_jax.launch.stage_job import StageJob, patience_for, stage_job, stage_target

@@ -4,7 +4,8 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from clp_jax.launch.job import Job, LaunchError
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job
 
 _LIBTPU = "https://storage.googleapis.com/jax-releases/libtpu_releases.html"
 
@@ -19,7 +20,8 @@ def unpack(archive: str, folder: str) -> list[str]:
     return [
         f"mkdir -p {folder}",
         f"cd {folder} || finish 1",
-        "mkdir -p code",
+        # What was brought may hold no file of the user.
+        "mkdir -p code/work",
         f"tar -xzf {archive} -C code || finish 75",
         'export PYTHONPATH="$PWD/code" PYTHONUNBUFFERED=1',
     ]
@@ -35,7 +37,14 @@ def environment(environments: str) -> list[str]:
         # It belongs to its requirements: the next attempt, or another job on the same machine, finds it.
         f'environment={environments}/"$(cat code/ENVIRONMENT)"',
         'if [ ! -f "$environment/ready" ]; then',
-        '  python3 -m venv "$environment" || finish 75',
+        "  if python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then",
+        '    python3 -m venv "$environment" || finish 75',
+        # TPU VMs come with Python 3.10, and without what makes environments.
+        "  else",
+        '    rm -rf "$environment"',
+        "    python3 -m pip install --quiet --user uv || finish 75",
+        '    python3 -m uv venv --quiet --seed --python 3.11 "$environment" || finish 75',
+        "  fi",
         '  "$environment/bin/pip" install --quiet --constraint code/constraints.txt --requirement code/requirements.txt \\',
         f"    --find-links {_LIBTPU} || finish 75",
         '  touch "$environment/ready"',
@@ -47,7 +56,7 @@ def environment(environments: str) -> list[str]:
 def remote_command(command: Sequence[str]) -> tuple[str, ...]:
     """The words that run a command where the code was brought to: ``clp`` is the package."""
     first, *rest = command
-    return ("python3", "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
+    return ("python3", "-P", "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
 
 
 def check_run_directory(job: Job, shared: Sequence[str], advice: str) -> None:
@@ -63,7 +72,7 @@ def check_run_directory(job: Job, shared: Sequence[str], advice: str) -> None:
     if not any(f"{job.run_dir}/".startswith(f"{folder.rstrip('/')}/") for folder in shared):
         raise LaunchError(
             f"the run directory is {job.run_dir!r}, which the workers do not share and which ends with them: give one in a "
-            f"bucket (gs://...), or {advice}."
+            f"bucket that they mount (--mounts=BUCKET=/mnt/BUCKET), or {advice}."
         )
 
 

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.space import Range, rounded
 from clp_jax.launch.sweep import Sweep, Trial, gin_text
 from clp_jax.launch.sweep_run import SweepDirectory

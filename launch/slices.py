@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clp_jax.launch.calls import carry_out
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
-from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.options import option

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clp_jax.launch.calls import carry_out, show
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import JobRecord
 from clp_jax.launch.slurm import ArrayTask, Slurm, entries_of
 from clp_jax.launch.slurm_queue import Entry, Look, accounted, queued
 from clp_jax.launch.target import Run, Status, Step, Unreachable, Write

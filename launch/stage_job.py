@@ -8,10 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import show
 from clp_jax.launch.code import code_version
-from clp_jax.launch.command import create, run_dir_of
-from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.command import create
+from clp_jax.launch.command_words import run_dir_of
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.options import split
 from clp_jax.launch.pipeline import Stage
 from clp_jax.launch.supervisor import Patience, advance, describe
@@ -50,7 +53,7 @@ def stage_job(pipeline: str, stage: Stage, made: str) -> Job:
         command=stage.command,
         target=places[0],
         options=options,
-        run_dir=run_dir_of(stage.command),
+        run_dir=seen_from_here(run_dir_of(stage.command), options),
         code_version=code_version(),
         directory=str(Path.cwd()),
     )

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from clp_jax.launch.command_words import resolved_config
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.fingerprint import fingerprint, is_remote
-from clp_jax.launch.job import LaunchError, write
+from clp_jax.launch.job import write
 from clp_jax.launch.pipeline import Pipeline, Stage
 
 STATE_FILE = "stages.json"

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from clp_jax.launch.calls import show
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import may_restart
-from clp_jax.launch.job import BETWEEN, FINAL, JobRecord, LaunchError, Phase, State
+from clp_jax.launch.job import BETWEEN, FINAL, JobRecord, Phase, State
 from clp_jax.launch.run_directory import newest_step
 from clp_jax.launch.target import Status, Target, Unavailable, Unreachable
 

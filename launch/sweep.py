@@ -11,7 +11,7 @@ from typing import Any
 
 from clp_jax.launch import space as spaces
 from clp_jax.launch.command_words import command_words, program_words, resolved_config
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.yaml_files import check_keys, read_yaml
 
 GOALS = ("minimize", "maximize")

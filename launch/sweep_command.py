@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.command import print_plan
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.stage_job import patience_for
 from clp_jax.launch.sweep import GOALS, read_sweep

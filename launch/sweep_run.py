@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import show
 from clp_jax.launch.code import code_version
 from clp_jax.launch.command import check_before_creating, create
 from clp_jax.launch.command_words import program_words
-from clp_jax.launch.job import Job, JobRecord, LaunchError, jobs_directory, write
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord, jobs_directory, write
 from clp_jax.launch.lock import hold
 from clp_jax.launch.supervisor import Patience, advance, retry
 from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines
@@ -299,7 +301,7 @@ def jobs_of(directory: SweepDirectory, trial: Trial, settings: Settings) -> list
             command=program_words(words, settings.commands, "command"),
             target=settings.target.name,
             options=settings.options,
-            run_dir=str(directory.run_dir(trial)),
+            run_dir=seen_from_here(str(directory.run_dir(trial)), settings.options),
             code_version=settings.code_version,
             directory=str(Path.cwd()),
         )

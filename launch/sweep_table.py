@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.sweep import TRIALS_FILE, Trial
 
 METRICS_FILE, RESULTS_FILE = "metrics.jsonl", "results.json"

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from clp_jax.launch.job import Job, JobRecord, LaunchError, Under
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord, Under
 
 
 class Unreachable(LaunchError):

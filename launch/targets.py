@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.gke import Gke
-from clp_jax.launch.job import LaunchError
 from clp_jax.launch.local import Local
 from clp_jax.launch.options import build, suggest
 from clp_jax.launch.slurm import Slurm

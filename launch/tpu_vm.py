@@ -7,9 +7,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from clp_jax.launch.buckets import mount_lines, read_mounts
 from clp_jax.launch.calls import call, carry_out, stream
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
-from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.options import option
 from clp_jax.launch.remote_code import (
     check_run_directory,
@@ -53,6 +55,7 @@ class TpuVm:
     bucket: str | None = option(
         "gs://BUCKET/FOLDER that brings the code to the workers, instead of a copy to each", None
     )
+    mounts: tuple[str, ...] = option("BUCKET=/FOLDER,...: buckets that workers have as folders, for runs and data", ())
     secrets: tuple[str, ...] = option("VARIABLE=SECRET,...: variables from Secret Manager, read by the workers", ())
     shared_disk: str | None = option(
         "a folder that all workers have (a mounted file store), for run directories in it", None
@@ -74,6 +77,7 @@ class TpuVm:
             raise LaunchError(f"--num_slices is {self.num_slices}: expected at least 1.")
         if self.bucket is not None and not self.bucket.startswith("gs://"):
             raise LaunchError(f"--bucket is {self.bucket!r}: expected gs://BUCKET/FOLDER.")
+        read_mounts(self.mounts)
         check_secrets(self.secrets, r"[\w/-]+", "VARIABLE=NAME, as Secret Manager has it")
 
     @property
@@ -88,7 +92,7 @@ class TpuVm:
     def check(self, job: Job) -> None:
         """Raises `LaunchError` for a run directory that workers do not share."""
         check_run_directory(
-            job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on one"
+            job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on such a disk"
         )
 
     def check_access(self, job: Job) -> None:
@@ -100,10 +104,10 @@ class TpuVm:
             raise LaunchError("gcloud has no credentials: run gcloud auth login.")
         if self._describe(f"{job.name}-1") is not None:
             raise LaunchError(f"there is a queued resource {job.name}-1 in {self.zone} already: give another --name.")
-        for path in filter(None, (self.bucket, job.run_dir)):
-            if path.startswith("gs://"):
-                bucket = "/".join(path.split("/")[:3])
-                call(Run(("gcloud", "storage", "buckets", "describe", bucket, "--format=value(name)"), attempts=2))
+        mounted = [f"gs://{mount.bucket}" for mount in read_mounts(self.mounts)]
+        given = [path for path in (self.bucket, job.run_dir) if path is not None and path.startswith("gs://")]
+        for bucket in dict.fromkeys([*mounted, *("/".join(path.split("/")[:3]) for path in given)]):
+            call(Run(("gcloud", "storage", "buckets", "describe", bucket, "--format=value(name)"), attempts=2))
 
     def submit(self, record: JobRecord) -> None:
         """Asks for the queued resource."""
@@ -238,6 +242,7 @@ class TpuVm:
                 *unpack("code.tar.gz", folder),
                 *environment('"$HOME"/clp/environments'),
                 *read_secrets(self.secrets),
+                *mount_lines(read_mounts(self.mounts)),
             ],
         )
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.local import Local, local_command
 from clp_jax.launch.options import option
 from clp_jax.launch.remote_code import check_run_directory

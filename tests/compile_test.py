@@ -118,3 +118,7 @@ def test_what_train_is_given_is_built_when_it_is_asked_for():
     again = found["training"](["sharding/fsdp_tensor.gin"], ["TENSOR=1", "BATCH_SIZE=8", "REMAT='full'"])
     assert (again["stage"].batch_size, again["stage"].model.remat) == (8, "full")
     assert again["rules"] != training["rules"]
+    # A layout behind another takes its place.
+    for name in ("data_parallel", "expert", "tensor_parallel", "fsdp"):
+        other = found["training"]([f"sharding/{name}.gin"], ["TENSOR=1"] if name == "tensor_parallel" else [])
+        assert other["mesh"].size == 1

@@ -234,7 +234,7 @@ def _frames(text: str) -> dict[int, str]:
             chain.append(places.get(frames[seen][0], ("", "0")))
             seen = frames[seen][1] if frames[seen][1] != seen else 0
         own = next((place for place in chain if "clp_jax/" in place[0]), chain[0])
-        found[number] = f"{own[0].rsplit('clp_jax/', 1)[-1]}:{own[1]}"
+        found[number] = f"{re.split('clp_jax/|site-packages/', own[0])[-1]}:{own[1]}"
     return found
 
 

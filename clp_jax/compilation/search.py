@@ -76,13 +76,16 @@ class Findings:
         for trial, found in self.tried:
             first = (trial.layout, trial.remat, str(trial.batch))
             if isinstance(found, str):
-                table.add_row(*first, found)
+                table.add_row(*first, "", "refused")
                 continue
             needed = max(program.memory.needed for program in found.programs) / 2**30
             program = found.programs[0]
             figures = (f"{program.seconds * 1e3:,.1f}", f"{100 * program.mfu:.1f} %", f"{_speed(found):,.0f}")
-            table.add_row(*first, f"{needed:.1f}", "yes" if found.fits else "no", *(figures if found.fits else ()))
+            table.add_row(*first, f"{needed:.2f}", "yes" if found.fits else "no", *(figures if found.fits else ()))
         console.print(table)
+        for trial, found in self.tried:
+            if isinstance(found, str):
+                console.print(f"{trial.layout}, {trial.remat}, batch {trial.batch}: {found}")
         trial, report = self._best()
         verb = "recommended" if report.fits else "nothing fits; the closest is"
         console.print(f"{verb}: {trial.layout}, REMAT={trial.remat!r}, BATCH_SIZE={trial.batch}")

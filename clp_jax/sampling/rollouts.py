@@ -65,7 +65,6 @@ def over_groups(function: Callable[..., Any], num_groups: int, mapped: tuple[Any
     with use_groups(num_groups) as axes:
         grouped = jax.tree.map(lambda x: constrain(x, "group", *[None] * (x.ndim - 1)), grouped)
         leaves = jax.vmap(leaves_of, spmd_axis_name=axes or None)(grouped)
-        leaves = [constrain(x, "group", "batch", *[None] * (x.ndim - 2)) for x in leaves]
     return structures[0].unflatten([x.reshape(-1, *x.shape[2:]) for x in leaves])
 
 

@@ -204,7 +204,7 @@ class Manifest:
                 inside = tuple(
                     slice(start - low, stop - low) for (start, stop), (low, _) in zip(shard, bounds, strict=True)
                 )
-                _check_digest(part[(..., *inside)], array.shards[place], f"{item}/{name} [{place}]")
+                _check_digest(np.asarray(part[inside]), array.shards[place], f"{item}/{name} [{place}]")
 
         in_parallel(check, array.shards)
 

@@ -11,7 +11,7 @@ from clp_jax.models.policy import Policy
 from clp_jax.objectives.advantages import return_to_go, scalarize
 from clp_jax.objectives.kl import per_token_kl
 from clp_jax.objectives.policy_gradient import reinforce_loss
-from clp_jax.partitioning import constrain_mixed
+from clp_jax.partitioning import constrain, constrain_mixed
 from clp_jax.sampling.rollouts import over_groups
 from clp_jax.sampling.score import Forced, teacher_force
 from clp_jax.training.estimators import AdvantageEstimator
@@ -65,7 +65,10 @@ class PolicyGradientLoss:
             mixed = self.conditioning.mix(policy_params, reference, preference[0])
             model = self.policy.bind(constrain_mixed(mixed, self.policy.logical_axes()))
             conditioned = self.conditioning.condition_inputs(inputs, preference[:: self.num_samples])
-            return teacher_force(model, conditioned, tokens)
+            found = teacher_force(model, conditioned, tokens)
+            # Stated before groups become rows of one batch, whose layout the compiler would else carry into the model.
+            log_probs, hidden = constrain(found.log_probs, "batch", None), constrain(found.hidden, "batch", None, None)
+            return dataclasses.replace(found, log_probs=log_probs, hidden=hidden)
 
         mapped = (rollout.inputs, rollout.preference, rollout.tokens)
         forced = over_groups(one_group, num_groups, mapped, params["policy"], frozen["reference"])

@@ -90,6 +90,8 @@ def test_the_source_is_the_operation_and_the_innermost_line_of_this_package(modu
     assert module.source(module.instructions["fusion"]) == "jit(f)/add nn/linear.py:69"
     assert module.source(module.instructions["add.1"]) == "jit(f)/a (b)"
     assert module.source(module.instructions["start"]) == ""
+    other = TEXT.replace("/home/me/clp_jax/nn/linear.py", "/home/me/site-packages/optax/update.py")
+    assert "optax/update.py:69" in Module.parse(other.replace("/somewhere", "/x/site-packages/jax")).frames.values()
 
 
 def test_shapes_as_text():

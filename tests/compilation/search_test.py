@@ -1,5 +1,7 @@
 """Which of several reports is recommended, and what is not even tried."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -42,7 +44,11 @@ def test_the_fastest_that_fits_is_recommended_and_larger_batches_of_what_does_no
     plain = found.to_json()
     assert plain["recommended"] == {"layout": "b", "remat": "full", "batch": 8} and plain["fits"]
     assert plain["tried"][-1]["refused"] == "8 heads do not divide"
-    found.show(QUIET)
+    console = Console(width=140, record=True, file=io.StringIO())
+    found.show(console)
+    shown = console.export_text()
+    assert "odd, full, batch 2: 8 heads do not divide\n" in shown
+    assert "recommended: b, REMAT='full', BATCH_SIZE=8\n" in shown
 
 
 def test_where_nothing_fits_the_closest_is_shown():

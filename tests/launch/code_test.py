@@ -8,8 +8,8 @@ import tarfile
 
 import pytest
 from clp_jax.launch import code
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.gin_files import files_of
-from clp_jax.launch.job import LaunchError
 
 
 def unpack(data):

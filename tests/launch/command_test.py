@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from clp_jax.launch import command as launching
-from clp_jax.launch.job import JobRecord, LaunchError, jobs_directory
+from clp_jax.launch.command_words import run_dir_of
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import JobRecord, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.targets import find_target
 
@@ -84,6 +86,20 @@ def test_failing_retrying_and_watching(world, capsys):
     assert clp("jobs", "retry", "job", "--look=0.05") == 0
     assert phases(record())[-5:] == ["failed", "retried", "queued", "running", "succeeded"]
     assert clp("jobs", "watch") == 0
+
+
+def test_output_that_went_with_its_machine_is_not_silence(world, capsys):
+    world.trouble("training", {"code": 2})
+    where = ("--topology=v5e:2x2", "--zone=us-west4-a", "--name=job", "--look=0.05")
+    assert clp("launch", "tpu-vm", *where, "--", *TRAINING) == 1
+    capsys.readouterr()
+    assert clp("jobs", "logs", "job") == 0
+    assert capsys.readouterr().err.startswith(
+        "job: what it ran on is given back, and its output with it; clp jobs status job"
+    )
+    assert clp("jobs", "status", "job") == 0
+    out = capsys.readouterr().out
+    assert "[job-1-w-0] the last line" in out and "looked after" not in out
 
 
 def test_stopping_a_job_that_another_launcher_looks_after(world, capsys):
@@ -181,8 +197,12 @@ def test_a_commands_own_mistake_comes_before_anything(world, capsys):
 
 def test_the_run_directory_is_what_the_configuration_says(tmp_path):
     words = ("clp", "train", "--gin_file=examples/pydoc_sft.gin", f"--gin.SFT_DIR='{tmp_path}/a run'")
-    assert launching.run_dir_of(words) == f"{tmp_path}/a run"
-    assert launching.run_dir_of(("python3", "x.py")) is None
+    assert run_dir_of(words) == f"{tmp_path}/a run"
+    assert run_dir_of(("python3", "x.py")) is None
+    with pytest.raises(
+        LaunchError, match="Let the workers mount the bucket, and name it there: --mounts=b=/mnt/b, and /mnt/b/run"
+    ):
+        run_dir_of(("clp", "train", "--gin_file=examples/pydoc_sft.gin", "--gin.SFT_DIR='gs://b/run'"))
 
 
 SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "num_slices": "2"})
@@ -190,24 +210,47 @@ SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "nu
 
 COMPILER = """#!/bin/sh
 echo "$@" > {folder}/asked
-for word in "$@"; do case "$word" in --output=*) echo '{{"fits": {fits}}}' > "${{word#--output=}}";; esac; done
-echo "update: does not fit, 24.0 GiB too much"
+for word in "$@"; do case "$word" in --output=*) [ -z '{report}' ] || echo '{report}' > "${{word#--output=}}";; esac; done
 echo "a mesh of 3." >&2
 exit {code}
 """
+FITS, TOO_LARGE = (
+    json.dumps(
+        {
+            "fits": fits,
+            "programs": [
+                {
+                    "name": "update",
+                    "memory": {"fits": fits, "needed": 24 << 30, "limit": 16 << 30},
+                    "advice": "REMAT=full.",
+                }
+            ],
+        }
+    )
+    for fits in (True, False)
+)
 
 
 @pytest.mark.parametrize(
-    ("code", "fits", "message"),
+    ("code", "report", "message"),
     [
-        (0, "true", None),
-        (1, "false", r"it does not fit the slice: .*\(--force launches it all the same\)"),
-        (2, "true", r"it can't be compiled for the slice: a mesh of 3\. \(--force"),
+        (0, FITS, None),
+        # Whether or not the command itself calls that a failure.
+        *(
+            (
+                code,
+                TOO_LARGE,
+                r"it does not fit v5e:4x4: update needs 24\.0 GiB of a device's 16\.0\. REMAT=full\. \(--force",
+            )
+            for code in (0, 1)
+        ),
+        (2, "", r"it can't be compiled for the slice: a mesh of 3\. \(--force"),
+        (2, FITS, r"it can't be compiled for the slice: a mesh of 3\. \(--force"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_rented(tmp_path, monkeypatch, code, fits, message):
+def test_what_does_not_fit_is_refused_before_anything_is_rented(tmp_path, monkeypatch, code, report, message):
     program = tmp_path / "compiler"
-    program.write_text(COMPILER.format(folder=tmp_path, fits=fits, code=code))
+    program.write_text(COMPILER.format(folder=tmp_path, report=report, code=code))
     program.chmod(0o755)
     monkeypatch.setattr(launching, "local_command", lambda words: (str(program), *words))
     monkeypatch.setattr(launching, "_has_compiler", lambda: True)
@@ -223,6 +266,39 @@ def test_what_does_not_fit_is_refused_before_anything_is_rented(tmp_path, monkey
         *("clp", "compile", "--gin_file=a.gin", "--gin_file", "b.gin"),
         *("--topology=v5e:4x4", "--num_slices=2"),
     ]
+
+
+@pytest.mark.parametrize("mlp_dim", [256, 1 << 24])
+def test_the_compiler_itself_says_what_fits(world, capsys, monkeypatch, mlp_dim):
+    pytest.importorskip("libtpu", reason="compiles for TPUs with the extra `aot`")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    (world.path / "buckets" / "bkt").mkdir(parents=True)
+    sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1, "embed_dim": 128, "head_dim": 32, "mlp_dim": mlp_dim}
+    words = ["train", "--gin_file=examples/pydoc_sft.gin", "--gin.RUN_DIR=/mnt/b/run"]
+    words += [f"--gin.t5_1_1.{name}={value}" for name, value in sizes.items()]
+    world.trouble("create", "quota")
+    where = ("--topology=v5e:2x2", "--zone=us-west4-a", "--mounts=bkt=/mnt/b")
+    code = clp("launch", "tpu-vm", *where, "--name=job", "--look=0.05", "--", *words)
+    told = capsys.readouterr().err
+    asked = [call for call in world.calls("gcloud") if "create" in call]
+    if mlp_dim == 256:
+        # It fits, so it is asked for; that there is no quota is another matter.
+        assert (code, len(asked)) == (1, 1) and "Quota limit" in told
+    else:
+        assert (code, asked) == (2, []) and not jobs_directory().exists()
+        assert "clp launch: error: it does not fit v5e:2x2: update needs 2" in told and "GiB of a device's 15.8" in told
+
+
+def test_files_of_the_user_shadow_no_library(world, here):
+    (here / "json.py").write_text("raise SystemExit('not this one')\n")
+    (here / "jax").mkdir()
+    (here / "jax" / "__init__.py").write_text("raise SystemExit('nor this one')\n")
+    done = subprocess.run(
+        [*local_command(("clp", "jobs", "list"))], cwd=here, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (here / "my.gin").write_text("include 'examples/pydoc_sft.gin'\n")
+    assert run_dir_of(("clp", "train", "--gin_file=my.gin", "--gin.SFT_DIR=runs/mine")) == "runs/mine"
 
 
 def test_without_the_compiler_it_is_said_that_nobody_knows(capsys, monkeypatch):
@@ -257,7 +333,7 @@ def test_gin_files_elsewhere_are_refused(tmp_path, capsys):
 
 
 def test_clp_stands_for_this_package():
-    assert local_command(("clp", "train", "x")) == (sys.executable, "-m", "clp_jax.main", "train", "x")
+    assert local_command(("clp", "train", "x")) == (sys.executable, "-P", "-m", "clp_jax.main", "train", "x")
     assert local_command(("python3", "x")) == ("python3", "x")
 
 

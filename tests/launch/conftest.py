@@ -22,6 +22,7 @@ FAKES = Path(__file__).parent / "fakes"
 TOOLS = {"gcloud": "gcloud", "kubectl": "kubectl"} | dict.fromkeys(
     ("sbatch", "squeue", "sacct", "scancel", "srun", "scontrol"), "slurm"
 )
+MOUNTING = ("sudo", "mountpoint", "gcsfuse")
 QUICK = Patience(look=0.05, first_wait=0.05, longest_wait=0.2)
 # Whatever a shell could make of a word.
 AWKWARD = """--gin.NAME='a  b "c" $(touch hacked) `id` ${HOME} \\n \\ ; & | * é'\nand a second line"""
@@ -135,6 +136,8 @@ def world(tmp_path, monkeypatch):
     tools.mkdir()
     for tool, program in TOOLS.items():
         (tools / tool).symlink_to(FAKES / f"{program}.py")
+    for tool in MOUNTING:
+        (tools / tool).symlink_to(FAKES / "mounting")
     python = tools / "python3"
     python.write_text((FAKES / "python3").read_text().replace("REAL_PYTHON", sys.executable))
     python.chmod(0o755)

@@ -7,7 +7,8 @@ import tarfile
 
 import pytest
 from clp_jax.launch import calls
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import JobRecord
 from clp_jax.launch.jobset import manifest
 from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Note, Run, Write
@@ -26,6 +27,7 @@ ALL = {
     "service_account": "trainer",
     "secrets": "WANDB_API_KEY=wandb/key",
     "context": "c",
+    "mounts": "data=/mnt/data,runs=/mnt/runs",
 }
 
 

@@ -4,7 +4,8 @@ import json
 import multiprocessing
 
 import pytest
-from clp_jax.launch.job import Held, Job, JobRecord, LaunchError, all_records, jobs_directory
+from clp_jax.launch.errors import Held, LaunchError
+from clp_jax.launch.job import Job, JobRecord, all_records, jobs_directory
 
 
 def job(name="job", **changes):

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.namespaces import check_namespaces
 from clp_jax.launch.supervisor import advance, describe
 from clp_jax.launch.targets import find_target

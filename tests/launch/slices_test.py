@@ -1,7 +1,7 @@
 """The table of slices against what Google Cloud's pages say of each."""
 
 import pytest
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.slices import CHIPS, Slice
 
 

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 from clp_jax.launch import calls
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import JobRecord
 from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Run
 from clp_jax.launch.targets import find_target

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 from clp_jax.launch import supervisor
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import may_restart, verdict
-from clp_jax.launch.job import Job, JobRecord, LaunchError
+from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.supervisor import Patience, advance, describe, ends_without_progress, retry, supervise
 from clp_jax.launch.target import Status, Target, Unavailable, Unreachable
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from clp_jax.launch import calls
-from clp_jax.launch.job import JobRecord, LaunchError
+from clp_jax.launch.buckets import seen_from_here
+from clp_jax.launch.command import create
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.supervisor import advance, retry
 from clp_jax.launch.target import Run, Unreachable, Write
 from clp_jax.launch.targets import find_target
 
-from .conftest import AWKWARD, QUICK, are_gone, phases, until
+from .conftest import AWKWARD, FAKES, QUICK, are_gone, phases, until
 
 SPOT = {"topology": "v5e:4x4", "zone": "us-west4-a", "provision": "spot"}
 
@@ -59,6 +62,23 @@ def test_the_environment_is_made_once_for_the_same_requirements(world):
     assert len(list((node / "clp" / "environments").iterdir())) == 1
     target.start(record)
     assert len(world.runs) == 1
+
+
+def test_a_machine_with_an_old_python_gets_another(world):
+    (world.path / "old_python").touch()
+    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    assert world.run(record, target).phase == "succeeded"
+    brought, made, installed = (world.path / "pip.log").read_text().splitlines()
+    assert brought == "pip of the machine: -m pip install --quiet --user uv"
+    assert made.startswith("uv: -m uv venv --quiet --seed --python 3.11 ") and "requirements.txt" in installed
+    assert len(world.runs) == 1
+
+
+def test_a_command_that_names_no_file_of_the_user(world):
+    job = Job("job", ("python3", str(FAKES / "training.py")), "tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    target = find_target(job.target, job.options)
+    assert world.run(create(world.jobs, job, target), target).phase == "succeeded"
+    assert world.runs[0]["files"] == []
 
 
 def test_a_spot_node_disappears(world):
@@ -215,6 +235,23 @@ def test_code_comes_through_a_bucket(world):
     assert len(uploads) == 1
 
 
+def test_a_bucket_is_a_folder_of_the_workers(world):
+    (world.path / "buckets" / "runs" / "a").mkdir(parents=True)
+    folder = str(world.path / "a mount")
+    options = {**SPOT, "topology": "v5e:2x2", "mounts": f"runs={folder}"}
+    run_dir = seen_from_here(f"{folder}/a/run", options)
+    assert run_dir == "gs://runs/a/run" and seen_from_here("/else", options) == "/else"
+    step = f"{folder}/a/run/checkpoints/7"
+    job = Job("job", ("mkdir", "-p", step), "tpu-vm", options, run_dir)
+    target = find_target("tpu-vm", options)
+    target.check(job)
+    target.check_access(job)
+    end = world.run(create(world.jobs, job, target), target)
+    assert (end.phase, end.step) == ("succeeded", 7)
+    assert (world.path / "buckets/runs/a/run/checkpoints/7").is_dir()
+    assert (world.path / "mounts.log").read_text() == f"gcsfuse --implicit-dirs runs {folder}\n"
+
+
 def test_secrets_are_read_by_the_workers_and_written_nowhere(world, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "the-launchers-own")
     record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2", "secrets": "WANDB_API_KEY=wandb"})
@@ -252,6 +289,7 @@ def test_a_dry_run_is_what_is_done(world):
         ({"num_slices": "0"}, "--num_slices is 0: expected at least 1."),
         ({"provision": "free"}, "--provision is 'free': expected on-demand or spot or reserved."),
         ({"bucket": "b"}, "--bucket is 'b': expected gs://BUCKET/FOLDER."),
+        ({"mounts": "b"}, "--mounts has 'b': expected BUCKET=/FOLDER"),
         ({"secrets": "abc"}, "--secrets has 'abc': expected the name of a secret"),
         ({"topolgy": "v5e:4x4"}, "clp launch tpu-vm has no option --topolgy (did you mean topology?)."),
     ],

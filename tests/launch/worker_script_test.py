@@ -82,7 +82,16 @@ SHELLCHECK = Path(sysconfig.get_path("scripts")) / "shellcheck"
     ("target", "options"),
     [
         ("local", {"processes": "2"}),
-        ("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "bucket": "gs://b", "secrets": "A=b,C=d"}),
+        (
+            "tpu-vm",
+            {
+                "topology": "v5e:4x4",
+                "zone": "us-west4-a",
+                "bucket": "gs://b",
+                "secrets": "A=b,C=d",
+                "mounts": "bkt=/mnt/a b",
+            },
+        ),
         ("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a"}),
         ("gke", {"topology": "v5e:4x4", "num_slices": "2", "secrets": "A=b/c"}),
         ("slurm", {"nodes": "2"}),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from clp_jax.launch import xmanager_experiment
-from clp_jax.launch.job import LaunchError
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.target import Run, Write
 from clp_jax.launch.targets import find_target
 

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tiny_runs import make_data, make_packed, make_supervised
+
 ROOT = Path(__file__).parents[2]
 PATHS = (ROOT, ROOT / "tests" / "fixtures", Path(__file__).parent)
 
@@ -49,6 +51,13 @@ class Group:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def make_home(path: Path) -> Path:
+    """The data of all jobs, and the supervised policy that reinforcement learning starts from."""
+    make_packed(path / "packed")
+    make_supervised(path / "sft", make_data(path / "prompts"))
+    return path
 
 
 def free_port() -> int:

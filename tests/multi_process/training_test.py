@@ -32,13 +32,19 @@ def lines(run_dir):
     return [{k: v for k, v in r.items() if k not in TIMING_METRICS} for r in read_metrics(run_dir / "metrics.jsonl")]
 
 
+def number(value):
+    """JSON has no NaN."""
+    return float("nan") if value is None else value
+
+
 def assert_same_metrics(run_dir, expected, rtol):
     found, wanted = lines(run_dir), lines(expected)
     assert [r["step"] for r in found] == [r["step"] for r in wanted]
     for now, then in zip(found, wanted, strict=True):
         assert now.keys() == then.keys()
         for name in now.keys() - {"stage"} - DIGEST_METRICS:  # Other processes may sum in another order.
-            np.testing.assert_allclose(now[name], then[name], rtol=rtol, atol=1e-7, err_msg=f"{name} {now['step']}")
+            message = f"{name} {now['step']}"
+            np.testing.assert_allclose(number(now[name]), number(then[name]), rtol=rtol, atol=1e-7, err_msg=message)
 
 
 def assert_same_params(run_dir, expected, rtol):
@@ -53,13 +59,18 @@ def assert_same_params(run_dir, expected, rtol):
         np.testing.assert_allclose(now / scale, then / scale, rtol=0, atol=rtol, err_msg=jax.tree_util.keystr(path))
 
 
+def notes(run_dir, num_processes, number):
+    """Position in the data, and the shards of example ids that a process was given there."""
+    text = (run_dir.parent / f"{run_dir.name}.notes.{num_processes}.{number}").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [(line["position"], line["rows"]["example_ids"]) for line in lines if "rows" in line]
+
+
 def consumed(run_dir, num_processes):
     """Example ids by position in the data, put together from what each process was given."""
     found = {}
     for number in range(num_processes):
-        path = run_dir.parent / f"{run_dir.name}.ids.{num_processes}.{number}"
-        for line in path.read_text().splitlines():
-            position, shards = json.loads(line)
+        for position, shards in notes(run_dir, num_processes, number):
             for first, ids in shards:
                 for place, example in enumerate(ids):
                     assert found.setdefault(position + first + place, example) == example
@@ -108,17 +119,28 @@ def test_a_tensor_axis_may_cross_processes(alone, two):
     assert_same_params(two / "crossed" / "packed", alone / "packed", rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["packed", "crossed/packed"])
+def test_a_row_that_is_not_finite_skips_the_step_in_all_processes(two, name):
+    """The row is the sixth of the third batch: process 1 alone has it, unless the tensor axis crosses processes."""
+    found = lines(two / name)
+    assert [line["loss"] is None for line in found] == [False, False, True, False]
+    assert [line["skipped"] for line in found] == [0, 0, 1, 1]
+    digests = [line["param_digest"] for line in found]
+    assert digests[2] == digests[1] and len(set(digests)) == 3
+    assert (two / "log.0").read_text().count("step 3 is not finite, its update was left out") == 2  # Once for each run.
+
+
 @pytest.mark.parametrize("name", ["packed", "experts", "crossed/packed"])
 def test_each_process_reads_the_rows_of_its_devices(home, two, name):
     assert consumed(two / name, 2) == expected_ids(home, STEPS * 8)
     rows = [
         {
             row
-            for line in path.read_text().splitlines()
-            for first, ids in json.loads(line)[1]
+            for _, shards in notes(two / name, 2, number)
+            for first, ids in shards
             for row in range(first, first + len(ids))
         }
-        for path in ((two / name).parent / f"packed.ids.2.{number}" for number in range(2))
+        for number in range(2)
     ]
     # Where the tensor axis crosses processes both have all rows, otherwise each has its half.
     assert [len(held) for held in rows] == ([8, 8] if "crossed" in name else [4, 4])

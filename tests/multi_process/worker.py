@@ -8,6 +8,8 @@ import traceback
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from tiny_runs import MODEL
 
 from clp_jax import processes
@@ -53,10 +55,32 @@ def policy(home, **changes):
     return ConditionalPolicy(**settings | changes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Poisoned:
+    """A stage with one example, in the third batch, whose loss is not a number: a row of one process alone."""
+
+    stage: object
+
+    def setup(self, run_dir, seed):
+        """That of the stage, with another loss."""
+        found = self.stage.setup(run_dir, seed)
+        bad = found.source.example_ids({"examples": 2 * self.stage.batch_size})[5]
+
+        def loss_fn(params, frozen, batch, key):
+            loss, weight, metrics = found.loss_fn(params, frozen, batch, key)
+            return loss + jnp.where(batch.example_ids == bad, jnp.nan, 0.0).sum(), weight, metrics
+
+        return dataclasses.replace(found, loss_fn=loss_fn)
+
+
 # Name of a job -> its stage, the sizes of its mesh axes (data takes the rest), and its rules.
 JOBS = {
     "packed": lambda home: (
-        Supervised(dataclasses.replace(MODEL, dropout_rate=0.1), f"{home}/packed", batch_size=8, evaluation_batches=1),
+        Poisoned(
+            Supervised(
+                dataclasses.replace(MODEL, dropout_rate=0.1), f"{home}/packed", batch_size=8, evaluation_batches=1
+            )
+        ),
         {"fsdp": 2, "tensor": 2},
         Rules((BATCH, *TENSOR)),
     ),
@@ -76,12 +100,28 @@ JOBS = {
 }
 
 
+def held_rows(batch):
+    """The whole numbers of a batch that this process holds: by name, the first row of each shard and its rows."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if np.issubdtype(leaf.dtype, np.integer):
+            shards = (
+                [(s.index[0].indices(leaf.shape[0])[0] if s.index else 0, s.data) for s in leaf.addressable_shards]
+                if isinstance(leaf, jax.Array)
+                else [(0, leaf)]
+            )
+            found[jax.tree_util.keystr(path, simple=True, separator="/")] = [
+                [first, np.atleast_1d(x).tolist()] for first, x in shards
+            ]
+    return found
+
+
 class Recording:
-    """A source that notes which examples this process was given, and does not hurry.
+    """A source that notes what this process was given, and does not hurry.
 
     Args:
         source: of a stage.
-        path: of the notes, one line for each step.
+        path: of the notes: for each step a line before its batch is made, and one after, with its whole numbers.
         pause: seconds before each step.
         hang_at: the step before which this process stands still, if any.
     """
@@ -92,20 +132,17 @@ class Recording:
     def next(self, state, frozen):
         """The next batch."""
         time.sleep(self._pause)
-        step = self._source.position()["examples"]
+        position = self._source.position()["examples"]
+        self._note({"begins": position})
         batch, metrics = self._source.next(state, frozen)
-        if hasattr(batch, "example_ids"):
-            ids = batch.example_ids
-            shards = (
-                [(s.index[0].indices(ids.shape[0])[0], s.data.tolist()) for s in ids.addressable_shards]
-                if isinstance(ids, jax.Array)
-                else [(0, ids.tolist())]
-            )
-            with open(self._path, "a") as file:
-                file.write(json.dumps([step, shards]) + "\n")
+        self._note({"position": position, "rows": held_rows(batch)})
         if self._hang_at is not None and int(state.step) == self._hang_at:
             time.sleep(3600)
         return batch, metrics
+
+    def _note(self, line):
+        with open(self._path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def position(self):
         """That of the source."""
@@ -161,7 +198,7 @@ def run(plan, job):
     """Trains one job of a plan."""
     stage, sizes, rules = JOBS[job["name"]](plan["home"])
     number = processes.index()
-    path = f"{job['run_dir']}.ids.{plan['num_processes']}.{number}"
+    path = f"{job.get('notes', job['run_dir'])}.notes.{plan['num_processes']}.{number}"
     hang_at = job.get("hang_at") if number == job.get("hang_in") else None
     train(
         run_dir=job["run_dir"],
