@@ -2,28 +2,33 @@
 
 The memory that it takes is that of the largest array and a fifth of it, whatever the size of the policy. An array of clp is a
 parameter of all layers, stacked; of the other formats, of one layer. More is held in these cases only: the tensor in the file's
-type while it is rounded to another; the optimizer's state; all components of a steerable policy while they are mixed; and twice
+type while it is rounded to another; the optimizer's state; all components of the array at hand while they are mixed; and twice
 more of an array that training saved in one chunk, while it is read.
 """
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from clp_jax.array_types import Params
 from clp_jax.data.vocabulary import DIRECTORY_NAME, FILE_NAME, Vocabulary
-from clp_jax.interop import huggingface, links, t5x, t5x_settings
+from clp_jax.interop import huggingface, t5x, t5x_settings
+from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.hf_tokenizers import tokenizer_files
 from clp_jax.interop.model_card import model_card
-from clp_jax.models.conditioning import PromptConditioning
+from clp_jax.interop.regions import Region
+from clp_jax.interop.slots import flatten, unflatten
+from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning
 from clp_jax.models.config import ModelConfig, PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import to_json
+from clp_jax.preferences import Preference
 from clp_jax.training.adafactor_slots import load_slots, save_slots
 from clp_jax.training.policies import load_policy
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
@@ -48,7 +53,7 @@ class Converted:
 
     Attributes:
         config: what it is made of.
-        params: its ordinary parameters, as lazy arrays but where they were mixed.
+        params: its ordinary parameters, as lazy arrays.
         origin: plain JSON that says what it came from first, and what of that we don't model.
         tokenizer: a file or a directory of its tokenizer, to be carried along; None without one.
         step: updates behind it.
@@ -92,8 +97,9 @@ def convert(
         target: where it goes, as FORMAT:DIR; the directory must be new.
         weights: of the rewards: a steerable policy is mixed there, and written as an ordinary one; equal by default.
         alpha: KL weight, for policies conditioned on it.
-        dtype: of the written tensors, ``float32`` or ``bfloat16`` (also ``float16`` for hf); by default the source's, and
-            float32 for clp.
+        dtype: of the written tensors, ``float32`` or ``bfloat16`` (also ``float16`` for hf); by default float32 for clp, and
+            those of the source otherwise. For hf these are the types of every tensor that the policy came from, where they
+            hold its parameters exactly: what was trained since is not rounded unasked.
         vocabulary: the tokenizer, a file or a directory, where the source has none, as T5X's have not.
         step: of a T5X directory with several checkpoints; the newest by default.
         overrides: fields of the policy's configuration, for what a checkpoint of others does not tell, as
@@ -125,16 +131,15 @@ def convert(
         optimizer=optimizer,
         max_shard_gb=max_shard_gb,
     )
+    tokenizer = None if vocabulary is None else _given_tokenizer(Path(vocabulary).expanduser())
     readers: dict[str, Callable[[], Converted]] = {
         "hf": lambda: _read_hf(place, dtype, overrides),
         "t5x": lambda: _read_t5x(place, dtype, step, overrides, model, optimizer),
         "clp": lambda: _read_clp(place, weights, alpha, optimizer),
     }
     console = Console(emoji=False, markup=False, highlight=False)
-    found = readers[kind]()
+    found = _with_tokenizer(readers[kind](), tokenizer)
     console.print(f"{source}: {type(found.config).__name__}, {Policy(found.config).num_params():,} parameters.")
-    if vocabulary is not None:
-        found = dataclasses.replace(found, tokenizer=Path(vocabulary).expanduser())
     told = _told(found.config, scanned) if target_kind == "t5x" else ()
     card = functools.partial(model_card, found.config, (*found.provenance, f"`clp convert {source} {target}`", *told))
     if target_kind == "hf":
@@ -143,7 +148,6 @@ def convert(
             found.config,
             found.params,
             origin=found.origin,
-            files=() if found.tokenizer is None else _text_files(found.tokenizer),
             dtype=dtype,
             max_shard_bytes=int((5.0 if max_shard_gb is None else max_shard_gb) * 1e9),
             card=card(),
@@ -163,7 +167,7 @@ def convert(
     else:
         _write_clp(target_place, found, dtype)
     if target_kind != "clp" and found.tokenizer is not None:
-        _carry(found.tokenizer, target_place)
+        _carry(found.tokenizer, target_place, found.config)
     console.print("\n".join(f"{target}: {line}" for line in ("written.", *told)), soft_wrap=True)
 
 
@@ -232,8 +236,9 @@ def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimi
         )
     if loaded.objectives:
         preference = loaded.preference(weights, alpha)
-        held = dataclasses.replace(loaded, params=links.loaded(params))
-        params, point = held.steerable().at(preference), np.asarray(preference.weights)
+        if isinstance(loaded.conditioning, ParameterConditioning):
+            params = _mixed(loaded.conditioning, params, loaded.reference, preference)
+        point = np.asarray(preference.weights)
         named = ", ".join(f"{name} {value:.4g}" for name, value in zip(loaded.objectives, point, strict=True))
         mixed = (f"Mixed at the reward weights {named}.",)
     elif weights is not None:
@@ -242,6 +247,28 @@ def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimi
     slots = _read_slots(loaded.run_dir) if optimizer else None
     tokenizer = _tokenizer(loaded.run_dir)
     return Converted(loaded.policy.config, params, dict(loaded.origin), tokenizer, loaded.step, provenance, slots)
+
+
+def _mixed(conditioning: ParameterConditioning, params: Params, reference: Params, preference: Preference) -> Params:
+    """A steerable policy's ordinary parameters, each mixed when it is asked for."""
+    chosen, frozen = dict(flatten(conditioning.selected(params))), dict(flatten(reference))
+    expanded = dict(flatten(params))
+    # Where only others have copies, `mix` wants one of them too.
+    other = next(path for path in expanded if chosen[path])
+    empty = {other: np.zeros((conditioning.num_objectives, 0), np.float32)}
+    mix = jax.jit(conditioning.mix)
+
+    def fill(path: tuple[str, ...], out: np.ndarray, region: Region) -> None:
+        parts = {path: expanded[path].read((slice(None), *region) if chosen[path] else region)}
+        base = {path: frozen[path].read(region) if conditioning.alpha_min is not None else np.empty(0, out.dtype)}
+        if not chosen[path]:
+            parts, base = parts | empty, base | {other: np.zeros(0, np.float32)}
+        out[...] = dict(flatten(mix(unflatten(parts), unflatten(base), preference)))[path]
+
+    mixed = {path: LazyArray(leaf.shape, leaf.dtype, functools.partial(fill, path)) for path, leaf in frozen.items()}
+    if conditioning.alpha_min is None:
+        mixed |= {path: leaf for path, leaf in expanded.items() if not chosen[path]}
+    return hold_arrays(unflatten({path: mixed[path] for path in expanded}))
 
 
 def _told(config: ModelConfig, scanned: bool) -> tuple[str, ...]:
@@ -282,6 +309,32 @@ def _own_dtype(dtype: str | None) -> str:
     return dtype if dtype in ("float32", "bfloat16") else "float32"
 
 
+def _given_tokenizer(path: Path) -> Path:
+    """Where the tokenizer is that was asked for, checked before anything is written."""
+    found = path if path.is_file() else _tokenizer(path)
+    Vocabulary.load(found or path)
+    return found or path
+
+
+def _with_tokenizer(found: Converted, tokenizer: Path | None) -> Converted:
+    """A policy with the tokenizer that was asked for, if any."""
+    if tokenizer is None:
+        return found
+    size, most = Vocabulary.load(tokenizer).size, found.config.vocab_size
+    if size > most:
+        raise ValueError(
+            f"vocabulary {tokenizer} has {size} tokens: expected at most the {most} of the policy. Give the one that it was "
+            "trained with."
+        )
+    return dataclasses.replace(found, tokenizer=tokenizer)
+
+
+def _carry(tokenizer: Path, place: Path, config: ModelConfig) -> None:
+    for name, content in tokenizer_files(tokenizer, config).items():
+        if not (place / name).exists():
+            (place / name).write_bytes(content)
+
+
 def _tokenizer(place: Path) -> Path | None:
     """Where a directory's tokenizer is, if it has one."""
     for candidate in (place / FILE_NAME, place / DIRECTORY_NAME, place):
@@ -292,17 +345,3 @@ def _tokenizer(place: Path) -> Path | None:
         except FileNotFoundError:
             continue
     return None
-
-
-def _text_files(tokenizer: Path) -> tuple[Path, ...]:
-    return huggingface.text_files(tokenizer) if tokenizer.is_dir() else ()
-
-
-def _carry(tokenizer: Path, place: Path) -> None:
-    """Copies a SentencePiece model that stands alone under the name that T5's have, or a tokenizer's files."""
-    files = (
-        {"spiece.model": tokenizer} if tokenizer.is_file() else {f.name: f for f in huggingface.text_files(tokenizer)}
-    )
-    for name, file in files.items():
-        if not (place / name).exists():
-            shutil.copyfile(file, place / name)

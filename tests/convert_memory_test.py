@@ -8,11 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clp_jax.array_types import Params
 from clp_jax.interop import huggingface
 from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.slots import flatten, unflatten
+from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
+from clp_jax.models.serialization import to_json
+from clp_jax.rewards.normalisation import RewardStatistics
+from clp_jax.training.streamed_params import write_params
 
 ROOT = Path(__file__).parents[1]
 LAYERS = dict(num_encoder_layers=3, num_decoder_layers=3)
@@ -20,6 +25,19 @@ LAYERS = dict(num_encoder_layers=3, num_decoder_layers=3)
 BIG = T5Config(vocab_size=98_304, embed_dim=512, mlp_dim=1024, num_heads=8, head_dim=64, tied_head=True, **LAYERS)
 SMALL = T5Config(vocab_size=64, embed_dim=8, mlp_dim=16, num_heads=2, head_dim=4, tied_head=True, **LAYERS)
 LARGEST = 98_304 * 512 * 4
+# 90 MiB in parameters of at most 5 MiB each.
+EQUAL = T5Config(
+    vocab_size=64,
+    embed_dim=512,
+    mlp_dim=512,
+    num_heads=8,
+    head_dim=64,
+    num_encoder_layers=5,
+    num_decoder_layers=5,
+)
+COUNTED = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the kernel does not count the peak of a process"
+)
 
 # The small policy loads all that is loaded once, before memory is counted.
 PROGRAM = """
@@ -40,14 +58,35 @@ print("peak", resident("VmHWM") - before)
 """
 
 
-def make(directory: Path, config: T5Config) -> None:
-    """A checkpoint of numbers that compress well."""
+def numbers(config: T5Config, *copies: int) -> Params:
+    """Parameters that compress well, of a policy of that many copies of each."""
 
     def fill(out, region):
         out[...] = np.arange(region[-1].start, region[-1].stop, dtype=np.float32) % 97 - 48
 
-    leaves = {path: LazyArray(leaf.shape, leaf.dtype, fill) for path, leaf in flatten(Policy(config).abstract())}
-    huggingface.write(directory, config, unflatten(leaves))
+    leaves = flatten(Policy(config).abstract())
+    return unflatten({path: LazyArray((*copies, *leaf.shape), leaf.dtype, fill) for path, leaf in leaves})
+
+
+def make(directory: Path, config: T5Config) -> None:
+    huggingface.write(directory, config, numbers(config))
+
+
+def make_steerable(directory: Path, config: T5Config) -> None:
+    """What training leaves of a policy that is a mixture of two, and of the reference."""
+    description = {
+        "stage": "clp",
+        "model": to_json(config),
+        "conditioning": to_json(ParameterConditioning("full", 2, alpha_min=0.01)),
+        "rewards": ["a", "b"],
+        "reward_fingerprints": {},
+        "prompt_length": 8,
+        "max_length": 8,
+        "vocabulary": None,
+    }
+    write_params(directory / "checkpoints" / "1", {"policy": numbers(config, 2)}, description, 1)
+    write_params(directory / "reference", numbers(config), description, 0)
+    RewardStatistics(("a", "b"), (0.0, 0.0), (1.0, 1.0), 4).save(directory)
 
 
 def peak_of(source: str, target: str, home: Path) -> int:
@@ -59,9 +98,18 @@ def peak_of(source: str, target: str, home: Path) -> int:
     return int(done.stdout.split("peak")[-1])
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the kernel does not count the peak of a process"
-)
+@COUNTED
+def test_a_steerable_policy_is_mixed_one_array_at_a_time(tmp_path):
+    """Both components and the reference have 270 MiB, of which no array has more than 10."""
+    make_steerable(tmp_path / "big_run", EQUAL)
+    make_steerable(tmp_path / "small_run", SMALL)
+    whole = 4 * Policy(EQUAL).num_params()
+    peak = peak_of(("clp", "run"), ("hf", "mixed"), tmp_path)
+    assert 3 * whole > 250 * 2**20
+    assert peak < whole, (peak, whole)
+
+
+@COUNTED
 def test_memory_is_that_of_the_largest_array(tmp_path):
     make(tmp_path / "big_first", BIG)
     make(tmp_path / "small_first", SMALL)

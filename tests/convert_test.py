@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_tokenizers
 from safetensors.numpy import load_file
 from tiny_policies import varied_params
 
-from clp_jax.interop import huggingface
+from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
+from clp_jax.interop import huggingface, safetensors_files
+from clp_jax.interop.arrays import ArraySpec, copy
 from clp_jax.interop.slots import flatten, unflatten
 from clp_jax.main import main
 from clp_jax.models.conditioning import PREDICATES, ParameterConditioning
@@ -20,9 +23,11 @@ from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import to_json
 from clp_jax.nn.routing import Dropless, TokenChoice
+from clp_jax.preferences import Preference
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.training.checkpoints import save_params
 from clp_jax.training.policies import load_policy
+from clp_jax.training.streamed_params import open_params, write_params
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORD = np.load(FIXTURES / "t5x_policy.npz")
@@ -87,6 +92,136 @@ def test_there_and_back_is_the_same_to_the_bit(home, name):
     )
     card = (home / f"back_{name}" / "README.md").read_text()
     assert f"Hugging Face checkpoint `{name}`" in card and f"clp convert clp:run_{name} hf:back_{name}" in card
+
+
+def stored_as(source: Path, target: Path, dtype_of, told: str) -> None:
+    """A checkpoint whose tensors have types of their own, under a config.json that tells of one."""
+    arrays = safetensors_files.read(source)
+    specs = {name: ArraySpec(array.shape, jnp.dtype(dtype_of(name))) for name, array in arrays.items()}
+    with safetensors_files.open_writer(target, specs) as writer:
+        copy(arrays, writer)
+        values = json.loads((source / "config.json").read_text()) | {"torch_dtype": told}
+        (writer.directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+STORED = {
+    "bfloat16": ("llama", lambda name: "bfloat16", "bfloat16"),
+    "float16_but_wo": ("t5", lambda name: "float32" if ".wo." in name else "float16", "float16"),
+    "wider_than_told": ("llama", lambda name: "float32", "bfloat16"),
+    "narrower_than_told": ("gemma", lambda name: "bfloat16" if "mlp" in name else "float16", "float32"),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_every_tensor_keeps_its_type_there_and_back(home, case):
+    """And what tells of ends: generation_config.json comes back where there is no tokenizer."""
+    name, dtype_of, told = STORED[case]
+    source = home / f"stored_{case}"
+    stored_as(home / name, source, dtype_of, told)
+    ends = json.dumps({"eos_token_id": [2, 7], "temperature": 0.6}, indent=2, sort_keys=True) + "\n"
+    (source / "generation_config.json").write_text(ends)
+    clp("convert", f"hf:{source}", f"clp:run_stored_{case}")
+    clp("convert", f"clp:run_stored_{case}", f"hf:back_stored_{case}")
+    clp("convert", f"hf:{source}", f"hf:direct_stored_{case}")
+    for back in (home / f"back_stored_{case}", home / f"direct_stored_{case}"):
+        for file in ("model.safetensors", "config.json", "generation_config.json"):
+            assert (back / file).read_bytes() == (source / file).read_bytes(), (back, file)
+        assert huggingface.open_checkpoint(back).config.eos_ids == (2, 7)
+
+
+def test_what_was_trained_since_is_not_rounded(home):
+    """float32 values that bfloat16 has not, whatever the policy came from; asked for, they are rounded."""
+    stored_as(home / "llama", home / "first", lambda name: "bfloat16", "bfloat16")
+    clp("convert", "hf:first", "clp:run_first")
+    params, description, _ = open_params(home / "run_first")
+    trained = unflatten({path: leaf.read() + np.float32(1e-5) for path, leaf in flatten(params)})
+    write_params(home / "run_trained/checkpoints/3", trained, description, 3)
+    clp("convert", "clp:run_trained", "hf:trained")
+    clp("convert", "clp:run_trained", "hf:rounded", "--dtype=bfloat16")
+    exact = huggingface.open_checkpoint(home / "trained").loaded()
+    for path, leaf in flatten(trained):
+        np.testing.assert_array_equal(dict(flatten(exact.params))[path], leaf)
+    for place, dtype in (("trained", "float32"), ("rounded", "bfloat16")):
+        assert {array.dtype.name for array in safetensors_files.read(home / place).values()} == {dtype}
+        told = json.loads((home / place / "config.json").read_text())
+        assert told == json.loads((home / "first" / "config.json").read_text()) | {"torch_dtype": dtype}
+
+
+def test_what_transformers_saves_in_half_comes_back(home):
+    """It keeps some tensors of a T5 in float32."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    import torch
+
+    model = transformers.T5ForConditionalGeneration.from_pretrained(home / "t5", dtype=torch.float16)
+    model.save_pretrained(home / "half")
+    types = {array.dtype.name for array in safetensors_files.read(home / "half").values()}
+    assert types == {"float16", "float32"}
+    clp("convert", "hf:half", "clp:run_half")
+    clp("convert", "clp:run_half", "hf:back_half")
+    for file in ("model.safetensors", "generation_config.json"):
+        assert (home / "back_half" / file).read_bytes() == (home / "half" / file).read_bytes()
+    back, first = (json.loads((home / name / "config.json").read_text()) for name in ("back_half", "half"))
+    assert back == first
+
+
+@pytest.mark.parametrize("kind", ["t5", "t5_of_a_decoder", "llama", "gemma", "json"])
+def test_an_exported_policys_tokenizer_is_found(home, kind):
+    """A tokenizer given as one file: `AutoTokenizer` reads prompts of the written directory as the policy does."""
+    sizes = SIZES | {"vocab_size": tiny_tokenizers.SIZE}
+    decoder = PaLMConfig.gemma if kind == "gemma" else PaLMConfig.llama
+    encoder_decoder = T5Config.t5_1_1(**sizes, num_encoder_layers=1, num_decoder_layers=1)
+    config = encoder_decoder if kind in ("t5", "json") else decoder(**sizes, num_layers=1)
+    source = home / f"bare_{kind}"
+    huggingface.write(source, config, varied_params(Policy(config)))
+    if kind == "json":
+        model = home / "unigram.json"
+        tiny_tokenizers.unigram().save(str(model))
+        tiny_tokenizers.write_json(home / "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<pad>"})
+    elif kind in tiny_tokenizers.SENTENCEPIECE:
+        model = tiny_tokenizers.sentencepiece_directory(home / f"files_{kind}", kind) / "tokenizer.model"
+    else:
+        model = home / f"{kind}.model"
+        train_vocabulary(tiny_tokenizers.TEXTS, 68, model)
+    written = home / f"out_{kind}"
+    clp("convert", f"hf:{source}", f"hf:{written}", f"--vocabulary={model}")
+    name = {"json": "tokenizer.json", "llama": "tokenizer.model", "gemma": "tokenizer.model"}.get(kind, "spiece.model")
+    assert (written / name).read_bytes() == model.read_bytes()
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    ours, theirs = Vocabulary.load(model), transformers.AutoTokenizer.from_pretrained(written)
+    for text in tiny_tokenizers.TEXTS:
+        assert theirs(text).input_ids == ours.encode_prompt(text)
+    again = Vocabulary.load(written)
+    assert [again.encode_prompt(text) for text in tiny_tokenizers.TEXTS] == [
+        ours.encode_prompt(text) for text in tiny_tokenizers.TEXTS
+    ]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_scores_and_greedy_samples_are_transformers(home, name):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    import torch
+
+    rows = [{"inputs": [3, 4, 5], "targets": [6, 7, 2]}, {"inputs": [9] * 7, "targets": [8]}]
+    (home / f"rows_{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [f"--checkpoint=run_{name}", f"--input=rows_{name}.jsonl"]
+    clp("score", *words, f"--output=theirs_{name}.jsonl")
+    clp("sample", *words, f"--output=greedy_{name}.jsonl", "--strategy=greedy", "--max_tokens=6")
+    architecture = json.loads((home / name / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(home / name, dtype=torch.float32).eval()
+    found = zip(rows, lines_of(home / f"theirs_{name}.jsonl"), lines_of(home / f"greedy_{name}.jsonl"), strict=True)
+    for row, scored, greedy in found:
+        prompt, targets = torch.tensor([row["inputs"]]), torch.tensor([row["targets"]])
+        with torch.no_grad():
+            if model.config.is_encoder_decoder:
+                logits = model(input_ids=prompt, labels=targets).logits[0]
+                start = 1
+            else:
+                logits = model(input_ids=torch.cat([prompt, targets], 1)).logits[0, prompt.shape[1] - 1 : -1]
+                start = prompt.shape[1]
+            written = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=6)
+        expected = logits.log_softmax(-1).gather(-1, targets[0][:, None])[:, 0].numpy()
+        np.testing.assert_allclose(scored["logprobs"], expected, rtol=1e-5, atol=1e-5)
+        assert greedy["tokens"] == written[0, start:].tolist()
 
 
 def legacy(home: Path) -> Path:
@@ -180,6 +315,13 @@ def test_strategies(home, strategy):
         (["hf:t5", "clp:new", "--optimizer"], "Hugging Face's checkpoints hold no optimizer's state"),
         (["hf:pickled", "clp:new"], "pytorch_model.bin"),
         (["hf:t5", "clp:new", "--dtype=float16"], "dtype is 'float16': expected one of float32, bfloat16 for clp"),
+        (["hf:t5", "hf:new", "--vocabulary=nothere.model"], "no vocabulary at nothere.model"),
+        (["hf:t5", "t5x:new", "--vocabulary=nothere.model"], "no vocabulary at nothere.model"),
+        (["hf:t5", "clp:new", "--vocabulary=nothere.model"], "no vocabulary at nothere.model"),
+        (["hf:t5", "hf:new", "--vocabulary=t5"], "no vocabulary at t5"),
+        (["hf:t5", "hf:new", "--vocabulary=t5/config.json"], "config.json is not a tokenizer of Hugging Face's"),
+        (["hf:t5", "t5x:new", "--vocabulary=t5/model.safetensors"], "model.safetensors is not a SentencePiece model"),
+        (["hf:t5", "hf:new", "--vocabulary=large.model"], "large.model has 68 tokens: expected at most the 31"),
         (["hf:t5", "t5x:new", "--step=3"], "step says nothing about hf to t5x"),
         (["clp:run_t5", "hf:new", "--scanned"], "scanned says nothing about clp to hf"),
         (["hf:t5"], "convert still needs --target=VALUE.\n"),
@@ -202,6 +344,8 @@ def test_what_can_not_be_converted(home, words, message, capfd):
         (home / "pickled").mkdir()
         shutil.copyfile(home / "t5" / "config.json", home / "pickled" / "config.json")
         (home / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04never opened")
+    if "--vocabulary=large.model" in words:
+        train_vocabulary(tiny_tokenizers.TEXTS, 68, home / "large.model")
     assert message in refuses(capfd, "convert", *words)
     assert not (home / "new").exists()
 
@@ -270,6 +414,23 @@ def test_a_conditioned_policy_is_exported_at_weights(home, subset):
         theirs = model(input_ids=torch.tensor(inputs), decoder_input_ids=torch.tensor(tokens)).logits.numpy()
     logits = policy.bind(jax.tree.map(jnp.asarray, unflatten(mixed)))(jnp.asarray(inputs), jnp.asarray(tokens))
     np.testing.assert_allclose(logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("subset", "alpha_min"), [("full", 0.1), ("attention", 0.1), ("logits", None)])
+def test_one_array_at_a_time_is_mixed_as_all_are(home, subset, alpha_min):
+    """To the bit, with the reference as a component too: also of arrays that have no copies."""
+    policy, conditioning = Policy(POLICIES["t5"]), ParameterConditioning(subset, 2, alpha_min)
+    first, second, reference = (varied_params(policy, seed) for seed in (1, 2, 3))
+    both = {path: [leaf for _, leaf in leaves] for path, leaves in zip_leaves(first, second).items()}
+    chosen = PREDICATES[subset]
+    copies = unflatten({path: np.stack(leaves) if chosen(path) else leaves[0] for path, leaves in both.items()})
+    run = f"run_mixed_{subset}"
+    write_conditioned(home / run, policy, conditioning, copies, reference)
+    clp("convert", f"clp:{run}", f"hf:mixed_{subset}", "--weights=0.25,0.75", "--alpha=0.3")
+    preference = Preference.of(np.float32([0.25, 0.75]), 0.3)
+    expected = dict(flatten(jax.jit(conditioning.mix)(copies, reference, preference)))
+    for path, leaf in flatten(huggingface.open_checkpoint(home / f"mixed_{subset}").loaded().params):
+        np.testing.assert_array_equal(leaf, expected[path], err_msg="/".join(path))
 
 
 def zip_leaves(*trees):

@@ -286,7 +286,9 @@ class SentencePieceVocabulary(Vocabulary):
             self._special = settings.special(self._piece_id, {"pad": pad, "eos": eos, "bos": bos, "unk": unk})
             self._special.check(self._size, self._directory)
             declared = settings.encoder_decoder
-            has_encoder = self.bos_id is None if declared is None else declared
+            # A decoder may have been trained with T5's tokenizer, which ends prompts.
+            is_t5s = settings.tokenizer.get("tokenizer_class") in ("T5Tokenizer", "T5TokenizerFast")
+            has_encoder = self.bos_id is None if declared is None or is_t5s else declared
             starts = settings.tokenizer.get("add_bos_token") is not False
         self._before = () if has_encoder or self.bos_id is None or not starts else (self.bos_id,)
         self._after = self.eos_ids[:1] if has_encoder else ()

@@ -135,10 +135,10 @@ def locals_of(config: PaLMConfig) -> list[bool]:
     return [kind.window is not None for kind in config.layer_kinds(config.num_layers)]
 
 
-def write_windows(config: PaLMConfig) -> dict[str, Any]:
-    """The keys of windows where layers may differ."""
+def write_windows(config: PaLMConfig, unused: int | None = None) -> dict[str, Any]:
+    """The keys of windows where layers may differ; `unused` is the window where no layer has one."""
     return {
-        "sliding_window": config.window,
+        "sliding_window": config.window or unused,
         "layer_types": [_LOCAL if local else _GLOBAL for local in locals_of(config)],
     }
 
@@ -224,14 +224,12 @@ def _read_gemma2(settings: Settings) -> PaLMConfig:
 
 
 def _write_gemma2(config: PaLMConfig) -> dict[str, Any]:
-    # A whole number wherever that is exact: newer versions insist on one.
-    scalar = config.attention_scale**-2
-    scalar = round(scalar) if round(scalar) ** -0.5 == config.attention_scale else scalar
     return _write_gemma(config) | {
-        "query_pre_attn_scalar": scalar,
+        # Transformers insists on a whole number; other scales can't be told.
+        "query_pre_attn_scalar": max(1, round(config.attention_scale**-2)),
         "attn_logit_softcapping": config.attention_cap,
         "final_logit_softcapping": config.logit_cap,
-        **write_windows(config),
+        **write_windows(config, unused=_GEMMA_WINDOW),
     }
 
 
@@ -285,6 +283,8 @@ _GEMMA = DEFAULTS | {
     "eos_token_id": 1,
     "max_position_embeddings": 8192,
 }
+# Transformers insists on a window even where all layers see everything.
+_GEMMA_WINDOW = 4096
 # Old files hold the frequencies of rotary positions.
 IGNORED = r"rotary_emb\.inv_freq$"
 
@@ -312,7 +312,7 @@ GEMMA2 = Family(
         "query_pre_attn_scalar": 256,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
-        "sliding_window": 4096,
+        "sliding_window": _GEMMA_WINDOW,
     },
 )
 GEMMA3 = Family(
@@ -325,7 +325,7 @@ GEMMA3 = Family(
     | {
         "query_pre_attn_scalar": 256,
         "final_logit_softcapping": None,
-        "sliding_window": 4096,
+        "sliding_window": _GEMMA_WINDOW,
         "_sliding_window_pattern": 6,
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,

@@ -12,6 +12,9 @@ from clp_jax.interop.hf_t5 import MT5, T5, UMT5
 from clp_jax.models.config import ModelConfig, MoEConfig, PaLMConfig, T5Config
 from clp_jax.nn.routing import TokenChoice
 
+# Of `TokenChoice`: they say nothing beside a fixed capacity.
+_FACTORS = ("train_capacity", "eval_capacity", "min_capacity", "capacity_times_k")
+
 # Where several can express a policy, the first one is written.
 _ENCODER_DECODERS = (T5, UMT5, MT5, SWITCH)
 _DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
@@ -46,6 +49,12 @@ def family_for(config: ModelConfig, model_type: str | None = None) -> Family:
     Raises:
         ValueError: naming the settings that the family, or every family, can't express.
     """
+    widths = _widths(config)
+    if config.moe is not None and config.moe.dense and len(widths) > 1:
+        raise ValueError(
+            f"the dense twin has feed-forward blocks of the widths {', '.join(map(str, widths))}: expected one width, as every "
+            "Hugging Face family has: keep the policy's own checkpoint."
+        )
     known = _ENCODER_DECODERS if isinstance(config, T5Config) else _DECODERS
     families = known if model_type is None else (family_named(model_type),)
     lacking: dict[str, list[str]] = {}
@@ -64,7 +73,7 @@ def family_for(config: ModelConfig, model_type: str | None = None) -> Family:
 
 def differences(family: Family, config: ModelConfig) -> list[str]:
     """Settings that would be others, were a policy written as a family and read again."""
-    mine, written = canonical(config), family.write(config)
+    mine, written = canonical(config), family.write(without_twin(config))
     try:
         again = canonical(family.config(written))
     except ValueError as error:  # Values that the family refuses.
@@ -81,6 +90,7 @@ def same(a: ModelConfig, b: ModelConfig) -> bool:
 
 def canonical(config: ModelConfig) -> ModelConfig:
     """The one of all configurations that compute the same."""
+    config = without_twin(config)
     changes: dict[str, Any] = {
         **_FREE,
         "num_kv_heads": config.kv_heads,
@@ -105,6 +115,24 @@ def canonical(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
+def without_twin(config: ModelConfig) -> ModelConfig:
+    """The ordinary configuration that a dense twin is, where all its feed-forward blocks have one width."""
+    if config.moe is None or not config.moe.dense or len(_widths(config)) > 1:
+        return config
+    return dataclasses.replace(config, moe=None, mlp_dim=_widths(config)[0])
+
+
+def _widths(config: ModelConfig) -> list[int]:
+    """Of the feed-forward blocks of all layers, each once."""
+    if isinstance(config, T5Config):
+        encoder = config.layer_kinds(config.num_encoder_layers, causal=False)
+        kinds = encoder + config.layer_kinds(config.num_decoder_layers)
+    else:
+        assert isinstance(config, PaLMConfig)
+        kinds = config.layer_kinds(config.num_layers)
+    return sorted({kind.mlp_dim for kind in kinds})
+
+
 def _canonical_experts(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     """The experts; what only training knows is left out."""
     width = moe.mlp_dim or config.mlp_dim
@@ -112,8 +140,7 @@ def _canonical_experts(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     def plain(router: Any) -> Any:
         router = dataclasses.replace(router, jitter=0.0)
         if isinstance(router, TokenChoice) and router.fixed_capacity is not None:
-            # The factors then say nothing.
-            return TokenChoice(**{f: getattr(router, f) for f in ("k", "fixed_capacity", "group", "renormalize")})
+            router = dataclasses.replace(router, **{name: getattr(TokenChoice(), name) for name in _FACTORS})
         return router
 
     router, decoder = plain(moe.router), plain(moe.decoder_router or moe.router)
@@ -150,6 +177,7 @@ def config_json(
     Raises:
         ValueError: when the policy changed in a way that can't be said in terms of the origin.
     """
+    config = without_twin(config)
     written = family.write(config)
     if origin is None:
         fixed = {"architectures": [family.architecture], "model_type": family.model_type, "use_cache": True}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from clp_jax.interop.hf_family import Family
-from clp_jax.interop.hf_settings import Settings, activation_name
+from clp_jax.interop.hf_settings import Settings, activation_name, unsupported
 from clp_jax.models.config import ModelConfig, T5Config
 
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
@@ -38,7 +38,9 @@ def read_sizes(settings: Settings) -> dict[str, Any]:
     layers = settings["num_layers"]
     deeper = settings.values.get("num_decoder_layers")
     start = settings.values.get("decoder_start_token_id", settings.generation.get("decoder_start_token_id"))
-    pad = settings["pad_token_id"]
+    pad, buckets = settings["pad_token_id"], settings["relative_attention_num_buckets"]
+    if buckets < 1:
+        raise unsupported("relative_attention_num_buckets", buckets, ["a number of at least 4"])
     return {
         "vocab_size": settings["vocab_size"],
         "embed_dim": settings["d_model"],
@@ -47,7 +49,7 @@ def read_sizes(settings: Settings) -> dict[str, Any]:
         "head_dim": settings["d_kv"],
         "num_encoder_layers": layers,
         "num_decoder_layers": layers if deeper is None else deeper,
-        "num_buckets": settings["relative_attention_num_buckets"],
+        "num_buckets": buckets,
         "max_distance": settings["relative_attention_max_distance"],
         "norm_eps": settings["layer_norm_epsilon"],
         "dropout_rate": float(settings["dropout_rate"]),
@@ -68,7 +70,8 @@ def write_sizes(config: T5Config) -> dict[str, Any]:
         "d_kv": config.head_dim,
         "num_layers": config.num_encoder_layers,
         "num_decoder_layers": config.num_decoder_layers,
-        "relative_attention_num_buckets": config.num_buckets,
+        # Transformers has no T5 without them: nothing else can be told.
+        "relative_attention_num_buckets": config.num_buckets or T5_DEFAULTS["relative_attention_num_buckets"],
         "relative_attention_max_distance": config.max_distance,
         "layer_norm_epsilon": config.norm_eps,
         "dropout_rate": config.dropout_rate,

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from clp_jax.array_types import Params
 from clp_jax.interop import safetensors_files
-from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.arrays import ArraySpec, LazyArray
 from clp_jax.interop.hf_decoders import GEMMA3
 from clp_jax.interop.hf_families import config_json, family_for, family_named, same
 from clp_jax.interop.imported import Imported
-from clp_jax.interop.links import check_tree, opened, specs, write_tensors
+from clp_jax.interop.links import Link, check_tree, holds, opened, write_tensors
 from clp_jax.interop.overrides import checked
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
@@ -31,7 +33,6 @@ TEXT_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    GENERATION,
     "chat_template*",
 )
 
@@ -40,10 +41,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HuggingFaceCheckpoint(Imported):
-    """A Hugging Face checkpoint that was opened: ``origin`` has ``model_type``, ``config``, ``generation_config``, too.
+    """A Hugging Face checkpoint that was opened.
+
+    Its ``origin`` has ``model_type``, ``config`` and ``generation_config``, and the tensors' types: ``dtype`` of most of them,
+    and ``dtypes`` of the others by name.
 
     Attributes:
-        text_files: tokenizer and generation settings, to be carried along.
+        text_files: of the tokenizer, to be carried along.
     """
 
     text_files: tuple[Path, ...]
@@ -81,8 +85,9 @@ def open_checkpoint(
     family = family_named(text.get("model_type"))
     config = family.config(text, generation, source.keys())
     config = dataclasses.replace(config, **checked(type(config), {"param_dtype": dtype, **(overrides or {})}))
+    links = family.links(config)
     params = opened(
-        family.links(config),
+        links,
         source,
         Policy(config).abstract(),
         config.param_dtype,
@@ -91,6 +96,7 @@ def open_checkpoint(
         where=str(directory),
     )
     origin = {"format": "huggingface", "model_type": family.model_type, "config": dict(text)}
+    origin |= _types_of({each.name: str(source[each.name].dtype) for each in links})
     if generation:
         origin["generation_config"] = generation
     found = text_files(directory)
@@ -118,7 +124,8 @@ def write(
         params: numpy, JAX or lazy arrays.
         origin: as `open_checkpoint` gave it, where the policy came from Hugging Face: its family, and settings we don't model.
         files: copied as they are, such as `HuggingFaceCheckpoint.text_files`.
-        dtype: of the tensors, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None takes the origin's, or the parameters'.
+        dtype: of the tensors, ``"float32"``, ``"bfloat16"`` or ``"float16"``. None takes each tensor's in the origin, where
+            all parameters are numbers of these types, and otherwise the parameters': nothing is rounded unasked.
         max_shard_bytes: of one file.
         card: text of ``README.md`` (`clp_jax.interop.model_card`); None writes none.
 
@@ -131,16 +138,20 @@ def write(
     values = None if origin is None else origin["config"]
     generation = {} if origin is None else origin.get("generation_config", {})
     found = config_json(family, config, values, generation)
-    chosen = dtype or (None if origin is None else _dtype_of(found)) or config.param_dtype
-    if chosen not in _DTYPES:
-        raise ValueError(f"dtype is {chosen!r}: expected one of {', '.join(_DTYPES)}.")
-    found[_dtype_key(found)] = chosen
     links = family.links(config)
-    with safetensors_files.open_writer(
-        Path(directory), specs(links, chosen), max_shard_bytes=max_shard_bytes
-    ) as writer:
+    types = {} if dtype is not None or origin is None else _types_in(origin, links)
+    if not types or not holds(links, params, types):
+        chosen = dtype or config.param_dtype
+        if chosen not in _DTYPES:
+            raise ValueError(f"dtype is {chosen!r}: expected one of {', '.join(_DTYPES)}.")
+        types = {each.name: chosen for each in links}
+        found["dtype" if "dtype" in found else "torch_dtype"] = chosen
+    described = {each.name: ArraySpec(each.shape, jnp.dtype(types[each.name])) for each in links}
+    with safetensors_files.open_writer(Path(directory), described, max_shard_bytes=max_shard_bytes) as writer:
         write_tensors(links, params, writer.write)
         _write_json(writer.directory / CONFIG, found)
+        if generation:
+            _write_json(writer.directory / GENERATION, generation)
         for file in files:
             (writer.directory / file.name).write_bytes(file.read_bytes())
         if card is not None:
@@ -174,13 +185,17 @@ def _text_part(source: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], l
     return found, left_out
 
 
-def _dtype_key(values: Mapping[str, Any]) -> str:
-    return "dtype" if "dtype" in values else "torch_dtype"
+def _types_of(dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """What an origin says of its tensors' types."""
+    most = max(dict.fromkeys(dtypes.values()), key=list(dtypes.values()).count)
+    return {"dtype": most, "dtypes": {name: dtype for name, dtype in dtypes.items() if dtype != most}}
 
 
-def _dtype_of(values: Mapping[str, Any]) -> str | None:
-    name = values.get(_dtype_key(values))
-    return name.removeprefix("torch.") if isinstance(name, str) else None
+def _types_in(origin: Mapping[str, Any], links: Sequence[Link]) -> dict[str, str]:
+    """The types of tensors in an origin; none where it does not say, as those of early versions don't."""
+    if "dtype" not in origin:
+        return {}
+    return {each.name: origin["dtypes"].get(each.name, origin["dtype"]) for each in links}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from clp_jax.models.conditioning import (
     check_alpha,
     stack_experts,
 )
-from clp_jax.models.policy import Policy
+from clp_jax.models.policy import Policy, check_parameters
 from clp_jax.models.serialization import from_json
 from clp_jax.preferences import Preference, validate_weights
 from clp_jax.rewards.normalisation import RewardStatistics
@@ -132,7 +132,11 @@ def load_policy(
             origin=origin,
             provenance=provenance,
         )
-    reference, _, _ = load_params(run_dir / REFERENCE_DIRECTORY, expected=policy.abstract())
+    reference, _, _ = load(run_dir / REFERENCE_DIRECTORY)
+    try:
+        check_parameters(policy.abstract(), reference)
+    except ValueError as error:
+        raise CheckpointError(f"{run_dir / REFERENCE_DIRECTORY}: {error}") from None
     return LoadedPolicy(
         run_dir=run_dir,
         step=step,

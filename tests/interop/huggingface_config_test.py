@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+from tiny_policies import varied_params
 
+from clp_jax.interop import huggingface
 from clp_jax.interop.hf_families import FAMILIES, canonical, config_json, differences, family_for, family_named, same
 from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
+from clp_jax.models.policy import Policy
 from clp_jax.nn.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from clp_jax.nn.routing import Dropless, TokenChoice
 
@@ -292,6 +296,10 @@ def test_positions_in_older_and_newer_keys(scaling, theta, expected):
         (GEMMA3 | {"layer_types": ["full_attention"]}, "layer_types has 1 layers, num_hidden_layers is 26"),
         (T5_SMALL | {"feed_forward_proj": "swiglu"}, "feed_forward_proj is 'swiglu', which is not supported"),
         (
+            T5_SMALL | {"relative_attention_num_buckets": 0},
+            "relative_attention_num_buckets is 0, which is not supported",
+        ),
+        (
             T5_SMALL | {"feed_forward_proj": "half-gelu"},
             "feed_forward_proj is 'half-gelu': expected 'NAME' or 'gated-NAME'",
         ),
@@ -313,55 +321,68 @@ DEEP = SMALL | dict(num_layers=4, scale_tied_head=False)
 STACKS = SMALL | dict(num_encoder_layers=4, num_decoder_layers=4)
 MIXTRAL = MoEConfig(num_experts=4, router=Dropless(2))
 SHARED = MoEConfig(
-    num_experts=4, router=Dropless(1, renormalize=False), every=2, mlp_dim=6, shared_dim=5, shared_gate=True
+    num_experts=4, router=Dropless(1, renormalize=False), every=2, mlp_dim=16, shared_dim=5, shared_gate=True
 )
 SWITCH = MoEConfig(num_experts=4, router=TokenChoice(fixed_capacity=5), every=2, z_weight=0.1)
+SURE_FIRST = TokenChoice(fixed_capacity=5, batch_prioritised=True)
 
 
-@pytest.mark.parametrize(
-    ("config", "family"),
-    [
-        (PaLMConfig(**DEEP), "llama"),
-        (
-            PaLMConfig(
-                **DEEP, tied_head=False, qkv_bias=True, out_bias=True, mlp_bias=True, rope=Rope(9.0, LinearScaling(2.0))
-            ),
-            "llama",
+EXPRESSIBLE = [
+    (PaLMConfig(**DEEP), "llama"),
+    (
+        PaLMConfig(
+            **DEEP, tied_head=False, qkv_bias=True, out_bias=True, mlp_bias=True, rope=Rope(9.0, LinearScaling(2.0))
         ),
-        (
-            PaLMConfig(**DEEP, activation="relu2", num_kv_heads=2, remat="full", dtype="bfloat16", dropout_rate=0.5),
-            "llama",
+        "llama",
+    ),
+    (
+        PaLMConfig(**DEEP, activation="relu2", num_kv_heads=2, remat="full", dtype="bfloat16", dropout_rate=0.5),
+        "llama",
+    ),
+    (PaLMConfig(**DEEP, pad_id=-1, start_id=1), "llama"),
+    (PaLMConfig(**DEEP, pad_id=3, start_id=1, eos_ids=(1, 5)), "llama"),
+    (PaLMConfig(**DEEP, window=3), "mistral"),
+    (PaLMConfig(**DEEP, window=3, window_pattern=(False,)), "llama"),
+    (PaLMConfig(**DEEP, qkv_bias=True), "qwen2"),
+    (PaLMConfig(**DEEP, qkv_bias=True, window=3, window_pattern=(False, True, True, True)), "qwen2"),
+    (PaLMConfig(**DEEP, qkv_bias=True, window=3, window_pattern=(True, False) * 2), "qwen2"),
+    (PaLMConfig(**DEEP, qk_norm=True), "qwen3"),
+    (PaLMConfig.gemma(**DEEP), "gemma"),
+    (PaLMConfig.gemma(**DEEP, post_norm=True, attention_cap=5.0, logit_cap=3.0, query_scale=12**-0.5), "gemma2"),
+    (
+        PaLMConfig.gemma(
+            **DEEP, post_norm=True, qk_norm=True, window=2, window_pattern=(True, False), local_rope=Rope(5.0)
         ),
-        (PaLMConfig(**DEEP, pad_id=-1, start_id=1), "llama"),
-        (PaLMConfig(**DEEP, pad_id=3, start_id=1, eos_ids=(1, 5)), "llama"),
-        (PaLMConfig(**DEEP, window=3), "mistral"),
-        (PaLMConfig(**DEEP, window=3, window_pattern=(False,)), "llama"),
-        (PaLMConfig(**DEEP, qkv_bias=True), "qwen2"),
-        (PaLMConfig(**DEEP, qkv_bias=True, window=3, window_pattern=(False, True, True, True)), "qwen2"),
-        (PaLMConfig(**DEEP, qkv_bias=True, window=3, window_pattern=(True, False) * 2), "qwen2"),
-        (PaLMConfig(**DEEP, qk_norm=True), "qwen3"),
-        (PaLMConfig.gemma(**DEEP), "gemma"),
-        (PaLMConfig.gemma(**DEEP, post_norm=True, attention_cap=5.0, logit_cap=3.0, query_scale=0.3), "gemma2"),
-        (
-            PaLMConfig.gemma(
-                **DEEP, post_norm=True, qk_norm=True, window=2, window_pattern=(True, False), local_rope=Rope(5.0)
-            ),
-            "gemma3_text",
+        "gemma3_text",
+    ),
+    (PaLMConfig(**DEEP, moe=MIXTRAL), "mixtral"),
+    (PaLMConfig(**DEEP, moe=dataclasses.replace(MIXTRAL, z_weight=0.1, balance_weight=0.0)), "mixtral"),
+    (PaLMConfig(**DEEP, moe=SHARED, qkv_bias=True), "qwen2_moe"),
+    (
+        PaLMConfig(**DEEP, moe=dataclasses.replace(SHARED, shared_dim=0, shared_gate=False), qk_norm=True),
+        "qwen3_moe",
+    ),
+    (T5Config(**STACKS), "t5"),
+    (T5Config(**STACKS, activation="gelu_exact", tied_head=True, eos_ids=(1, 2)), "t5"),
+    (T5Config(**STACKS, gated=False, tied_head=True, scale_tied_head=False), "t5"),
+    (T5Config(**STACKS, bias_per_layer=True, tied_head=True), "umt5"),
+    (T5Config(**STACKS, gated=False, activation="relu", tied_head=True, moe=SWITCH), "switch_transformers"),
+    (PaLMConfig.gemma(**DEEP, post_norm=True, qk_norm=True), "gemma3_text"),
+    (
+        T5Config(
+            **STACKS,
+            activation="relu",
+            gated=False,
+            tied_head=True,
+            moe=dataclasses.replace(SWITCH, dense=True),
         ),
-        (PaLMConfig(**DEEP, moe=MIXTRAL), "mixtral"),
-        (PaLMConfig(**DEEP, moe=dataclasses.replace(MIXTRAL, z_weight=0.1, balance_weight=0.0)), "mixtral"),
-        (PaLMConfig(**DEEP, moe=SHARED, qkv_bias=True), "qwen2_moe"),
-        (
-            PaLMConfig(**DEEP, moe=dataclasses.replace(SHARED, shared_dim=0, shared_gate=False), qk_norm=True),
-            "qwen3_moe",
-        ),
-        (T5Config(**STACKS), "t5"),
-        (T5Config(**STACKS, activation="gelu_exact", tied_head=True, eos_ids=(1, 2)), "t5"),
-        (T5Config(**STACKS, gated=False, tied_head=True, scale_tied_head=False), "t5"),
-        (T5Config(**STACKS, bias_per_layer=True, tied_head=True), "umt5"),
-        (T5Config(**STACKS, gated=False, activation="relu", tied_head=True, moe=SWITCH), "switch_transformers"),
-    ],
-)
+        "t5",
+    ),
+    (PaLMConfig(**DEEP, moe=dataclasses.replace(MIXTRAL, dense=True, shared_dim=3)), "llama"),
+]
+
+
+@pytest.mark.parametrize(("config", "family"), EXPRESSIBLE)
 def test_the_first_family_that_can_express_a_policy(config, family):
     assert family_for(config).model_type == family
     written = config_json(FAMILIES[family], config)
@@ -385,6 +406,25 @@ def test_the_first_family_that_can_express_a_policy(config, family):
         (
             T5Config(**STACKS, moe=dataclasses.replace(SWITCH, router=TokenChoice(k=2))),
             "no Hugging Face family can express T5Config with moe=MoEConfig",
+        ),
+        (
+            T5Config(
+                **STACKS,
+                activation="relu",
+                gated=False,
+                tied_head=True,
+                moe=dataclasses.replace(SWITCH, router=SURE_FIRST, decoder_router=SWITCH.router),
+            ),
+            "no Hugging Face family can express T5Config with moe=MoEConfig",
+        ),
+        (
+            PaLMConfig.gemma(**DEEP, post_norm=True, query_scale=0.3),
+            "no Hugging Face family can express PaLMConfig with query_scale=0.3",
+        ),
+        (T5Config(**STACKS, num_buckets=0), "no Hugging Face family can express T5Config with num_buckets=0"),
+        (
+            PaLMConfig(**DEEP, moe=dataclasses.replace(MIXTRAL, dense=True, every=2)),
+            "the dense twin has feed-forward blocks of the widths 12, 24: expected one width",
         ),
     ],
 )
@@ -411,3 +451,44 @@ def test_what_changes_how_and_not_what_is_free():
     everywhere = dataclasses.replace(config, window_pattern=(True,))
     assert same(everywhere, dataclasses.replace(everywhere, rope=Rope(5.0), local_rope=None))
     assert canonical(canonical(config)) == canonical(config)
+
+
+def test_the_capacity_factors_say_nothing_beside_a_fixed_capacity():
+    def switch(**changes):
+        router = TokenChoice(fixed_capacity=5, **changes)
+        return T5Config(**STACKS, moe=dataclasses.replace(SWITCH, router=router, decoder_router=SWITCH.router))
+
+    free = dict(train_capacity=3.0, eval_capacity=4.0, min_capacity=4, capacity_times_k=True)
+    assert same(switch(), switch(**free))
+    assert not same(switch(), switch(batch_prioritised=True)) and not same(switch(), switch(group="batch"))
+
+
+def test_a_dense_twin_is_an_ordinary_model(tmp_path):
+    """Its tensors are those of the model of the blocks' width, and it comes back as that."""
+    twin = PaLMConfig(**DEEP, moe=dataclasses.replace(MIXTRAL, dense=True, shared_dim=3))
+    plain = PaLMConfig(**DEEP | {"mlp_dim": 2 * SMALL["mlp_dim"] + 3})
+    assert same(twin, plain)
+    for name, config in (("twin", twin), ("plain", plain)):
+        huggingface.write(tmp_path / name, config, varied_params(Policy(config)))
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "twin" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_transformers_runs_all_that_a_family_can_express(tmp_path):
+    """Its own classes take the settings, find every tensor and no other, and compute."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    import torch
+
+    for number, (config, family) in enumerate(EXPRESSIBLE):
+        config = dataclasses.replace(config, param_dtype="float32")
+        directory = tmp_path / f"{number}_{family}"
+        huggingface.write(directory, config, varied_params(Policy(config)))
+        architecture = getattr(transformers, FAMILIES[family].architecture)
+        model, found = architecture.from_pretrained(directory, output_loading_info=True)
+        assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (config, found)
+        tokens = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+        if isinstance(config, T5Config):
+            tokens["decoder_input_ids"] = torch.tensor([[0, 7]])
+        with torch.no_grad():
+            theirs = model.eval()(**tokens).logits.numpy()
+        assert np.isfinite(theirs).all() and theirs.shape[-1] == config.vocab_size, config

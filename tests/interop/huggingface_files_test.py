@@ -121,7 +121,8 @@ def test_shards_and_types(tmp_path, llama):
 def test_files_of_the_text_are_carried(tmp_path, llama):
     directory, _ = llama
     contents = {"tokenizer.model": b"\x00\xff", "tokenizer_config.json": b"{ }", "chat_template.jinja": b"{{x}}\r\n"}
-    contents["generation_config.json"] = b'{"eos_token_id": [1, 5]}'
+    generation = {"eos_token_id": [1, 5], "temperature": 0.5}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
     for name, content in contents.items():
         (directory / name).write_bytes(content)
     (directory / "training_args.bin").write_bytes(b"not ours")
@@ -130,6 +131,7 @@ def test_files_of_the_text_are_carried(tmp_path, llama):
     huggingface.write(tmp_path / "out", again.config, again.params, origin=again.origin, files=again.text_files)
     for name, content in contents.items():
         assert (tmp_path / "out" / name).read_bytes() == content
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
     assert (tmp_path / "out" / "config.json").read_bytes() == (directory / "config.json").read_bytes()
     assert not (tmp_path / "out" / "training_args.bin").exists()
 
