@@ -1,37 +1,55 @@
 """Traces of some steps: recorded from the first to the last, by the real profiler."""
 
-import jax.numpy as jnp
+import json
+import subprocess
+import sys
+
 import pytest
 
 from clp_jax.training.profiling import Profile
 
+# In a process of its own: the profiler ends one in which the compiler for TPUs was used (libtpu 0.0.52).
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import jax.numpy as jnp
+from clp_jax.training.profiling import Profile
 
-def steps_recorded(directory, steps, first, last):
-    recorded = []
-    with Profile(directory, steps) as profile:
+recorded = {}
+for name, (steps, first, last) in json.loads(sys.argv[2]).items():
+    with Profile(Path(sys.argv[1]) / name, steps) as profile:
+        recorded[name] = []
         for step in range(first, last + 1):
             profile.before(step, jnp.ones(3))
             if profile._recording:
-                recorded.append(step)
+                recorded[name].append(step)
             profile.after(step, jnp.ones(3) * step)
     assert not profile._recording
-    return recorded
+print(json.dumps(recorded))
+"""
+RUNS = {
+    "asked": ((3, 4), 1, 6),
+    "ended": ((3, 9), 1, 4),
+    "later": ((3, 9), 8, 10),
+    "unasked": (None, 1, 4),
+    "over": ((1, 2), 3, 5),
+}
+RECORDED = {"asked": [3, 4], "ended": [3, 4], "later": [8, 9], "unasked": [], "over": []}
 
 
-def test_a_trace_of_the_steps_that_were_asked_for(tmp_path):
-    assert steps_recorded(tmp_path, (3, 4), 1, 6) == [3, 4]
-    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-P", "-c", SCRIPT, str(directory), json.dumps(RUNS)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return directory, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_what_goes_on_at_the_end_is_ended(tmp_path):
-    assert steps_recorded(tmp_path, (3, 9), 1, 4) == [3, 4]
-    assert steps_recorded(tmp_path / "later", (3, 9), 8, 10) == [8, 9]
-    assert list((tmp_path / "later" / "profile").rglob("*.xplane.pb"))
-
-
-def test_nothing_is_recorded_unless_it_is_asked_for(tmp_path):
-    assert steps_recorded(tmp_path, None, 1, 4) == steps_recorded(tmp_path, (1, 2), 3, 5) == []
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", RUNS)
+def test_a_trace_of_the_steps_that_were_asked_for(runs, name):
+    directory, recorded = runs
+    assert recorded[name] == RECORDED[name]
+    assert len(list((directory / name).rglob("*.xplane.pb"))) == bool(RECORDED[name])
 
 
 @pytest.mark.parametrize("steps", [(0, 3), (4, 3)])
