@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / place) for place in ("benchmarks", "tests/multi_process", "tests/fixtures", ".")]
@@ -103,7 +104,7 @@ class Life:
 
     def __init__(self, course: Course, directory: Path, home: Path, number: int, count: int, cache: Path):
         self.course, self.count = course, count
-        self._checkpoints = directory / "run" / "checkpoints"
+        self._checkpoints = epath.Path(directory / "run" / "checkpoints")
         notes = directory / f"life{number}"
         job = {"name": course.stage, "run_dir": str(directory / "run"), "notes": str(notes)}
         job |= {"num_steps": course.steps, "checkpoint_every": course.every}

@@ -12,15 +12,14 @@ from same_runs import Comparison
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(tmp_path, capsys):
-    """It goes on with one process, with two, and with one again, from the middle of a rollout or of a checkpoint."""
-    words = ["--kills=3", "--stages=policy", "--processes=1-2", "--steps=8", "--every=2", "--seed=1"]
+    """It goes on from the middle of a rollout or of a checkpoint, to the bit."""
+    words = ["--kills=3", "--stages=policy", "--processes=1", "--steps=8", "--every=2", "--seed=1"]
     code = chaos.main([*words, f"--directory={tmp_path}", f"--json={tmp_path}/found.json"])
     told = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert code == 0 and not any(run["failures"] for run in found["runs"]), told
     kills = [kill for run in found["runs"] for kill in run["kills"]]
     assert len(kills) == 3 and all(kill["went_on_from"] == kill["kept"] for kill in kills), told
-    assert any(kill["went_on_with"] != kill["count"] for kill in kills), told
     assert "| in all | 3 |" in told
     assert_a_difference_is_found(next(tmp_path.glob("0-policy-1")), tmp_path / "other")
 

@@ -151,9 +151,10 @@ def test_pairs_are_read_where_they_are_needed(home, two):
     data = DataSource(home / "prompts", "train", batch_size=8, converter=prompt_batch, seed=3)
     corrupter = Corrupter(("foreign", "swap"), MODEL.pad_id, MODEL.eos_ids, 3)
     for number in range(2):
-        notes = [json.loads(line) for line in (two / f"rewards.ids.2.{number}").read_text().splitlines()]
-        assert [position for position, _ in notes] == [8 * step for step in range(STEPS)]
-        for position, [[_, found]] in notes:
+        noted = [json.loads(line) for line in (two / f"rewards.notes.2.{number}").read_text().splitlines()]
+        read = {note["position"]: note["reads"] for note in noted if "reads" in note}
+        assert list(read) == [8 * step for step in range(STEPS)]
+        for position, found in read.items():
             ids = data.example_ids(position, 8)
             mine = np.arange(4 * number, 4 * number + 4)
             rows = {*mine.tolist(), *corrupter.draw(ids).others[mine].tolist()}

@@ -180,7 +180,7 @@ def _note_reading(data, path):
 
     def noted(ids):
         with open(path, "a") as file:
-            file.write(json.dumps([data.position - data.batch_size, [[0, ids.tolist()]]]) + "\n")
+            file.write(json.dumps({"position": data.position - data.batch_size, "reads": ids.tolist()}) + "\n")
         return read(ids)
 
     data.read = noted
