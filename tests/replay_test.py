@@ -68,7 +68,8 @@ def test_without_a_checkpoint_before_it_all_steps_are_made_again(done, capsys):
     assert "no checkpoint before step 4: all steps are made again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bit", [1, 12, 22])
+# Of a product's operand: the last few bits may be rounded away before they reach a digest.
+@pytest.mark.parametrize("bit", [8, 12, 22])
 def test_a_flipped_bit_is_found(done, bit):
     with pytest.raises(ReplayError, match=r"step 10 gave other numbers[^@]*  grad_digest: \d+ -> \d+\n") as found:
         again(done, 10, Flipped(at=10, bit=bit))
