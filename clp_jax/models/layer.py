@@ -121,7 +121,7 @@ class Layer(nnx.Module):
         y = dropout(y, rate, key, salt=1)
         if self.config.parallel_block:
             z, routing = self._feed_forward(normed, present, fold(key, 2))
-            x = x + y + dropout(z, rate, key, salt=3)
+            x = x + (y + dropout(z, rate, key, salt=3))
             return constrain(x, "batch", "length", "act_embed"), new, routing
         x = x + y
         if cross is not None:

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 from clp_jax.array_types import Array, Float
 from clp_jax.nn.attention_blockwise import FLOOR, Part, pad_places
 from clp_jax.nn.attention_dense import check_bias, check_heads, scale_query
+from clp_jax.nn.attention_heads import head_axes
 from clp_jax.nn.attention_pallas_kernels import LANES, Plan, backward_pass, forward_pass, lay_out, round_up
 from clp_jax.nn.visibility import Pattern, Places
-from clp_jax.partitioning import activation_sharding
+from clp_jax.partitioning import active_mesh
 
 BLOCK = 512
 
@@ -36,7 +37,7 @@ def pallas_attention(
 ) -> Float[Array, "B T N H"]:
     """`reference_attention` without dropout, on TPUs; blocks in which nobody sees anybody are skipped, copies and all.
 
-    With an active mesh, examples and heads are sharded as activations are, heads as far as key heads divide.
+    With an active mesh, examples and heads are sharded as activations are (`clp_jax.nn.attention_heads`).
 
     Args:
         query: queries; head ``n`` uses key head ``n // (N // G)``.
@@ -72,18 +73,22 @@ def pallas_attention(
         )
 
     places = (queries.positions, queries.segments, keys.positions, keys.segments)
-    sharding = activation_sharding(key.shape, ("batch", "act_heads", None, None))
-    if sharding is None or sharding.mesh.size == 1:
+    mesh = active_mesh()
+    if mesh is None or mesh.size == 1:
         return attend(query, key, value, table, *places)
-    batch, heads = sharding.spec[:2]
+    lie = head_axes(query.shape[0], query.shape[2], key.shape[1])
     specs = (
-        PartitionSpec(batch, None, heads, None),
-        PartitionSpec(batch, heads, None, None),
-        PartitionSpec(batch, heads, None, None),
-        None if table is None else PartitionSpec(heads, None),
-        *(PartitionSpec(batch if x.shape[0] > 1 else None, None) for x in places),
+        PartitionSpec(lie.rows, None, lie.queries, None),
+        PartitionSpec(lie.rows, lie.keys, None, None),
+        PartitionSpec(lie.rows, lie.keys, None, None),
+        None if table is None else PartitionSpec(lie.queries, None),
+        *(PartitionSpec(lie.rows if x.shape[0] > 1 else None, None) for x in places),
     )
-    sharded = jax.shard_map(attend, mesh=sharding.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+
+    def attend_own(query, key, value, *rest):
+        return attend(query, lie.own_keys(key), lie.own_keys(value), *rest)
+
+    sharded = jax.shard_map(attend_own, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return sharded(query, key, value, table, *places)
 
 

@@ -8,7 +8,6 @@ every row, which makes causal work even (arXiv 2311.09431).
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec
 from clp_jax.array_types import Array, Float, PRNGKeyArray, Shaped
 from clp_jax.nn.attention_blockwise import FLOOR, Part, blockwise_part, blockwise_part_gradients
 from clp_jax.nn.attention_dense import check_bias, check_heads, scale_query
+from clp_jax.nn.attention_heads import as_axes, axes_size, head_axes
 from clp_jax.nn.attention_pallas import pallas_part, pallas_part_gradients
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import activation_sharding, active_mesh
@@ -91,11 +91,11 @@ def ring_attention(
     for one in sets:
         check_heads(heads, one.key.shape[1])
         check_bias(one.pattern, table)
-    batch_axes, of_queries, of_keys = _row_and_head_axes(batch, heads, groups)
+    lie = head_axes(batch, heads, groups)
     plan = _Plan(
         patterns=tuple(one.pattern for one in sets),
         axes=axes,
-        others=(*batch_axes, *of_queries),
+        others=(*lie.rows, *lie.queries),
         engine=engine,
         interpret=interpret,
         dropout_rate=0.0 if dropout_key is None else dropout_rate,
@@ -104,18 +104,22 @@ def ring_attention(
     places = tuple((_of_rows(one, rows, length), _pair(one.keys)) for one in sets)
 
     def place_spec(x: Array) -> PartitionSpec:
-        return PartitionSpec(batch_axes if x.shape[0] > 1 else None, axes)
+        return PartitionSpec(lie.rows if x.shape[0] > 1 else None, axes)
 
-    row_spec = PartitionSpec(batch_axes, of_queries, axes, None)
+    row_spec = PartitionSpec(lie.rows, lie.queries, axes, None)
     specs = (
         row_spec,
-        jax.tree.map(lambda _: PartitionSpec(batch_axes, of_keys, axes, None), arrays),
-        None if table is None else PartitionSpec(of_queries, None),
+        jax.tree.map(lambda _: PartitionSpec(lie.rows, lie.keys, axes, None), arrays),
+        None if table is None else PartitionSpec(lie.queries, None),
         jax.tree.map(place_spec, places),
         PartitionSpec(),
     )
     heads_first = jnp.swapaxes(scale_query(query, sets[0].pattern), 1, 2)
-    run = jax.shard_map(functools.partial(_ring, plan), mesh=mesh, in_specs=specs, out_specs=row_spec, check_vma=False)
+
+    def ring(query: Array, arrays: Any, *rest: Any) -> Array:
+        return _ring(plan, query, jax.tree.map(lie.own_keys, arrays), *rest)
+
+    run = jax.shard_map(ring, mesh=mesh, in_specs=specs, out_specs=row_spec, check_vma=False)
     out = run(heads_first, arrays, table, places, dropout_key if plan.dropout_rate else None)
     return jnp.swapaxes(out, 1, 2)
 
@@ -140,7 +144,7 @@ def from_balanced(x: Shaped[Array, "B T *rest"], length: int) -> Shaped[Array, "
 def is_balanced(length: int) -> bool:
     """Whether `to_balanced` moves anything: positions are shared, and the pieces come out even."""
     axes, mesh = ring_axes(length), active_mesh()
-    return mesh is not None and bool(axes) and length % (2 * _size(mesh, axes)) == 0
+    return mesh is not None and bool(axes) and length % (2 * axes_size(mesh, axes)) == 0
 
 
 def _exchange(x: Array, length: int, move: Callable[..., Array]) -> Array:
@@ -150,7 +154,7 @@ def _exchange(x: Array, length: int, move: Callable[..., Array]) -> Array:
     sharding = activation_sharding(x.shape, ("batch", "length", *[None] * (x.ndim - 2)))
     assert sharding is not None
     spec = PartitionSpec(sharding.spec[0], axes, *[None] * (x.ndim - 2))
-    local = functools.partial(move, axes=axes, count=_size(mesh, axes))
+    local = functools.partial(move, axes=axes, count=axes_size(mesh, axes))
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
@@ -178,36 +182,13 @@ def _home(piece: int, count: int) -> int:
     return min(piece, 2 * count - 1 - piece)
 
 
-def _size(mesh: Any, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _as_axes(part: Any) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else tuple(part or ())
-
-
 def _length_axes(length: int) -> tuple[str, ...]:
     # A batch of any size, so that the axes which it would take do not count.
     sharding = activation_sharding((0, length), ("batch", "length"))
     if sharding is None:
         return ()
-    axes = _as_axes(sharding.spec[1])
-    return axes if _size(sharding.mesh, axes) > 1 else ()
-
-
-def _row_and_head_axes(batch: int, heads: int, groups: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Mesh axes of rows, of query heads and of key heads: as many of one as of the other, or one key head for all."""
-
-    def axes(number: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        sharding = activation_sharding((batch, 0, number), ("batch", "length", "act_heads"))
-        assert sharding is not None
-        return _as_axes(sharding.spec[0]), _as_axes(sharding.spec[2])
-
-    rows, of_keys = axes(groups)
-    _, of_queries = axes(heads)
-    if groups == 1:
-        return rows, of_queries, ()
-    return rows, of_keys, of_keys
+    axes = as_axes(sharding.spec[1])
+    return axes if axes_size(sharding.mesh, axes) > 1 else ()
 
 
 def _pair(places: Places) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """Attention and the chunked loss on eight virtual devices: the numbers of one, and nothing gathered."""
 
+import dataclasses
 import functools
 import re
 
@@ -26,18 +27,29 @@ ATTEND = {
 }
 
 
-@pytest.mark.parametrize("name", ATTEND)
-def test_attention_is_that_of_one_device(name):
-    arrays, at = inputs(CASE)
-    # Four examples by two pairs of heads: every device has one of each.
+@pytest.mark.parametrize(
+    ("name", "heads", "kv_heads", "tensor"),
+    [
+        ("blockwise", 4, 2, 2),
+        ("pallas", 4, 2, 2),
+        # Fewer key heads than devices that share heads: each device has a part of the queries of one.
+        ("pallas", 4, 1, 4),
+        ("pallas", 8, 2, 4),
+    ],
+)
+def test_attention_is_that_of_one_device(name, heads, kv_heads, tensor):
+    case = dataclasses.replace(CASE, heads=heads, kv_heads=kv_heads)
+    arrays, at = inputs(case)
+    # Four examples: every device has its own, or those of one other, and its own heads.
     arrays = (*(jnp.concatenate([x, x / 2]) for x in arrays[:3]), arrays[3])
     at = tuple(jax.tree.map(lambda x: jnp.concatenate([x, x]), places) for places in at)
-    expected = differentiated(reference_attention, CASE)(arrays, *at)
-    mesh = make_mesh(data=4, tensor=2)
-    attend = differentiated(ATTEND[name], CASE)
+    expected = differentiated(reference_attention, case)(arrays, *at)
+    mesh = make_mesh(data=8 // tensor, tensor=tensor)
+    attend = differentiated(ATTEND[name], case)
     # Of arrays alone: JAX lowers trees of things that are no arrays, which `Places` refuses where fields are checked.
     run = jax.jit(lambda arrays, *x: attend(arrays, Places(*x[:2]), Places(*x[2:])))
-    specs = (("data", None, "tensor"), ("data", "tensor"), ("data", "tensor"), ("tensor",))
+    of_keys = "tensor" if kv_heads % tensor == 0 else None
+    specs = (("data", None, "tensor"), ("data", of_keys), ("data", of_keys), ("tensor",))
     placed = [
         jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))) for x, spec in zip(arrays, specs, strict=True)
     ]
@@ -47,7 +59,7 @@ def test_attention_is_that_of_one_device(name):
     found = program(tuple(placed), *rows)
     assert_close(found, expected, 3e-6)
     assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
-    assert found[0].sharding.shard_shape(found[0].shape) == (1, 70, 2, 8)
+    assert found[0].sharding.shard_shape(found[0].shape) == (tensor // 2, 70, heads // tensor, 8)
 
 
 def test_a_chunk_of_the_loss_is_as_large_as_a_device_allows(monkeypatch):
