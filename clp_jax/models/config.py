@@ -9,9 +9,9 @@ from flax import nnx
 
 from clp_jax.models.serialization import serializable
 from clp_jax.nn.mlp import ACTIVATIONS
+from clp_jax.nn.remat import REMAT_POLICIES
 from clp_jax.nn.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
-from clp_jax.nn.stack import REMAT_POLICIES
 from clp_jax.nn.visibility import Buckets, Pattern
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ class ModelConfig:
         start_id: fed first: by encoder-decoders always, by decoders where there is no prompt.
         dtype: of activations, ``"float32"`` or ``"bfloat16"``; softmax, norms and logits are float32 always.
         param_dtype: of parameters.
-        remat: what the backward pass recomputes: ``"none"``, ``"minimal"`` (keeps products with parameters), ``"offload"``
-            (keeps them in the host's memory; a CPU has no other) or ``"full"``.
+        remat: what the backward pass recomputes: ``"none"``, ``"minimal"`` (keeps products with parameters, and what kernels
+            of attention return), ``"offload"`` (keeps them in the host's memory; a CPU has no other) or ``"full"``.
         scan_unroll: periods of layers in one iteration of the loop over them; None unrolls shallow stacks altogether.
     """
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from clp_jax.array_types import Array, Float, Int, PRNGKeyArray, Shaped
 from clp_jax.nn.attention_dense import MASKED, cap_logits, check_bias, check_heads, scale_query, sum_examples
 from clp_jax.nn.linear import dropout
+from clp_jax.nn.remat import keep
 from clp_jax.nn.visibility import Pattern, Places, block_extents, may_meet, position_bias, visible
 
 # A CPU is fastest with these; larger blocks leave its caches.
@@ -265,7 +266,7 @@ def _attend(plan: _Plan, query, key, value, table, queries, keys, dropout_key) -
 def _attend_forward(plan: _Plan, query, key, value, table, queries, keys, dropout_key):
     inputs = _Inputs(query, key, value, table, Places(*queries), Places(*keys), dropout_key)
     out, log_z = _forward(plan, inputs)
-    out = out.astype(query.dtype)
+    out, log_z = keep(out.astype(query.dtype)), keep(log_z)
     return out, (inputs, out, log_z)
 
 

@@ -16,6 +16,7 @@ from clp_jax.nn.attention_blockwise import FLOOR, Part, pad_places
 from clp_jax.nn.attention_dense import check_bias, check_heads, scale_query
 from clp_jax.nn.attention_heads import head_axes
 from clp_jax.nn.attention_pallas_kernels import LANES, Plan, backward_pass, forward_pass, lay_out, round_up
+from clp_jax.nn.remat import keep
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import active_mesh
 
@@ -154,6 +155,7 @@ def _attend(plan: Plan, query, key, value, table, queries, keys) -> Float[Array,
 
 def _attend_forward(plan: Plan, query, key, value, table, queries, keys):
     out, log_z = forward_pass(plan, query, key, value, table, queries, keys, dtype=query.dtype)
+    out, log_z = keep(out), keep(log_z)
     return out, (query, key, value, table, queries, keys, out, log_z)
 
 

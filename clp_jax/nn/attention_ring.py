@@ -20,6 +20,7 @@ from clp_jax.nn.attention_blockwise import FLOOR, Part, blockwise_part, blockwis
 from clp_jax.nn.attention_dense import check_bias, check_heads, scale_query
 from clp_jax.nn.attention_heads import as_axes, axes_size, head_axes
 from clp_jax.nn.attention_pallas import pallas_part, pallas_part_gradients
+from clp_jax.nn.remat import keep
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import activation_sharding, active_mesh
 
@@ -298,8 +299,8 @@ def _ring_forward(plan: _Plan, query, arrays, table, places, dropout_key):
             return out * old + more[0] * new, both
 
         _, merged = plan.around(see, (*kv, *keys), merged)
-    out = merged[0].astype(query.dtype)
-    return out, (query, arrays, table, places, dropout_key, out, merged[1])
+    out, log_z = keep(merged[0].astype(query.dtype)), keep(merged[1])
+    return out, (query, arrays, table, places, dropout_key, out, log_z)
 
 
 def _ring_backward(plan: _Plan, saved, gradient):

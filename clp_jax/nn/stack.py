@@ -6,16 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from clp_jax.nn.remat import REMAT_POLICIES
+
 # Up to this many layers, a loop costs more to run, and even to compile, than its body repeated.
 SHALLOW = 4
-
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # What "minimal" keeps, kept in the host's memory: it travels while other layers compute.
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-}
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from clp_jax.nn.linear import Linear
-from clp_jax.nn.stack import REMAT_POLICIES, cut, scan_layers, stacked
+from clp_jax.nn.remat import REMAT_POLICIES
+from clp_jax.nn.stack import cut, scan_layers, stacked
 
 LAYERS, WIDTH = 4, 6
 X = jax.random.normal(jax.random.key(1), (3, WIDTH))
