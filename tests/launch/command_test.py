@@ -337,14 +337,38 @@ def test_clp_stands_for_this_package():
     assert local_command(("python3", "x")) == ("python3", "x")
 
 
-def test_it_works_in_a_checkout_without_an_installation(tmp_path):
+OTHER_CHECKOUT = """
+import sys
+from importlib.util import spec_from_file_location
+from pathlib import Path
+
+class Editable:
+    # What an editable installation of another checkout adds.
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        file = Path("other") / f"{name.rpartition('.')[2]}.py"
+        return spec_from_file_location(name, file) if file.is_file() else None
+
+sys.meta_path[:] = [f for f in sys.meta_path if "ditable" not in repr(f)] + [Editable] * OTHER
+import clp_jax.launch, clp_jax.tasks
+from clp_jax.main import main
+print(clp_jax.launch.__file__, clp_jax.tasks.__file__)
+sys.exit(main(["jobs", "list"]))
+"""
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["none", "another checkout"])
+def test_a_checkout_uses_what_is_beside_it_whatever_is_installed(tmp_path, other):
     root = Path(cli.__file__).parents[1]
-    # An editable installation would find `launch`.
-    program = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
-    program += "from clp_jax.main import main; sys.exit(main(['jobs', 'list']))"
+    (tmp_path / "other").mkdir()
+    for name in ("launch", "tasks"):
+        (tmp_path / "other" / f"{name}.py").touch()
     environment = {"PYTHONPATH": str(root), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    program = OTHER_CHECKOUT.replace("OTHER", str(int(other)))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE"]
+    files, table = done.stdout.splitlines()
+    assert files.split() == [str(root / "launch" / "__init__.py"), str(root / "tasks" / "__init__.py")]
+    assert table.split() == ["NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE"]
