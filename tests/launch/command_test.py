@@ -149,6 +149,35 @@ def test_a_name_of_another_job_is_refused(capsys):
     assert "there is another job 'job'" in capsys.readouterr().err
 
 
+TAKEN = {
+    "tpu-vm": (
+        ("--topology=v5e:2x2", "--zone=us-west4-a"),
+        "there is a queued resource job-1 in us-west4-a already: give another --name.",
+    ),
+    "gke": (("--topology=v5e:2x2",), "there is a JobSet job-1 already: give another --name."),
+    "slurm": ((), "there is a job job-1 in the queue already: give another --name."),
+    "local": ((), "give this one another name: --name=NAME."),
+    "xmanager": ((), "give this one another name: --name=NAME."),
+}
+
+
+@pytest.mark.parametrize("target", TAKEN)
+def test_a_name_that_is_taken_is_one_line_and_nothing_is_created(world, capsys, monkeypatch, target):
+    """By a job of another directory of records, where the target has names of its own; else by another job."""
+    options, message = TAKEN[target]
+    made, there = world.record(target, dict(option[2:].split("=") for option in options), words=("other",))
+    if target in ("tpu-vm", "gke", "slurm"):
+        monkeypatch.setenv("CLP_JOBS_DIR", "/var/tmp/clp-jobs-of-nobody")
+        made.append("queued", attempt=1)
+        there.submit(made)
+    before = (world.state, world.calls("sbatch"), sorted(jobs_directory().glob("*")))
+    assert clp("launch", target, *options, "--name=job", "--", *TRAINING) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("clp launch: error: ") and told.endswith(f"{message}\n") and told.count("\n") == 1
+    assert (world.state.get("created"), world.runs) == (before[0].get("created"), [])
+    assert (world.calls("sbatch"), sorted(jobs_directory().glob("*"))) == before[1:]
+
+
 @pytest.mark.parametrize(
     "words", [["launch", "--help"], ["launch", "gke", "-h"], ["jobs", "--help"], ["launch"], ["jobs"]]
 )
