@@ -135,7 +135,9 @@ def launch(reader, line):
 
     until(lambda: codes or (record() and record().state and record().state.phase == "running"), seconds=120)
     assert not codes, "it ended before it ran"
-    stop, retry = (next(c for c in commands(section("What happens")) if f"jobs {word}" in c) for word in ("stop", "retry"))
+    stop, retry = (
+        next(c for c in commands(section("What happens")) if f"jobs {word}" in c) for word in ("stop", "retry")
+    )
     job = record().job.name
     reader.type("clp jobs list")
     reader.type(stop.replace("NAME", job))
@@ -182,7 +184,7 @@ def test_a_first_run(reader, capfd, target):
                 assert "and the same without `--dry_run`" in section(title)
                 line = line.replace(" --dry_run", "")
             job = launch(reader, line)
-        elif not line.startswith(("pip ", "sqlite3 ")):
+        elif not line.startswith(("uv ", "sqlite3 ")):
             if line.startswith("clp sweep"):
                 Path("sweep.yaml").write_text(SWEEP)
             assert reader.type(line) == 0

@@ -100,7 +100,7 @@ def ssh(node, words):
         hang()
     if problem == "refused" or not homes(node):
         fail(f"ERROR: (gcloud.compute.tpus.tpu-vm.ssh) Could not SSH into {node}: connection refused", 255)
-    codes = []
+    processes = []
     for home in homes(node):
         # `hostname` is a program: the worker's own is in its folder.
         (home / "bin").mkdir(exist_ok=True)
@@ -114,13 +114,8 @@ def ssh(node, words):
             "WORKER": home.name,
             **machine(),
         }
-        done = subprocess.run(
-            ["bash", "-c", flag(words, "command")], cwd=home, env=environment, capture_output=True, text=True
-        )
-        sys.stdout.write(done.stdout)
-        sys.stderr.write(done.stderr)
-        codes.append(done.returncode)
-    sys.exit(max(codes))
+        processes.append(subprocess.Popen(["bash", "-c", flag(words, "command")], cwd=home, env=environment))
+    sys.exit(max(process.wait() for process in processes))
 
 
 def scp(words):
