@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,30 @@ def test_a_secret_in_the_command_is_refused(capsys, monkeypatch):
     told = capsys.readouterr().err
     assert "the value of $WANDB_API_KEY stands in the command" in told and "0123456789abcdef" not in told
     assert not jobs_directory().exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("local", []),
+        ("slurm", []),
+        ("gke", ["--topology=v5e:2x2"]),
+        ("tpu-vm", ["--topology=v5e:2x2", "--zone=us-west4-a"]),
+    ],
+)
+def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, target, options):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    # Nodes have no /tmp together.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        monkeypatch.setenv("CLP_JOBS_DIR", folder)
+        assert clp("launch", target, *options, "--name=job", "--look=0.05", "--", *TRAINING) == 0
+        files = [path for path in jobs_directory().rglob("*") if path.is_file()]
+        assert files and not [path for path in files if b"0123456789abcdef" in path.read_bytes()]
+    assert "0123456789abcdef" not in (world.path / "calls.jsonl").read_text() if world.calls() else target == "local"
+    # A cluster's nodes and this machine have the variable; what is elsewhere has it only where it is asked for.
+    assert [run.get("WANDB_API_KEY") for run in world.runs] == [
+        "0123456789abcdef" if target in ("local", "slurm") else None
+    ]
 
 
 def test_a_commands_own_mistake_comes_before_anything(world, capsys):
