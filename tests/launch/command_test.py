@@ -126,6 +126,10 @@ def test_stopping_a_job_that_another_launcher_looks_after(world, capsys):
         (["launch", "local", "--name=A", "--", "true"], "the name of the job is 'A'"),
         (["launch", "local", "--name=a", "--name=b", "--", "true"], "--name is given twice."),
         (["launch", "local", "--", "no-such-program"], "there is no command 'no-such-program' on this machine."),
+        (
+            ["launch", "tpu-vm", "--topology=v5e:4x4", "--zone=us-west4-a", "--", "trian", "--gin_file=a.gin"],
+            "there is no command 'trian' (did you mean train?).",
+        ),
         (["launch", "local", "--look=soon", "--", "true"], "--look is 'soon': expected a number."),
         (
             ["launch", "tpu-vm", "--topology=v5e:4x4", "--", "true"],
@@ -265,7 +269,7 @@ SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "nu
 COMPILER = """#!/bin/sh
 echo "$@" > {folder}/asked
 for word in "$@"; do case "$word" in --output=*) [ -z '{report}' ] || echo '{report}' > "${{word#--output=}}";; esac; done
-echo "a mesh of 3." >&2
+echo "clp compile: error: a mesh of 3." >&2
 exit {code}
 """
 FITS, TOO_LARGE = (
