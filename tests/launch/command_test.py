@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -346,7 +348,9 @@ def test_the_compiler_itself_says_what_fits(world, capsys, monkeypatch, mlp_dim)
         assert (code, len(asked)) == (1, 1) and "Quota limit" in told
     else:
         assert (code, asked) == (2, []) and not jobs_directory().exists()
-        assert "clp launch: error: it does not fit v5e:1x1: update needs 2" in told and "GiB of a device's 15.8" in told
+        (needed,) = re.findall(r"error: it does not fit v5e:1x1: update needs (\S+) GiB of a device's 15\.8\.", told)
+        # Parameters and two moments of three matrices in each of two layers, in float32.
+        assert float(needed) > 3 * 3 * 2 * 4 * 128 * mlp_dim / 2**30
 
 
 def test_files_of_the_user_shadow_no_library(world, here):
@@ -361,10 +365,33 @@ def test_files_of_the_user_shadow_no_library(world, here):
     assert run_dir_of(("clp", "train", "--gin_file=my.gin", "--gin.SFT_DIR=runs/mine")) == "runs/mine"
 
 
-def test_without_the_compiler_it_is_said_that_nobody_knows(capsys, monkeypatch):
+HIDDEN = """
+import importlib.util, sys
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "libtpu" else real(name, *rest)
+from clp_jax.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("tensor", [2, 3])
+def test_without_the_compiler_the_mesh_is_known_and_nothing_else(tmp_path, capsys, monkeypatch, tensor):
+    # A Python that has no libtpu.
+    program = tmp_path / "without"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c {shlex.quote(HIDDEN)} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(launching, "local_command", lambda words: (str(program), *words))
     monkeypatch.setattr(launching, "_has_compiler", lambda: False)
-    job = launching.Job("job", ("clp", "train"), "tpu-vm")
-    launching.check_that_it_fits(SLICES, job, ("train", "compile"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    layout = ("--gin_file=sharding/fsdp_tensor.gin", f"--gin.TENSOR={tensor}")
+    job = launching.Job("job", ("clp", "train", "--gin_file=examples/pydoc_sft.gin", *layout), "tpu-vm")
+    if tensor == 2:
+        launching.check_that_it_fits(SLICES, job, ("train", "compile"))
+    else:
+        with pytest.raises(
+            LaunchError, match=r"make_mesh\(fsdp=-1, tensor=3\): the sizes must multiply to the 32 devices"
+        ):
+            launching.check_that_it_fits(SLICES, job, ("train", "compile"))
     assert "The extra `aot` is not installed" in capsys.readouterr().err
 
 
