@@ -71,9 +71,10 @@ class Reader:
             "NUMBER": "123",
             "CLUSTER": "my-cluster",
             "/mnt/b": str(home / "mnt" / "b"),
-            # Nobody has hosts to spare here.
+            # Nobody has hosts to spare here; processes that train together are those of `local`.
             "v5e:4x4": "v5e:2x2",
-            "--nodes=4": "--nodes=2",
+            "--nodes=4": "--nodes=1",
+            "--devices_per_process=4": "--devices_per_process=1",
         }
 
     def type(self, line):
