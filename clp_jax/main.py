@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -154,10 +153,7 @@ def _function(command: str) -> Any:
 
 
 def _launch(command: str, words: Sequence[str]) -> int:
-    """Gives a command line to `launch/`: a part of an installation, and next to the package in a checkout."""
-    beside = Path(__file__).parents[1] / "launch"
-    if importlib.util.find_spec("clp_jax.launch") is None and (beside / "__init__.py").is_file():
-        importlib.import_module("clp_jax").__path__.append(str(beside.parent))
+    """Gives a command line to `launch/`."""
     # A sweep file is Python of the user, and may import what is next to it.
     sys.path.append(os.getcwd())
     known = [*_available(), *LAUNCHING]

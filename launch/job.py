@@ -50,6 +50,7 @@ class Job:
         directory: that the command was typed in, and that its relative paths are of.
         max_restarts: attempts after the first; preemptions count apart and have no limit of their own.
         max_failures: attempts that may fail in a row without a new checkpoint, before the job is a crash loop.
+        parameters: of a trial: what it tries, as typed, by name.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Job:
     directory: str = "."
     max_restarts: int = 20
     max_failures: int = 3
+    parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
