@@ -74,6 +74,10 @@ class ScorerConfig:
         """A freshly initialised module."""
         return Scorer(self, rngs=rngs)
 
+    def routed_by_row(self) -> "ScorerConfig":
+        """See `ModelConfig.routed_by_row`."""
+        return dataclasses.replace(self, trunk=self.trunk.routed_by_row())
+
 
 class Scorer(nnx.Module):
     """Scores token sequences: the reward models' architecture."""
