@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
@@ -271,7 +271,7 @@ class ModelConfig:
         """Whether training differs from evaluation: by dropout, or by what routers do."""
         return self.dropout_rate > 0 or (self.moe is not None and not self.moe.dense)
 
-    def routed_by_row(self) -> Self:
+    def routed_by_row(self) -> "ModelConfig":
         """The same with experts that share their room within a row alone: what is said of one depends on no other."""
         if self.moe is None:
             return self

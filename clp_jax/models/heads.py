@@ -76,7 +76,9 @@ class ScorerConfig:
 
     def routed_by_row(self) -> "ScorerConfig":
         """See `ModelConfig.routed_by_row`."""
-        return dataclasses.replace(self, trunk=self.trunk.routed_by_row())
+        trunk = self.trunk.routed_by_row()
+        assert isinstance(trunk, T5Config)
+        return dataclasses.replace(self, trunk=trunk)
 
 
 class Scorer(nnx.Module):
