@@ -52,7 +52,7 @@ def main() -> None:
     if theirs is not None:
         programs["torch step"] = theirs
 
-    times = medians(programs, arguments.repeats)
+    times = medians(programs, arguments.repeats, arguments.clock)
     tokens = shape.batch_size * (shape.inputs + shape.targets)
     rows = [(name, f"{seconds * 1e3:8.1f} ms   {tokens / seconds:10,.0f} tokens/s") for name, seconds in times.items()]
     own = {name: times[name] - times[f"{name}, optimizer alone"] for name in (PLAIN, CLP)}

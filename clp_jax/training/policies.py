@@ -19,7 +19,6 @@ from clp_jax.models.conditioning import (
     check_alpha,
     stack_experts,
 )
-from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy, check_parameters
 from clp_jax.models.serialization import from_json
 from clp_jax.preferences import Preference, validate_weights
@@ -70,9 +69,8 @@ class LoadedPolicy:
 
     @functools.cached_property
     def served(self) -> Policy:
-        """The policy as it answers requests: its experts' room is shared within a row, whatever shared it in training."""
-        config = self.policy.config
-        return Policy(config.routed_by_row()) if isinstance(config, ModelConfig) else self.policy
+        """See `Policy.served`."""
+        return self.policy.served()
 
     def steerable(self) -> ConditionedPolicy:
         """The policy, ready to generate at any preference."""

@@ -194,7 +194,8 @@ class Supervised:
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
         converter = functools.partial(sequence_batch, start_id=loss_fn.policy.config.start_id)
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=converter)
-        step = jax.jit(lambda params, batch: loss_fn.sums(params, batch, None)[1:])
+        alone = dataclasses.replace(loss_fn, policy=loss_fn.policy.served())
+        step = jax.jit(lambda params, batch: alone.sums(params, batch, None)[1:])
 
         def evaluate(params: Params) -> dict[str, float]:
             rows = HostRows.of(self.batch_size)
