@@ -3,8 +3,9 @@
 A tiny policy is trained, packed supervised examples (packed) or reinforcement learning with rollouts (policy), on four
 virtual devices of 1, 2 or 4 processes. SIGKILL of one or of all comes while they start, between steps, in a rollout, or
 while a checkpoint is written. The run goes on with as many processes, or with another number, is killed again, and in the
-end everything is compared: checkpoints with optimizer slots and random key, metrics of each step, batches. On as many
-processes all bits must be the same, on others numbers to 1e-6.
+end everything is compared: checkpoints with optimizer slots and random key, metrics of each step, batches. All bits must be
+the same, on another number of processes too. Where each process brings four devices of its own (1-2x4), another number of
+processes is another mesh: numbers must be the same to 1e-6 of what they are made of (`same_runs.natural_scale`).
 """
 
 import argparse
@@ -44,7 +45,7 @@ class Chaos:
         self._since, self._seconds = time.monotonic(), seconds
         self._rng = np.random.default_rng(seed)
         self._home = make_home(directory / "home")
-        self._calm: dict[tuple[str, int], Run] = {}
+        self._calm: dict[str, Run] = {}
         self._started: dict[tuple[str, int], float] = {}
         self._aims = self._moments()
         self.runs: list[Run] = []
@@ -79,7 +80,7 @@ class Chaos:
             # Another number twice as often as the same.
             count = int(self._rng.choice([count, *others, *others]))
         run.compare(calm)
-        rounding = f", the largest difference {run.largest:.1e}" if len(course.counts) > 1 else ""
+        rounding = "" if course.exact else f", the largest difference {run.largest:.1e}"
         self._say(f"{course.name}: complete after {len(run.lives)} starts, {len(run.failures)} failures{rounding}")
         for line in run.failures[:8]:
             self._say(f"  {line}")
@@ -94,24 +95,23 @@ class Chaos:
         return kill
 
     def _undisturbed(self, course: Course) -> Run:
-        """On as many processes; on one, where the number moves."""
-        count = course.counts[0]
-        if (course.stage, count) not in self._calm:
-            run = self._new(dataclasses.replace(course, counts=(count,)))
-            life = run.begin(count)
+        """On one process."""
+        if course.stage not in self._calm:
+            run = self._new(dataclasses.replace(course, counts=(1,), each=None))
+            life = run.begin(1)
             try:
                 run.end(life, None)
             finally:
                 life.group.kill()
             assert len(life.begun()) == course.steps, life.group.text()
-            self._calm[course.stage, count] = run
-            self._say(f"{course.stage} on {count}: undisturbed")
-        return self._calm[course.stage, count]
+            self._calm[course.stage] = run
+            self._say(f"{course.stage}: undisturbed")
+        return self._calm[course.stage]
 
     def _new(self, course: Course) -> Run:
         number = len(self.runs) + len(self._calm)
         directory = self._directory / f"{number}-{course.name.replace(', ', '-')}"
-        return Run(course, directory, self._home, self._directory / "cache")
+        return Run(course, directory, self._home)
 
     def _moments(self) -> Iterator[str]:
         while True:
@@ -153,7 +153,7 @@ def table(runs: Sequence[Run]) -> str:
     for name in Counter(run.course.name for run in runs):
         own = [run for run in runs if run.course.name == name]
         hit = [kill for run in own for kill in run.kills]
-        exact = len(own[0].course.counts) == 1
+        exact = own[0].course.exact
         cells = (
             name,
             len(own),
@@ -182,8 +182,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stages", default="packed,policy", help="which runs (default: packed,policy)")
     parser.add_argument(
         "--processes",
-        default="1,2,4,1-2-4",
-        help="on how many; 1-2-4 takes another number each time (default: 1,2,4,1-2-4)",
+        default="1,2,4,1-2-4,1-2x4",
+        help="on how many, of four devices; 1-2-4 takes another number each time, 1-2x4 another mesh too, each process having "
+        "four devices (default: 1,2,4,1-2-4,1-2x4)",
     )
     parser.add_argument("--steps", type=int, default=16, help="of each run (default: 16)")
     parser.add_argument("--every", type=int, default=3, help="steps between checkpoints (default: 3)")
@@ -198,8 +199,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # No process of ours outlives this one.
     courses = [
-        Course(stage, tuple(map(int, counts.split("-"))), arguments.steps, arguments.every)
-        for counts in arguments.processes.split(",")
+        Course(stage, tuple(map(int, counts.split("-"))), arguments.steps, arguments.every, int(each) if each else None)
+        for counts, _, each in (asked.partition("x") for asked in arguments.processes.split(","))
         for stage in arguments.stages.split(",")
     ]
     with tempfile.TemporaryDirectory() as temporary:

@@ -82,13 +82,20 @@ def start(directory: Path, home: Path, jobs: list[dict], *, num_processes: int, 
     plan = {"home": str(home), "jobs": jobs, "num_processes": num_processes, "devices": devices}
     path = directory / "plan.json"
     path.write_text(json.dumps(plan | {"address": f"127.0.0.1:{free_port()}"}))
-    environment = (
-        os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "CLP_HEARTBEAT_SECONDS": "20"} | variables
-    )
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+        "CLP_HEARTBEAT_SECONDS": "20",
+        # Most of a short run is compiling, and most groups compile what another has.
+        "JAX_COMPILATION_CACHE_DIR": str(home / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     processes, logs = [], []
     for number in range(num_processes):
         logs.append(directory / f"log.{number}")
         with open(logs[-1], "w") as log:
             command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(path), str(number)]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+            processes.append(
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment | variables)
+            )
     return Group(processes, logs)
