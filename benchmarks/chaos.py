@@ -216,6 +216,8 @@ def main(words: Sequence[str] | None = None) -> int:
             found = [
                 {
                     "run": run.course.name,
+                    "exact": run.course.exact,
+                    "damaged": len(damaged(run.path)),
                     "kills": [dataclasses.asdict(kill) for kill in run.kills],
                     "starts": len(run.lives),
                     "by_itself": run.by_itself,

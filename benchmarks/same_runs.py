@@ -21,8 +21,8 @@ from clp_jax.training.metrics import DIGEST_METRICS, TIMING_METRICS, read_metric
 
 # Of fp32 sums in another order.
 ROUNDING = 1e-6
-# Parameters smaller than this, or than this share of the largest, are compared at that size: what began at zero is a few
-# updates, or their rounding.
+# Arrays smaller than this, or than this share of the largest of their kind, are compared at that size: what began at zero
+# is a few updates, or their rounding.
 LEAST_SCALE = 0.1
 
 
@@ -113,9 +113,7 @@ class Comparison:
             if self._exact or not np.issubdtype(then.dtype, np.floating):
                 self.differences.append(f"{name} has {int((now != then).sum())} other numbers of {now.size}")
             else:
-                # Slots are sums of gradients, and a gradient one of rows that cancel: their rounding is that of the whole.
-                least = largest if "|" in name else LEAST_SCALE * min(1.0, largest)
-                scale = max(float(np.abs(then).max()), least)
+                scale = max(float(np.abs(then).max()), LEAST_SCALE * min(1.0, largest))
                 self._close(name, float(np.abs(now - then).max()) / scale)
 
     def _numbers(self, name: str, now: dict[str, Any], then: dict[str, Any]) -> None:
