@@ -173,7 +173,9 @@ class Life:
             lives = self.wait_until(self.begun)
             self.started = time.monotonic() - self._since
             more = int(rng.integers(1, 2 * self.course.every + 1))
-            lives = lives and self.wait_until(lambda: len(self.begun()) >= more)
+            lives = lives and self.wait_until(
+                lambda: len(self.begun()) >= min(more, self.course.steps - self.begun()[0])
+            )
             if lives and aim == "rollout":
                 lives = self.wait_until(lambda: self.draws(victims[0]))
             elif lives and aim == "save":
