@@ -121,7 +121,7 @@ class Step:
 
         self.learner = learner(loss_fn, AdamW(1e-4), logical_axes=axes, guards=guards)
         self.state = self.learner.init_state(jax.tree.map(jnp.copy, params), 0)
-        self.frozen = self.learner.place_frozen(frozen)
+        self.frozen = self.learner.place_frozen({} if frozen is None else frozen)
         self.batch = batch
 
     def __call__(self) -> None:
