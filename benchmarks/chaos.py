@@ -228,7 +228,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="at most (default: 20; 100 take half an hour on 2 cores)")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="at most (default: 20; 100 take half an hour on 2 quiet cores)"
+    )
     parser.add_argument(
         "--seconds", type=float, default=3600, help="after which nothing more is killed (default: 3600)"
     )

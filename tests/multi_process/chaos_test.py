@@ -6,7 +6,6 @@ import chaos
 import numpy as np
 from same_runs import Comparison
 
-
 # Of one process while a batch is made, and while a checkpoint is written; of one of two, and of both.
 SEED = 2984
 
