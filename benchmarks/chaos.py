@@ -9,6 +9,7 @@ processes is another mesh: numbers must be the same to 1e-6 of what they are mad
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import signal
@@ -220,7 +221,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     ended = [kill.others_ended for kill in kills if len(kill.victims) < kill.count]
-    if ended:
+    if any(ended):
         lines += ["", f"When one of several was killed, the others ended within {max(ended):.1f} s."]
     return "\n".join(lines)
 
@@ -272,11 +273,13 @@ def main(words: Sequence[str] | None = None) -> int:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
         chaos = Chaos(directory.absolute(), arguments.kills, arguments.seconds, arguments.seed, len(courses))
-        while not chaos.is_over():
-            for course in courses:
-                if not chaos.is_over():
-                    chaos.disturb(course)
-        outcomes = [Outcome.of(run) for run in chaos.runs]
+        # Whoever stops it is told what came of the runs so far.
+        with contextlib.suppress(KeyboardInterrupt):
+            while not chaos.is_over():
+                for course in courses:
+                    if not chaos.is_over():
+                        chaos.disturb(course)
+        outcomes = [Outcome.of(run) for run in chaos.runs if run.compared]
     print(f"\n{table(outcomes)}")
     if arguments.json:
         found = {"arguments": vars(arguments), "runs": [dataclasses.asdict(outcome) for outcome in outcomes]}
