@@ -18,6 +18,9 @@ from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.regions import Region
 from clp_jax.training.checkpoint_manifest import leaves_by_path
 
+# Orbax cuts what several devices hold alike, so that each writes a part; every piece on every device is a program to compile.
+LEAST_CUT_BYTES = 2**24
+
 
 def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
     """Copies a tree to the host and begins to write this process's part of it.
@@ -29,12 +32,11 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
     Returns:
         Waits for the writing, so many seconds at most, and raises what went wrong.
     """
-    ocp = _orbax()
-    handler = ocp.StandardCheckpointHandler()
+    handler, save = _writer(), _orbax().args.PyTreeSave(tree)
     # Not `asyncio.run`: it touches the tasks of all threads, and Orbax's threads have their own.
     loop = asyncio.new_event_loop()
     try:
-        futures = loop.run_until_complete(handler.async_save(directory, args=ocp.args.StandardSave(tree)))
+        futures = loop.run_until_complete(handler.async_save(directory, args=save))
     finally:
         loop.close()
 
@@ -47,7 +49,7 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
 
 def finish_write(directory: epath.Path) -> None:
     """Joins what all processes have written; called by one of them, when all are done."""
-    handler = _orbax().StandardCheckpointHandler()
+    handler = _writer()
     handler.finalize(directory)
     handler.close()
 
@@ -103,6 +105,13 @@ def barrier() -> Callable[[str, float], None]:
     """
     wait = _orbax().multihost.get_barrier_sync_fn()
     return lambda name, seconds: wait(key=name, timeout_ms=int(seconds * 1000))
+
+
+def _writer() -> Any:
+    ocp, handlers = _orbax(), _orbax().type_handlers
+    arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_CUT_BYTES)
+    kinds = ((jax.Array, arrays), (np.ndarray, handlers.NumpyHandler()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=handlers.create_type_handler_registry(*kinds))
 
 
 @functools.cache

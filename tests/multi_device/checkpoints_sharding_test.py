@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import counted
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clp_jax.training.checkpoint_manifest import DamagedError, Manifest
@@ -76,3 +77,15 @@ def test_a_wrong_shard_is_found_where_one_process_reads_all(saved, tmp_path):
             load_params(saved / "1")
     finally:
         manifest.write(place)
+
+
+def test_saving_what_devices_hold_alike_compiles_nothing(tmp_path):
+    """Cut into a piece for each device, every array would be a program for each of them."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    values = np.arange(240, dtype=np.float32).reshape(24, 10)  # Of a shape that nothing else here has.
+    params = {"columns": jax.device_put(values, NamedSharding(mesh, PartitionSpec(None, "y")))}
+    state = dataclasses.replace(state_of(1, (4, 2), {}), params=params)
+    with Checkpoints(tmp_path) as checkpoints, counted() as programs:
+        checkpoints.save(1, state, {"examples": 0}, {"stage": "toy"}, {})
+    assert programs == []
+    np.testing.assert_array_equal(load_params(tmp_path)[0]["columns"], values)
