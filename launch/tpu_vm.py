@@ -146,7 +146,8 @@ class TpuVm:
         """The workers' output, over SSH; none where they are gone."""
         how = f"-n {'+1' if lines is None else lines}{' -F' if follow else ''}"
         here = self._here(record)
-        command = f'file={here}/{LOG}; [ -f "$file" ] || file={here}/setup.log; tail {how} "$file" | sed -u "s/^/[$(hostname)] /"'
+        file = f'file={here}/{LOG}; [ -f "$file" ] || file={here}/setup.log'
+        command = f'{file}; tail {how} "$file" | sed -u "s/^/[$(hostname)] /"'
         try:
             yield from stream(*(self._ssh(node, command) for node in self._nodes(record)))
         except LaunchError:
