@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clp_jax.training import array_store
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_manifest import RUN_FILE, DamagedError, Manifest, leaves_by_path
 from clp_jax.training.checkpoint_steps import (
     KeepBest,
@@ -29,8 +30,8 @@ from clp_jax.training.checkpoint_steps import (
     remove,
     unfinished_steps,
 )
-from clp_jax.training.checkpoints import CheckpointError, find_checkpoint
 from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY, CONFIG_FILE, RunDirectory
+from clp_jax.training.saved_params import find_checkpoint
 
 _PIPE_WIDTH = 160
 

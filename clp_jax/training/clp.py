@@ -42,7 +42,6 @@ from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
-from clp_jax.training.checkpoints import save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
 from clp_jax.training.experience import (
     ChunkRollout,
@@ -54,6 +53,7 @@ from clp_jax.training.experience import (
 )
 from clp_jax.training.policy_loss import PolicyGradientLoss
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
+from clp_jax.training.saved_params import save_params
 from clp_jax.training.stage import DataShape, Derived, Outline, Program, StageSetup, inherited
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.transfer import Plan, Transfer

@@ -25,8 +25,9 @@ from clp_jax.models.serialization import from_json
 from clp_jax.preferences import Preference, validate_weights
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.sampling.steering import ConditionedPolicy, LogitMixture, PerWeight
-from clp_jax.training.checkpoints import CheckpointError, find_checkpoint, load_params
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.run_directory import REFERENCE_DIRECTORY
+from clp_jax.training.saved_params import find_checkpoint, load_params
 
 # Tokens of a prompt, where no training says.
 PROMPT_LENGTH = 2**16

@@ -21,10 +21,11 @@ from clp_jax.interop.links import part_of
 from clp_jax.interop.regions import Region, whole
 from clp_jax.interop.slots import flatten
 from clp_jax.training import array_store
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_manifest import RUN_FILE, ArrayDigest, Manifest
 from clp_jax.training.checkpoint_steps import files_below, is_unverified, read_run
 from clp_jax.training.checkpoint_writer import digest_files
-from clp_jax.training.checkpoints import CheckpointError, find_intact
+from clp_jax.training.saved_params import find_intact
 
 _PARAMS, _EMA = "params", "ema"
 _BLOCK = 1 << 20

@@ -28,7 +28,7 @@ from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.adafactor_slots import load_slots
 from clp_jax.training.checkpoint_manifest import leaves_by_path
-from clp_jax.training.checkpoints import find_checkpoint
+from clp_jax.training.saved_params import find_checkpoint
 from clp_jax.training.stage import DataBatches, DataShape, Derived, Outline, StageSetup, inherited
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.transfer import Transfer
