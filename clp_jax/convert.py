@@ -221,7 +221,7 @@ def _read_t5x(
     return Converted(found.config, found.params, found.origin, tokenizer, found.step, provenance, found.slots)
 
 
-def _open_held(path: Path) -> tuple[Params, dict[str, Any], int]:
+def _open_held(path: str | Path) -> tuple[Params, dict[str, Any], int]:
     params, description, step = open_params(path)
     return hold_arrays(params), description, step
 

@@ -4,13 +4,13 @@ import sys
 from typing import Any
 
 import jax
-from etils import epath
 
 from clp_jax.array_types import PyTree
 from clp_jax.models.policy import check_parameters
 from clp_jax.training import array_store
 from clp_jax.training.checkpoint_manifest import DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import is_unverified, read_run
+from clp_jax.training.places import Place
 
 PARAMS, EMA, TRAINING = "params", "ema", "training"
 
@@ -19,7 +19,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says what to do."""
 
 
-def manifest_of(path: epath.Path) -> Manifest | None:
+def manifest_of(path: Place) -> Manifest | None:
     """The manifest, or None, with a line that says so, for a checkpoint from before there were manifests."""
     if not is_unverified(path):
         return Manifest.read(path)
@@ -28,14 +28,14 @@ def manifest_of(path: epath.Path) -> Manifest | None:
     return None
 
 
-def items_of(path: epath.Path, manifest: Manifest | None) -> set[str]:
+def items_of(path: Place, manifest: Manifest | None) -> set[str]:
     """Names of the trees that a checkpoint holds."""
     if manifest is not None:
         return set(manifest.arrays)
     return {item for item in (PARAMS, EMA, TRAINING) if (path / item).is_dir()}
 
 
-def run_of(path: epath.Path) -> dict[str, Any]:
+def run_of(path: Place) -> dict[str, Any]:
     """What `read_run` gives.
 
     Raises:
@@ -47,7 +47,7 @@ def run_of(path: epath.Path) -> dict[str, Any]:
         raise CheckpointError(unreadable(path, error)) from error
 
 
-def check_item(path: epath.Path, item: str, expected: PyTree) -> None:
+def check_item(path: Place, item: str, expected: PyTree) -> None:
     """Checks that a stored tree has the leaves, shapes and types that are expected.
 
     Raises:
@@ -64,7 +64,7 @@ def check_item(path: epath.Path, item: str, expected: PyTree) -> None:
         raise CheckpointError(f"{path} is a checkpoint of {what}: {error}") from error
 
 
-def unreadable(path: epath.Path, error: Exception) -> str:
+def unreadable(path: Place, error: Exception) -> str:
     """What is said of a checkpoint that raises when it is read."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"the checkpoint {path} can't be read ({reason}): it is damaged or not complete. Give another one."

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clp_jax.array_types import PyTree
+from clp_jax.interop.object_store import StoreError, StorePath
 from clp_jax.training import array_store
 from clp_jax.training.checkpoint_items import (
     EMA,
@@ -32,6 +33,7 @@ from clp_jax.training.checkpoint_steps import (
     as_path,
     complete_steps,
     damaged_steps,
+    discard,
     is_full,
     metrics_of,
     numbered_steps,
@@ -59,20 +61,28 @@ class Checkpoints:
     Args:
         directory: of the checkpoints; made where it is missing.
         retention: which steps are kept.
+        check: is called by process 0 before anything in a store is removed or completed; what it raises prevents that.
 
     Raises:
         CheckpointError: when there are damaged steps only.
     """
 
-    def __init__(self, directory: str | os.PathLike, retention: Retention = Retention()):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        retention: Retention = Retention(),
+        check: Callable[[], None] = lambda: None,
+    ):
         self._directory = as_path(directory)
         self._retention = retention
+        self._check = check
         self._writer: StepWriter | None = None
         self._saving: int | None = None
         if jax.process_index() == 0:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            if not isinstance(self._directory, StorePath):
+                self._directory.mkdir(parents=True, exist_ok=True)
             for name in unfinished_steps(self._directory):
-                (self._directory / name).rmtree()
+                discard(self._directory / name)
             for step in set(numbered_steps(self._directory)) - set(complete_steps(self._directory)):
                 self._set_aside(step, "it has no manifest.json: it was not finished, or that file was deleted")
         self._raise_if_only_damaged(self.latest_step())
@@ -122,7 +132,8 @@ class Checkpoints:
         run = {"step": step, "position": position, "description": description, "metrics": metrics}
         self._saving = step
         try:
-            self._writer = StepWriter(self._directory / str(step), items, run, on_complete=self._retain)
+            place = self._directory / str(step)
+            self._writer = StepWriter(place, items, run, on_complete=self._retain, check=self._check)
         except Exception as error:
             raise self._failure(step, error) from error
 
@@ -188,6 +199,8 @@ class Checkpoints:
 
     def _failure(self, step: int | None, error: Exception) -> CheckpointError:
         reason = str(error).strip() or type(error).__name__
+        if isinstance(error, StoreError):  # The store may not answer now, and its message says what to do.
+            return CheckpointError(f"the checkpoint of step {step} was not completed: {reason}")
         full = is_full(error)
         what = "the disk is full" if full else reason.splitlines()[0]
         # Not `latest_step`: the other processes may know nothing of this.

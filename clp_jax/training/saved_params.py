@@ -4,15 +4,14 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 from clp_jax import processes
 from clp_jax.array_types import Params
+from clp_jax.interop.object_store import StorePath
 from clp_jax.training import array_store
 from clp_jax.training.checkpoint_items import (
     EMA,
@@ -27,16 +26,16 @@ from clp_jax.training.checkpoint_items import (
 )
 from clp_jax.training.checkpoint_manifest import RUN_FILE, DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import (
-    as_path,
     complete_steps,
     damaged_steps,
+    is_begun,
     is_complete,
     is_full,
     numbered_steps,
     unfinished_steps,
 )
 from clp_jax.training.checkpoint_writer import StepWriter
-from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY
+from clp_jax.training.places import CHECKPOINTS_DIRECTORY, Place, as_path
 
 _T = TypeVar("_T")
 
@@ -55,7 +54,7 @@ def save_params(path: str | os.PathLike, params: Params, description: dict[str, 
         CheckpointError: when the directory holds something else, or can't be written.
     """
     place = as_path(path)
-    if place.exists() and any(place.iterdir()):
+    if place.exists() and any(place.iterdir()) and not is_begun(place):
         if not is_complete(place):
             raise CheckpointError(f"{place} exists and is not a checkpoint: it was not overwritten. Save elsewhere.")
         if run_of(place)["description"] != json.loads(json.dumps(description)):
@@ -68,9 +67,10 @@ def save_params(path: str | os.PathLike, params: Params, description: dict[str, 
         processes.wait_for_all("parameters")  # Until then others may still look whether there are any.
     run = {"step": step, "position": {}, "description": description, "metrics": {}}
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and jax.process_index() == 0:
-            place.rmdir()
+        if not isinstance(place, StorePath):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists() and jax.process_index() == 0:
+                place.rmdir()
         StepWriter(place, {PARAMS: params}, run).wait()
     except (OSError, ValueError) as error:
         what = "the disk is full" if is_full(error) else error
@@ -99,7 +99,7 @@ def load_params(
     return _first_intact(path, lambda found: _load_intact(found, expected, average))
 
 
-def find_intact(path: str | os.PathLike) -> Path:
+def find_intact(path: str | os.PathLike) -> Place:
     """The checkpoint that `load_params` reads: the newest whose parameters are what was written.
 
     Args:
@@ -109,14 +109,14 @@ def find_intact(path: str | os.PathLike) -> Path:
         CheckpointError: when there is none.
     """
 
-    def verified(found: epath.Path) -> epath.Path:
+    def verified(found: Place) -> Place:
         _verify_item(found, average=True)
         return found
 
-    return Path(_first_intact(path, verified))
+    return _first_intact(path, verified)
 
 
-def find_checkpoint(path: str | os.PathLike) -> Path:
+def find_checkpoint(path: str | os.PathLike) -> Place:
     """The directory of the last complete checkpoint; its contents are not verified.
 
     Args:
@@ -125,10 +125,10 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     Raises:
         CheckpointError: when there is none.
     """
-    return Path(_candidates(path)[0])
+    return _candidates(path)[0]
 
 
-def _first_intact(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> _T:
+def _first_intact(path: str | os.PathLike, read: Callable[[Place], _T]) -> _T:
     """What `read` makes of the newest checkpoint that it does not find damaged."""
     found = _candidates(path)
     while True:
@@ -143,7 +143,7 @@ def _first_intact(path: str | os.PathLike, read: Callable[[epath.Path], _T]) -> 
             del found[0]
 
 
-def _candidates(path: str | os.PathLike) -> list[epath.Path]:
+def _candidates(path: str | os.PathLike) -> list[Place]:
     """Complete checkpoints, the newest first."""
     place = as_path(path)
     if not place.is_dir():
@@ -165,7 +165,7 @@ def _candidates(path: str | os.PathLike) -> list[epath.Path]:
     raise CheckpointError(f"no checkpoint at {place}: {empty}. Give a run directory, or RUN/checkpoints/STEP.")
 
 
-def _load_intact(path: epath.Path, expected: Params | None, average: bool) -> tuple[Params, dict[str, Any], int]:
+def _load_intact(path: Place, expected: Params | None, average: bool) -> tuple[Params, dict[str, Any], int]:
     item, manifest = _verify_item(path, average)
     run = run_of(path)
     if expected is not None:
@@ -180,7 +180,7 @@ def _load_intact(path: epath.Path, expected: Params | None, average: bool) -> tu
     return params, run["description"], int(run["step"])
 
 
-def _verify_item(path: epath.Path, average: bool) -> tuple[str, Manifest | None]:
+def _verify_item(path: Place, average: bool) -> tuple[str, Manifest | None]:
     """The item that holds the parameters, and the manifest, after a look at their files."""
     manifest = manifest_of(path)
     item = EMA if average and EMA in items_of(path, manifest) else PARAMS

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from clp_jax import processes
 from clp_jax.array_types import Params
@@ -22,9 +21,9 @@ from clp_jax.interop.regions import Region, whole
 from clp_jax.interop.slots import flatten
 from clp_jax.training import array_store
 from clp_jax.training.checkpoint_items import CheckpointError
-from clp_jax.training.checkpoint_manifest import RUN_FILE, ArrayDigest, Manifest
-from clp_jax.training.checkpoint_steps import files_below, is_unverified, read_run
-from clp_jax.training.checkpoint_writer import digest_files
+from clp_jax.training.checkpoint_manifest import RUN_FILE, ArrayDigest, Manifest, digest_files, files_below
+from clp_jax.training.checkpoint_steps import is_unverified, read_run
+from clp_jax.training.places import as_path
 from clp_jax.training.saved_params import find_intact
 
 _PARAMS, _EMA = "params", "ema"
@@ -61,7 +60,7 @@ def write_params(path: Path, params: Params, description: dict[str, Any], step: 
                 writer.write(name, array)
             writer.finish()
             (partial / RUN_FILE).write_text(json.dumps(run))
-            place = epath.Path(partial)
+            place = as_path(partial)
             Manifest(step, 1, digest_files(place, files_below(place)), {_PARAMS: arrays}).write(place)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"parameters could not be written to {path}: {error}") from error
@@ -75,7 +74,7 @@ def open_params(path: str | os.PathLike) -> tuple[Params, dict[str, Any], int]:
     Raises:
         CheckpointError: when there is no intact checkpoint, or it can't be read.
     """
-    found = epath.Path(processes.decide("checkpoint", lambda: str(find_intact(path))))
+    found = as_path(processes.decide("checkpoint", lambda: str(find_intact(path))))
     run = read_run(found)
     item = _EMA if (found / _EMA).is_dir() else _PARAMS
     check = None if is_unverified(found) else functools.partial(Manifest.read(found).verify_part, item)
