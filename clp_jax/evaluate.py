@@ -130,6 +130,7 @@ def evaluate(
             settings=settings,
         )
         sweep.save(target)
+        put_back(target)
     print_table(sweep, Console())
     print(f"results: {target}", file=sys.stderr)
     return sweep

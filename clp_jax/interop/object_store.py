@@ -98,9 +98,16 @@ class StorePath:
         """Whether there is an object of this name, or below it."""
         return self.is_file() or self.is_dir()
 
-    def files(self) -> list["StorePath"]:
-        """All objects below this name, in order."""
-        return [dataclasses.replace(self, key=key) for key in sorted(self._list(*_below(self.key)))]
+    def files(self, seconds: float = _SECONDS) -> list["StorePath"]:
+        """All objects below this name, in order.
+
+        Args:
+            seconds: that the store may take.
+
+        Raises:
+            StoreError: when it can't be asked.
+        """
+        return [dataclasses.replace(self, key=key) for key in sorted(self._list(*_below(self.key), seconds))]
 
     def relative(self, below: "StorePath") -> str:
         """The rest of a name that begins with this one."""
@@ -158,14 +165,14 @@ class StorePath:
         """Removes all objects below this name."""
         each(StorePath.unlink, self.files())
 
-    def _list(self, first: str, last: str) -> list[str]:
+    def _list(self, first: str, last: str, seconds: float = _SECONDS) -> list[str]:
         key_range = functools.partial(_tensorstore().KvStore.KeyRange, first, last)
-        keys = [key.decode() for key in self._call("list", lambda store: store.list(key_range()))]
+        keys = [key.decode() for key in self._call("list", lambda store: store.list(key_range()), seconds)]
         return [key for key in keys if first <= key < last]  # Not all stores take bounds other than prefixes.
 
-    def _call(self, verb: str, ask: Callable[[Any], Any]) -> Any:
+    def _call(self, verb: str, ask: Callable[[Any], Any], seconds: float = _SECONDS) -> Any:
         try:
-            return ask(_bucket(self.scheme, self.bucket)).result(timeout=_SECONDS)
+            return ask(_bucket(self.scheme, self.bucket)).result(timeout=seconds)
         except (ValueError, TimeoutError) as error:
             raise StoreError(f"{self}: {_reason(self, verb, str(error))}") from error
 

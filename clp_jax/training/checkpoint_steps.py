@@ -122,7 +122,7 @@ def remove(path: Place) -> None:
 def discard(path: Place) -> None:
     """Removes what `unfinished_steps` has named."""
     if isinstance(path, StorePath):
-        store_steps.remove(path)
+        store_steps.discard(path)
     else:
         path.rmtree()
 

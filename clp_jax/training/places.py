@@ -27,6 +27,8 @@ _ARRAYS = (CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY, SLOTS_DIRECTORY)
 _NOT_FETCHED = (*_ARRAYS, "tensorboard", "profile")
 _ADDRESS_FILE, _OWNER_FILE = ".address", "owner.json"
 _EVERY_SECONDS = 60.0
+# What is not there, or not to be reached, must be said before anything is computed.
+_FIRST_SECONDS = 60.0
 
 
 def as_path(path: str | os.PathLike) -> Place:
@@ -83,7 +85,7 @@ class RunView:
         self._put: dict[Path, tuple[int, int]] = {}
         self._busy = threading.Lock()
         self._owner: str | None = None
-        files = [file for file in store.files() if store.relative(file).split("/")[0] not in _NOT_FETCHED]
+        files = [file for file in store.files(_FIRST_SECONDS) if store.relative(file).split("/")[0] not in _NOT_FETCHED]
         for file, data in zip(files, each(StorePath.read_bytes, files), strict=True):
             path = self.path / store.relative(file)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,14 @@ def remove(path: StorePath) -> None:
         _mark(step, mark).unlink()
 
 
+def discard(path: StorePath) -> None:
+    """Removes what a mark is about; that of a step that was begun stays, since another start may still be writing it."""
+    if path.name.endswith(UNFINISHED):
+        objects_of(path).rmtree()
+    else:
+        remove(path)
+
+
 def objects_of(path: StorePath) -> StorePath:
     """Where the objects of a step are, given its name or that of a mark."""
     name = path.name

@@ -17,6 +17,7 @@ from clp_jax.array_types import Params
 from clp_jax.interop import orbax_item
 from clp_jax.interop.arrays import ArraySpec, LazyArray, is_float, new_directory
 from clp_jax.interop.links import part_of
+from clp_jax.interop.object_store import is_address
 from clp_jax.interop.regions import Region, whole
 from clp_jax.interop.slots import flatten
 from clp_jax.training import array_store
@@ -43,6 +44,8 @@ def write_params(path: Path, params: Params, description: dict[str, Any], step: 
     Raises:
         CheckpointError: when the directory exists, or can't be written.
     """
+    if is_address(path):
+        raise CheckpointError(f"{path} is in a store: expected a directory. Write to one, and copy it to the store.")
     leaves = {"/".join(keys): leaf for keys, leaf in flatten(params)}
     rounded = None if dtype is None else jnp.dtype(dtype)
     specs = {
