@@ -78,17 +78,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(calm, scheme):
     assert run(str(place), 10).metrics == result.metrics  # It is complete.
 
 
-def test_a_damaged_object_is_found_and_the_step_made_again(calm, place, capsys):
+def test_a_damaged_object_is_found_and_the_steps_made_again(calm, place, capsys):
     run(str(place), 7, checkpoint_every=3)
     for item in ("params", "ema"):
         file = place / "checkpoints" / "7" / item / "w" / "0"
         file.write_bytes(bytes([file.read_bytes()[0] ^ 4, *file.read_bytes()[1:]]))
     np.testing.assert_array_equal(load_params(str(place))[2], 6)
-    run(str(place), 7, checkpoint_every=3)
+    run(str(place), 10)
     said = capsys.readouterr().err
     assert "7 is damaged: ema/w/0 has another SHA-256" in said and "going on from step 6" in said
-    assert complete_steps(place / "checkpoints") == [6, 7] and damaged_steps(place / "checkpoints") == {}
-    run(str(place), 10)
+    assert damaged_steps(place / "checkpoints").keys() == {"7.damaged"}  # No step 7 was to be saved this time.
     assert_same_run(place, calm)
 
 

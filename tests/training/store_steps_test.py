@@ -66,7 +66,7 @@ def test_a_tree_comes_back_to_the_bit(folder, monkeypatch):
 def test_orbax_reads_what_was_copied_from_a_store(folder, tmp_path):
     import orbax.checkpoint as ocp
 
-    write(folder / "6", {"layer": TREE["layer"]})
+    write(folder / "6")
     for file in folder.files():
         path = tmp_path / folder.relative(file)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def test_shards_of_devices_are_written_and_read_apart(folder):
 
 
 def test_every_object_of_a_step_counts(folder):
-    write(folder / "6")
+    write(folder / "6", {"layer": TREE["layer"]})
     for file in (folder / "6").files():
         data = file.read_bytes()
         for other in (bytes([data[0] ^ 1, *data[1:]]), None):
