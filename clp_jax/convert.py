@@ -22,6 +22,7 @@ from clp_jax.interop import huggingface, t5x, t5x_settings
 from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.hf_tokenizers import tokenizer_files
 from clp_jax.interop.model_card import model_card
+from clp_jax.interop.object_store import is_address
 from clp_jax.interop.regions import Region
 from clp_jax.interop.slots import flatten, unflatten
 from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning
@@ -116,6 +117,8 @@ def convert(
         ValueError: for an unknown format, a policy that the target can't express, or a directory that exists.
     """
     (kind, place), (target_kind, target_place) = _parse("source", source), _parse("target", target)
+    if is_address(target_place):
+        raise ValueError(f"target is {target!r}: it is written to a directory. Copy that to the store.")
     if target_place.exists() and (not target_place.is_dir() or any(target_place.iterdir())):
         raise ValueError(f"{target_place} exists: it was not overwritten. Give another directory.")
     _check_options(
@@ -221,7 +224,7 @@ def _read_t5x(
     return Converted(found.config, found.params, found.origin, tokenizer, found.step, provenance, found.slots)
 
 
-def _open_held(path: Path) -> tuple[Params, dict[str, Any], int]:
+def _open_held(path: str | Path) -> tuple[Params, dict[str, Any], int]:
     params, description, step = open_params(path)
     return hold_arrays(params), description, step
 

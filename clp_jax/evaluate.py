@@ -22,11 +22,11 @@ from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.score import score
 from clp_jax.sampling.steering import Steerable
-from clp_jax.training.checkpoints import find_intact
 from clp_jax.training.experience import reward_inputs
 from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_per_weight, load_policy, load_soup
 from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import make_writable
+from clp_jax.training.saved_params import find_intact
 
 METHODS = ("checkpoint", "soup", "mod", "dera", "per_weight")
 
@@ -130,6 +130,7 @@ def evaluate(
             settings=settings,
         )
         sweep.save(target)
+        put_back(target)
     print_table(sweep, Console())
     print(f"results: {target}", file=sys.stderr)
     return sweep

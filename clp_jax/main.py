@@ -141,6 +141,9 @@ def _run(command: str, words: Sequence[str]) -> int:
 
 
 def _own_configuration(run_dir: str | None) -> list[str]:
+    if run_dir is not None and "://" in run_dir:  # What reads stores need not be imported for anything else.
+        places = importlib.import_module("clp_jax.training.places")
+        run_dir = str(places.local_files(places.as_path(run_dir)))
     path = Path(run_dir or "") / "config.gin"
     if run_dir is None or not path.is_file():
         raise ConfigError(f"there is no {path}: give a run directory, or the gin files of the run.")

@@ -35,6 +35,9 @@ CODE = "code.tar.gz"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _DIRECTORY_VARIABLE, _DIRECTORY = "CLP_JOBS_DIR", "~/.clp/jobs"
 
+# Where runs write without a directory that workers share.
+STORES = ("gs://", "s3://")
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

@@ -9,7 +9,7 @@ from clp_jax.launch.arrays import ArrayTask
 from clp_jax.launch.calls import carry_out
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
-from clp_jax.launch.job import Job, JobRecord, jobs_directory
+from clp_jax.launch.job import STORES, Job, JobRecord, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.options import option
@@ -50,7 +50,7 @@ class Slurm:
 
     def check(self, job: Job) -> None:
         """Raises `LaunchError` for a run directory that the nodes could not share."""
-        if job.run_dir is not None:
+        if job.run_dir is not None and not job.run_dir.startswith(STORES):
             _check_shared("the run directory", Path(job.directory) / job.run_dir)
 
     def check_access(self, job: Job) -> None:

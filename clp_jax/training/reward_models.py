@@ -27,8 +27,8 @@ from clp_jax.objectives.preference_losses import binary_cross_entropy, bradley_t
 from clp_jax.partitioning import constrain
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.run_directory import write_atomically
+from clp_jax.training.saved_params import load_params
 from clp_jax.training.stage import DataShape, Derived, Outline, StageSetup
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.train_state import TrainState

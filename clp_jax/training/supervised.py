@@ -28,7 +28,8 @@ from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.adafactor_slots import load_slots
 from clp_jax.training.checkpoint_manifest import leaves_by_path
-from clp_jax.training.checkpoints import find_checkpoint
+from clp_jax.training.places import local_files
+from clp_jax.training.saved_params import find_checkpoint
 from clp_jax.training.stage import DataBatches, DataShape, Derived, Outline, StageSetup, inherited
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.transfer import Transfer
@@ -150,7 +151,7 @@ class Supervised:
         other = self.upcycle or self.transfer is not None
         if self.initial_checkpoint is None or other or description["stage"] != "converted":
             return None
-        return load_slots(find_checkpoint(self.initial_checkpoint).parent.parent)
+        return load_slots(local_files(find_checkpoint(self.initial_checkpoint).parent.parent))
 
     def _initial(
         self, policy: Policy, seed: int, params: Params | None, description: dict[str, Any], step: int

@@ -20,7 +20,7 @@ from clp_jax.nn.routing import TokenChoice
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
 from clp_jax.rewards.stack import fingerprints
-from clp_jax.training.checkpoints import load_params, save_params
+from clp_jax.training.saved_params import load_params, save_params
 
 
 @pytest.mark.parametrize("names", [NAMES, ("a", "b", "c")])

@@ -259,10 +259,9 @@ def test_the_run_directory_is_what_the_configuration_says(tmp_path):
     words = ("clp", "train", "--gin_file=examples/pydoc_sft.gin", f"--gin.SFT_DIR='{tmp_path}/a run'")
     assert run_dir_of(words) == f"{tmp_path}/a run"
     assert run_dir_of(("python3", "x.py")) is None
-    with pytest.raises(
-        LaunchError, match="Let the workers mount the bucket, and name it there: --mounts=b=/mnt/b, and /mnt/b/run"
-    ):
-        run_dir_of(("clp", "train", "--gin_file=examples/pydoc_sft.gin", "--gin.SFT_DIR='gs://b/run'"))
+    assert run_dir_of((*words[:-1], "--gin.SFT_DIR='gs://b/run'")) == "gs://b/run"
+    with pytest.raises(LaunchError, match="'hdfs://b/run': expected a directory, gs://BUCKET/NAME or s3://BUCKET/NAME"):
+        run_dir_of((*words[:-1], "--gin.SFT_DIR='hdfs://b/run'"))
 
 
 SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "num_slices": "2"})

@@ -9,10 +9,12 @@ import pytest
 from compilations import counted
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_manifest import DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import as_path
-from clp_jax.training.checkpoints import CheckpointError, Checkpoints, load_params
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.guards import Guards
+from clp_jax.training.saved_params import load_params
 from clp_jax.training.train_state import TrainState
 
 SPECS = {"rows": PartitionSpec("x"), "both": PartitionSpec("x", "y"), "columns": PartitionSpec(None, ("x", "y"))}

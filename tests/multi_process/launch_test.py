@@ -14,8 +14,8 @@ from clp_jax.launch.supervisor import Patience, supervise
 from clp_jax.launch.targets import find_target
 from groups import compiled_programs
 
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+from clp_jax.training.saved_params import load_params
 
 STEPS = 12
 SIZES = ("embed_dim=8", "mlp_dim=12", "num_heads=2", "head_dim=4")

@@ -15,8 +15,8 @@ from tiny_runs import MODEL
 from clp_jax.data.reader import DataSource, prompt_batch, sequence_batch
 from clp_jax.processes import RESTARTABLE
 from clp_jax.rewards.pairs import Corrupter
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+from clp_jax.training.saved_params import load_params
 
 STEPS = 4
 ALL = ("packed", "experts", "policy", "rewards")

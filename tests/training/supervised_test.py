@@ -23,10 +23,10 @@ from clp_jax.models.serialization import from_json
 from clp_jax.nn.routing import TokenChoice
 from clp_jax.score import score
 from clp_jax.train import train
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.optimizers import Adafactor
 from clp_jax.training.run_directory import RunDirectoryError
+from clp_jax.training.saved_params import load_params
 from clp_jax.training.stage import DataBatches
 from clp_jax.training.supervised import Supervised, SupervisedLoss
 from clp_jax.training.transfer import Transfer
