@@ -117,8 +117,6 @@ def convert(
         ValueError: for an unknown format, a policy that the target can't express, or a directory that exists.
     """
     (kind, place), (target_kind, target_place) = _parse("source", source), _parse("target", target)
-    if is_address(target_place):
-        raise ValueError(f"target is {target!r}: it is written to a directory. Copy that to the store.")
     if target_place.exists() and (not target_place.is_dir() or any(target_place.iterdir())):
         raise ValueError(f"{target_place} exists: it was not overwritten. Give another directory.")
     _check_options(
@@ -195,6 +193,8 @@ def _parse(name: str, text: str) -> tuple[str, Path]:
     kind, colon, place = text.partition(":")
     if not colon or kind not in FORMATS or not place:
         raise ValueError(f"{name} is {text!r}: expected {', '.join(f'{kind}:DIR' for kind in FORMATS)}.")
+    if name == "target" and is_address(place):
+        raise ValueError(f"target is {text!r}: expected a directory. Write to one, and copy it to the store.")
     return kind, Path(place).expanduser()
 
 

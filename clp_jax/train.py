@@ -78,8 +78,7 @@ def train(
     Several processes call it together, each with a part of the mesh, in one run directory that all of them see, or in a store.
 
     Args:
-        run_dir: where everything goes: a directory, or ``gs://BUCKET/NAME`` or ``s3://BUCKET/NAME``; see
-            `clp_jax.training.run_directory`.
+        run_dir: where everything goes, also ``gs://`` and ``s3://``; see `clp_jax.training.run_directory`.
         stage: what to train.
         optimizer: how.
         num_steps: updates in all; a finished run goes on when this is raised.
