@@ -26,12 +26,12 @@ CASES = {
     "palm_8b_v5p": ("scale/palm_8b.gin", V5P),
     "palm_8b_v6e": ("scale/palm_8b.gin", "--topology=v6e:16x16", "--gin.BATCH_SIZE=1024", "--gin.REMAT=full", V6E),
     "palm_62b_v5p": ("scale/palm_62b.gin", V5P),
-    "palm_540b_v5p": ("scale/palm_540b.gin",),
-    "palm_8b_1m_v5p": ("scale/palm_8b_1m.gin",),
+    "palm_540b_v5p": ("scale/palm_540b.gin", V5P),
+    "palm_8b_1m_v5p": ("scale/palm_8b_1m.gin", V5P),
     "moe_t5_v5p": ("scale/moe_t5.gin", V5P),
     "st_moe_32b_v5p": ("scale/st_moe_32b.gin", V5P),
-    "clp_t5_xxl_v5p": ("scale/clp_t5_xxl.gin",),
-    "clp_palm_8b_v5p": ("scale/clp_palm_8b.gin",),
+    "clp_t5_xxl_v5p": ("scale/clp_t5_xxl.gin", V5P),
+    "clp_palm_8b_v5p": ("scale/clp_palm_8b.gin", V5P),
 }
 
 

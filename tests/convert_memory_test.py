@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
+from process_memory import COUNTED, GIVES_BACK
 
 from clp_jax.array_types import Params
 from clp_jax.interop import huggingface
@@ -21,7 +21,7 @@ from clp_jax.training.streamed_params import write_params
 
 ROOT = Path(__file__).parents[1]
 LAYERS = dict(num_encoder_layers=3, num_decoder_layers=3)
-# 264 MiB in 70 tensors; the embedding has 192 MiB. Of freed memory, the allocator may keep some tens.
+# 264 MiB in 70 tensors; the embedding has 192 MiB.
 BIG = T5Config(vocab_size=98_304, embed_dim=512, mlp_dim=1024, num_heads=8, head_dim=64, tied_head=True, **LAYERS)
 SMALL = T5Config(vocab_size=64, embed_dim=8, mlp_dim=16, num_heads=2, head_dim=4, tied_head=True, **LAYERS)
 LARGEST = 98_304 * 512 * 4
@@ -35,26 +35,18 @@ EQUAL = T5Config(
     num_encoder_layers=5,
     num_decoder_layers=5,
 )
-COUNTED = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the kernel does not count the peak of a process"
-)
 
 # The small policy loads all that is loaded once, before memory is counted.
 PROGRAM = """
 import sys
-from pathlib import Path
 from clp_jax.convert import convert
-
-def resident(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+from process_memory import Peak
 
 (source, small), (target, small_target) = (word.split(",") for word in sys.argv[1:])
 convert(small, small_target)
-Path("/proc/self/clear_refs").write_text("5")
-before = resident("VmRSS")
+peak = Peak()
 convert(source, target)
-print("peak", resident("VmHWM") - before)
+print("peak", peak.read())
 """
 
 
@@ -92,7 +84,12 @@ def make_steerable(directory: Path, config: T5Config) -> None:
 def peak_of(source: str, target: str, home: Path) -> int:
     places = [",".join(f"{kind}:{size}_{name}" for size in ("big", "small")) for kind, name in (source, target)]
     command = [sys.executable, "-c", PROGRAM, *places]
-    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
+    environment = {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fixtures'}",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": "/usr/bin:/bin",
+        **GIVES_BACK,
+    }
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("peak")[-1])
@@ -100,13 +97,13 @@ def peak_of(source: str, target: str, home: Path) -> int:
 
 @COUNTED
 def test_a_steerable_policy_is_mixed_one_array_at_a_time(tmp_path):
-    """Both components and the reference have 270 MiB, of which no array has more than 10."""
+    """Both components and the reference have 270 MiB, of which no array has more than 10, read at three times its size."""
     make_steerable(tmp_path / "big_run", EQUAL)
     make_steerable(tmp_path / "small_run", SMALL)
     whole = 4 * Policy(EQUAL).num_params()
     peak = peak_of(("clp", "run"), ("hf", "mixed"), tmp_path)
     assert 3 * whole > 250 * 2**20
-    assert peak < whole, (peak, whole)
+    assert peak < 2 / 3 * whole, (peak, whole)
 
 
 @COUNTED

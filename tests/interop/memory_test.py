@@ -1,13 +1,15 @@
 """Reading and writing hold one tensor and a fifth of one at most, counted by the kernel in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from process_memory import COUNTED, GIVES_BACK
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | GIVES_BACK | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fixtures'}"}
 MEBIBYTES = 192
 
 # Two tensors, so that holding both shows. Everything is loaded before memory is counted.
@@ -16,19 +18,15 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from clp_jax.interop import arrays, safetensors_files, t5x_files
+from process_memory import Peak
 
 OUT, SIZE = Path(sys.argv[1]), int(sys.argv[2]) * 2**20
 SPECS = {name: arrays.ArraySpec((SIZE // 4096, 1024), np.dtype("float32")) for name in ("a", "b")}
 
-def resident(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
 def peak(run, *arguments):
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    counted = Peak()
     run(*arguments)
-    return (resident("VmHWM") - before) / SIZE
+    return counted.read() / SIZE
 
 def tensor(spec):
     array = np.zeros(spec.shape, spec.dtype)
@@ -60,12 +58,10 @@ print(json.dumps(peaks))
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the kernel does not count the peak of a process"
-)
+@COUNTED
 def test_one_tensor_at_a_time(tmp_path):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(MEBIBYTES)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     peaks = json.loads(done.stdout)
     # Nearly all of a tensor was new memory, so the count can be believed.
