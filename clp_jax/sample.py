@@ -242,11 +242,7 @@ def sample(
             exclude each other.
         SystemExit: with 1 when all is done, where lines were left out.
     """
-    _check_numbers(num_samples, max_tokens, max_prompt, no_repeat_ngram, min_tokens)
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop is {stop!r}: expected texts of one character at least; an empty one is everywhere.")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
+    _check(num_samples, max_tokens, max_prompt, no_repeat_ngram, min_tokens, stop, seed)
     if input is not None and prompt is not None:
         raise ValueError("sample: a prompt and an input were given: expected one of them.")
     if output is not None and input is None:
@@ -281,8 +277,14 @@ def sample(
         talk(session, sys.stdin, Console())
 
 
-def _check_numbers(
-    num_samples: int, max_tokens: int | None, max_prompt: int | None, no_repeat_ngram: int, min_tokens: int
+def _check(
+    num_samples: int,
+    max_tokens: int | None,
+    max_prompt: int | None,
+    no_repeat_ngram: int,
+    min_tokens: int,
+    stop: Texts,
+    seed: int,
 ) -> None:
     for name, number in (("num_samples", num_samples), ("max_tokens", max_tokens), ("max_prompt", max_prompt)):
         if number is not None and number < 1:
@@ -291,6 +293,10 @@ def _check_numbers(
         raise ValueError(f"min_tokens is {min_tokens}: expected 0 to max_tokens, {max_tokens}.")
     if no_repeat_ngram < 0:
         raise ValueError(f"no_repeat_ngram is {no_repeat_ngram}: expected 0, which allows all, or more.")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop is {stop!r}: expected texts of one character at least; an empty one is everywhere.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
 
 
 def _generation(
