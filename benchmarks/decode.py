@@ -7,6 +7,7 @@ reads the prompts and multiplies the rows of every token with the weights, in to
 whose products are as fast as torch's gains at most `generate`'s time over that.
 """
 
+import argparse
 import functools
 from typing import Any
 
@@ -61,13 +62,15 @@ def main() -> None:
     }
     figures: dict[str, Any] = {}
     for kind, (measured, torch_model) in kinds.items():
-        rows, found = measure(measured, shape, torch_model(), arguments.repeats)
+        rows, found = measure(measured, shape, torch_model(), arguments)
         figures = {**figures, "decoder_only": found} if figures else found
         sizes = f"{BATCH_SIZE} rows, {shape.inputs} tokens in, {shape.targets} out"
         report(f"{arguments.size}{kind}: {sizes}, {jax.default_backend()}", rows, figures, arguments.json)
 
 
-def measure(policy: Policy, shape: Shape, torch_model: Any, repeats: int) -> tuple[list[tuple[str, str]], dict]:
+def measure(
+    policy: Policy, shape: Shape, torch_model: Any, arguments: argparse.Namespace
+) -> tuple[list[tuple[str, str]], dict]:
     """Rows to print and figures to write, of one policy."""
     params = policy.init(jax.random.key(0))
     prompts = random_tokens(BATCH_SIZE, shape.inputs, shape.model.vocab_size, seed=0)
@@ -86,7 +89,7 @@ def measure(policy: Policy, shape: Shape, torch_model: Any, repeats: int) -> tup
     if torch_model is not None:
         programs |= torch_programs(torch_model, shape, prompts)
 
-    times = medians(programs, repeats)
+    times = medians(programs, arguments.repeats, arguments.clock)
     tokens = BATCH_SIZE * shape.targets
     rows = [(name, f"{seconds * 1e3:8.1f} ms   {tokens / seconds:10,.0f} tokens/s") for name, seconds in times.items()]
     ratios = {

@@ -1,6 +1,6 @@
 """Speed and memory of a training step with experts, over the dense policy that costs the same products.
 
-    python benchmarks/experts.py --size small
+    python benchmarks/experts.py --size small --rows 64
 
 Both are T5 1.1-like; the twin's blocks are as wide as what a token visits. Steps are whole ones, with the Adafactor that
 pretraining uses, of policies with experts in every layer and in every other one.
@@ -62,10 +62,11 @@ def loss_of(policy: Policy, params: Any, batch: tuple[jax.Array, jax.Array], key
 
 def main() -> None:
     """Measures, and prints."""
-    arguments = parse_arguments(__doc__ or "")
+    arguments = parse_arguments(__doc__ or "", rows=True)
     shape = SHAPES[arguments.size]
+    num_rows = arguments.rows or shape.batch_size
     lengths = ((shape.inputs, 0), (shape.targets, 1))
-    made = [random_tokens(shape.batch_size, length, shape.model.vocab_size, seed) for length, seed in lengths]
+    made = [random_tokens(num_rows, length, shape.model.vocab_size, seed) for length, seed in lengths]
     batch = (jnp.asarray(made[0]), jnp.asarray(made[1]))
     steps: dict[str, Step] = {}
     for name, every in EVERY.items():
@@ -75,8 +76,8 @@ def main() -> None:
     twin = dataclasses.replace(shape.model, moe=MoEConfig(num_experts=NUM_EXPERTS, router=ROUTER, dense=True))
     steps["dense twin"] = Step(Policy(twin), batch)
 
-    times = medians(dict(steps), arguments.repeats)
-    tokens = shape.batch_size * (shape.inputs + shape.targets)
+    times = medians(dict(steps), arguments.repeats, arguments.clock)
+    tokens = num_rows * (shape.inputs + shape.targets)
     rows = [(name, f"{seconds * 1e3:8.1f} ms   {tokens / seconds:10,.0f} tokens/s") for name, seconds in times.items()]
     ratios = {f"{name} / dense twin": times[name] / times["dense twin"] for name in EVERY}
     rows += [(name, f"{value:8.2f}") for name, value in ratios.items()]
@@ -92,7 +93,7 @@ def main() -> None:
     compiled = {name: step.learner.compile_count for name, step in steps.items()}
     rows.append(("programs compiled for each step", ", ".join(map(str, compiled.values()))))
     parameters = ", ".join(f"{name} {step.policy.num_params():,}" for name, step in steps.items())
-    title = f"{arguments.size}: {shape.batch_size} x ({shape.inputs} + {shape.targets}) tokens"
+    title = f"{arguments.size}: {num_rows} x ({shape.inputs} + {shape.targets}) tokens"
     figures = {"seconds": times, "ratios": ratios, "bytes": memory, "routers": routers, "compile_count": compiled}
     report(f"{title}, {jax.default_backend()}; parameters: {parameters}", rows, figures, arguments.json)
 

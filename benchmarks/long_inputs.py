@@ -41,7 +41,7 @@ def main() -> None:
         programs: dict[str, Callable[[], Any]] = {
             str(n): functools.partial(run_once, compiled[n], params, x) for n, x in inputs.items()
         }
-        times = {int(n): seconds for n, seconds in medians(programs, arguments.repeats).items()}
+        times = {int(n): seconds for n, seconds in medians(programs, arguments.repeats, arguments.clock).items()}
         rows += table(kind, memory, times)
         figures[kind] = {"bytes": memory, "seconds": times}
     title = f"{arguments.size}: forward, one row, width {shape.model.embed_dim}, {jax.default_backend()}"

@@ -55,9 +55,11 @@ def decoder_only(config: T5Config) -> PaLMConfig:
     )
 
 
-def parse_arguments(description: str, repeats: int = 9) -> argparse.Namespace:
-    """The command line of a benchmark."""
+def parse_arguments(description: str, repeats: int = 9, *, rows: bool = False) -> argparse.Namespace:
+    """The command line of a benchmark; `rows` is whether it takes another number of rows than the size says."""
     parser = argparse.ArgumentParser(description=description)
+    if rows:
+        parser.add_argument("--rows", type=int, help="of a batch (default: as the size has it)")
     parser.add_argument("--size", choices=SHAPES, default="small", help="model and batch (default: small)")
     parser.add_argument(
         "--repeats",
@@ -66,11 +68,21 @@ def parse_arguments(description: str, repeats: int = 9) -> argparse.Namespace:
         help=f"timings of each program; the median counts (default: {repeats})",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; JAX takes all cores of a CPU")
+    parser.add_argument(
+        "--processor",
+        action="store_const",
+        const=time.process_time,
+        default=time.perf_counter,
+        dest="clock",
+        help="count processor time: of a shared machine, under `taskset -c 0` with --threads 1",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
 
-def medians(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(
+    programs: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each program, taken in turn so that a busy moment of the machine hits all of them."""
     for program in programs.values():
         program()
@@ -78,9 +90,9 @@ def medians(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, program in programs.items():
-            start = time.perf_counter()
+            start = clock()
             program()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -1,4 +1,9 @@
-"""Whether two runs came to the same: checkpoints, metrics, and what their processes were given."""
+"""Whether two runs came to the same: checkpoints, metrics, and what their processes were given.
+
+On one mesh that is the same bits, whatever the processes. On another mesh sums are made in another order, and numbers are
+compared to `ROUNDING` of the size of what they are made of: of the numbers that were added and subtracted, not of the little
+that a difference leaves (`natural_scale`).
+"""
 
 import json
 import math
@@ -14,11 +19,42 @@ from clp_jax.training.checkpoint_manifest import Manifest
 from clp_jax.training.checkpoint_steps import as_path, complete_steps, damaged_steps, read_run, unfinished_steps
 from clp_jax.training.metrics import DIGEST_METRICS, TIMING_METRICS, read_metrics
 
-# Of fp32 sums in another order, relative to the largest number of an array.
+# Of fp32 sums in another order.
 ROUNDING = 1e-6
 # Arrays smaller than this, or than this share of the largest of their kind, are compared at that size: what began at zero
 # is a few updates, or their rounding.
 LEAST_SCALE = 0.1
+
+
+def natural_scale(name: str, line: dict[str, Any]) -> float:
+    """The size of what a metric is made of; a relative difference is one of this.
+
+    Most metrics are sums of numbers of one sign, or norms: their own size. The others are differences:
+
+    - ``reward/*`` and ``objective`` are means of standardised rewards, of size 1 and both signs;
+    - ``kl`` is ``log π - log π_ref``, each of about one nat a token: ``length``. ``objective`` subtracts a share of it;
+    - ``advantage_mean`` is a mean of advantages of both signs, whose size is their root mean square ``A``;
+    - ``policy_loss`` is a mean of advantages times log-probabilities: ``A · length``; ``loss`` adds the value's;
+    - ``value_explained_variance`` is 1 less a ratio: 1 and that ratio.
+
+    Args:
+        name: of the metric.
+        line: all metrics of the step.
+    """
+    own = max(abs(line[name]), LEAST_SCALE)
+    length = line.get("length", 0.0)
+    advantage = math.hypot(line.get("advantage_mean", 0.0), line.get("advantage_std", 0.0))
+    if name.startswith("reward/"):
+        return max(own, 1.0)
+    others = {
+        "kl": length,
+        "objective": max(1.0, length),
+        "advantage_mean": advantage,
+        "policy_loss": advantage * length,
+        "loss": advantage * length + line.get("value_loss", 0.0),
+        "value_explained_variance": 2 - line.get("value_explained_variance", 0.0),
+    }
+    return max(own, others.get(name, 0.0))
 
 
 class Comparison:
@@ -89,7 +125,7 @@ class Comparison:
             if self._exact or not isinstance(a, float) or not isinstance(b, float):
                 self.differences.append(f"{key} in {name} is {a}: expected {b}")
             else:
-                self._close(f"{key} in {name}", abs(a - b) / max(abs(b), LEAST_SCALE))
+                self._close(f"{key} in {name}", abs(a - b) / natural_scale(key, then))
 
     def _close(self, name: str, difference: float) -> None:
         self.largest = max(self.largest, difference)

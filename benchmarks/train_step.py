@@ -1,8 +1,11 @@
 """Speed and memory of a training step: plain, and conditioned on a preference (full-CLP), beside Hugging Face's torch T5.
 
+What guards and digests cost is the step against one that has none.
+
 python benchmarks/train_step.py --size small
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,11 +16,13 @@ from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.policy import Policy
 from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.preferences import Preference
+from clp_jax.training.guards import Guards, GuardState
 from clp_jax.training.learner import Learner
+from clp_jax.training.metrics import DIGEST_METRICS
 from clp_jax.training.optimizers import AdamW
 
 COMPONENTS = 3
-PLAIN, CLP = "step", "full-CLP step"
+PLAIN, CLP, BARE = "step", "full-CLP step", "step without guards and digests"
 
 
 def main() -> None:
@@ -44,6 +49,7 @@ def main() -> None:
     steps = {
         PLAIN: Step(plain, params, axes, batch=batch),
         CLP: Step(mixed, expanded, expanded_axes, batch=batch),
+        BARE: Step(plain, params, axes, batch=batch, learner=Bare, guards=NoGuards()),
         f"{PLAIN}, optimizer alone": Step(given, params, axes, frozen=params),
         f"{CLP}, optimizer alone": Step(given, expanded, expanded_axes, frozen=expanded),
     }
@@ -52,13 +58,14 @@ def main() -> None:
     if theirs is not None:
         programs["torch step"] = theirs
 
-    times = medians(programs, arguments.repeats)
+    times = medians(programs, arguments.repeats, arguments.clock)
     tokens = shape.batch_size * (shape.inputs + shape.targets)
     rows = [(name, f"{seconds * 1e3:8.1f} ms   {tokens / seconds:10,.0f} tokens/s") for name, seconds in times.items()]
     own = {name: times[name] - times[f"{name}, optimizer alone"] for name in (PLAIN, CLP)}
     ratios = {
         f"{CLP} / {PLAIN}": times[CLP] / times[PLAIN],
         f"{CLP} / {PLAIN}, without the optimizer": own[CLP] / own[PLAIN],
+        f"{PLAIN} / {BARE}": times[PLAIN] / times[BARE],
     }
     if theirs is not None:
         ratios["throughput / torch eager"] = times["torch step"] / times[PLAIN]
@@ -98,18 +105,44 @@ def given(params: Any, gradient: Any) -> tuple[jax.Array, jax.Array]:
 class Step:
     """A whole update through the learner that every stage uses; the state is given away and taken back each time."""
 
-    def __init__(self, loss: Any, params: Any, axes: Any, *, batch: Any = None, frozen: Any = None):
+    def __init__(
+        self,
+        loss: Any,
+        params: Any,
+        axes: Any,
+        *,
+        batch: Any = None,
+        frozen: Any = None,
+        learner: type[Learner] = Learner,
+        guards: Guards = Guards(),
+    ):
         def loss_fn(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
             return (*loss(params, frozen if batch is None else batch), {})
 
-        self.learner = Learner(loss_fn, AdamW(1e-4), logical_axes=axes)
+        self.learner = learner(loss_fn, AdamW(1e-4), logical_axes=axes, guards=guards)
         self.state = self.learner.init_state(jax.tree.map(jnp.copy, params), 0)
-        self.frozen = self.learner.place_frozen(frozen)
+        self.frozen = self.learner.place_frozen({} if frozen is None else frozen)
         self.batch = batch
 
     def __call__(self) -> None:
         self.state, metrics = self.learner.update(self.state, self.frozen, self.batch)
         jax.block_until_ready((self.state, metrics))
+
+
+@dataclasses.dataclass(frozen=True)
+class NoGuards(Guards):
+    """Makes every update; a constant, which the compiler leaves out."""
+
+    def judge(self, state: GuardState, loss: Any, grad_norm: Any, weight: Any) -> tuple[jax.Array, GuardState]:
+        return jnp.ones((), bool), state
+
+
+class Bare(Learner):
+    """Asks for no digests, so that the compiler leaves them out."""
+
+    def _update(self, state: Any, frozen: Any, batch: Any) -> Any:
+        state, metrics = super()._update(state, frozen, batch)
+        return state, {name: value for name, value in metrics.items() if name not in DIGEST_METRICS}
 
 
 def compiled_gradient(loss: Any, params: Any, batch: Any) -> Any:

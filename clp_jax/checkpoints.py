@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from clp_jax.interop.object_store import StorePath
 from clp_jax.training import array_store
-from clp_jax.training.checkpoint_manifest import RUN_FILE, DamagedError, Manifest, leaves_by_path
+from clp_jax.training.checkpoint_items import CheckpointError
+from clp_jax.training.checkpoint_manifest import RUN_FILE, DamagedError, Manifest, files_below, leaves_by_path
 from clp_jax.training.checkpoint_steps import (
     KeepBest,
     Retention,
-    as_path,
     complete_steps,
     damaged_steps,
-    files_below,
     is_complete,
     is_unverified,
     metrics_of,
@@ -29,8 +28,10 @@ from clp_jax.training.checkpoint_steps import (
     remove,
     unfinished_steps,
 )
-from clp_jax.training.checkpoints import CheckpointError, find_checkpoint
-from clp_jax.training.run_directory import CHECKPOINTS_DIRECTORY, CONFIG_FILE, RunDirectory
+from clp_jax.training.places import CHECKPOINTS_DIRECTORY, Place, as_path
+from clp_jax.training.run_directory import CONFIG_FILE, RunDirectory
+from clp_jax.training.saved_params import find_checkpoint
+from clp_jax.training.store_steps import objects_of
 
 _PIPE_WIDTH = 160
 
@@ -82,14 +83,14 @@ def checkpoints(
         _verify(console, place)
     elif action == "diff":
         assert other is not None
-        _diff(console, epath.Path(find_checkpoint(place)), epath.Path(find_checkpoint(other)))
+        _diff(console, find_checkpoint(place), find_checkpoint(other))
     else:
         best = None if keep_best is None else KeepBest(keep_best, lowest=not highest)
         with contextlib.nullcontext() if dry_run else _not_training(place):
             _collect(console, _folder(place), Retention(keep_checkpoints, keep_every, best), damaged, dry_run)
 
 
-def _list(console: Console, folder: epath.Path) -> None:
+def _list(console: Console, folder: Place) -> None:
     steps, complete = numbered_steps(folder), set(complete_steps(folder))
     metrics = metrics_of(folder, steps)
     names = sorted({name for values in metrics.values() for name in values if _is_worth_a_column(name)})
@@ -110,7 +111,7 @@ def _list(console: Console, folder: epath.Path) -> None:
     console.print(table)
 
 
-def _verify(console: Console, place: epath.Path) -> None:
+def _verify(console: Console, place: Place) -> None:
     found = [place] if is_complete(place) else []
     if not found:
         folder = _folder(place)
@@ -135,7 +136,7 @@ def _verify(console: Console, place: epath.Path) -> None:
         )
 
 
-def verify_checkpoint(path: epath.Path) -> str:
+def verify_checkpoint(path: Place) -> str:
     """Checks every file of a checkpoint, and every array after reading it.
 
     Returns:
@@ -159,7 +160,7 @@ def verify_checkpoint(path: epath.Path) -> str:
     return f"intact: {len(manifest.files)} files, {shards} shards, {_bytes(manifest.size)}"
 
 
-def _collect(console: Console, folder: epath.Path, retention: Retention, damaged: bool, dry_run: bool) -> None:
+def _collect(console: Console, folder: Place, retention: Retention, damaged: bool, dry_run: bool) -> None:
     """Removes what is not kept; of steps that are to be kept, only intact ones count."""
     steps = metrics_of(folder, complete_steps(folder))
     bad: dict[int, str] = {}
@@ -176,7 +177,12 @@ def _collect(console: Console, folder: epath.Path, retention: Retention, damaged
         elif step in kept:
             console.print(f"kept {step}: {kept[step]}")
     others = [name for name in damaged_steps(folder) if damaged]
-    going = [*(str(step) for step in steps if step not in kept and step not in bad), *unfinished_steps(folder), *others]
+    begun = unfinished_steps(folder)
+    if isinstance(folder, StorePath):  # Nothing tells whether a run goes on there.
+        for name in begun:
+            console.print(f"left {name}: it may be being written; training removes what is not.")
+        begun = []
+    going = [*(str(step) for step in steps if step not in kept and step not in bad), *begun, *others]
     total = 0
     for name in going:
         size = _size_of(folder / name)
@@ -188,7 +194,7 @@ def _collect(console: Console, folder: epath.Path, retention: Retention, damaged
     console.print(f"{verb} {_bytes(total)} in all." if going else "nothing to remove.")
 
 
-def _diff(console: Console, left: epath.Path, right: epath.Path) -> None:
+def _diff(console: Console, left: Place, right: Place) -> None:
     for path in (left, right):
         if damage := _damage_of(path):
             raise CheckpointError(f"{path} is damaged: {damage}. Nothing was compared.")
@@ -232,7 +238,7 @@ def _difference(left: np.ndarray | None, right: np.ndarray | None) -> tuple[str,
     return "values", f"{largest:.3g}", f"{largest / max(float(np.abs(b).max()), 1e-300):.3g}"
 
 
-def _damage_of(path: epath.Path) -> str:
+def _damage_of(path: Place) -> str:
     try:
         if not is_unverified(path):
             Manifest.read(path).verify_files(path)
@@ -242,8 +248,11 @@ def _damage_of(path: epath.Path) -> str:
 
 
 @contextlib.contextmanager
-def _not_training(place: epath.Path) -> Iterator[None]:
-    """Keeps the run from going on meanwhile, where the checkpoints are those of a run."""
+def _not_training(place: Place) -> Iterator[None]:
+    """Keeps the run from going on meanwhile, where the checkpoints are those of a run in a directory."""
+    if isinstance(place, StorePath):
+        yield
+        return
     for parent in (place, place.parent):
         if (parent / CONFIG_FILE).exists():
             with RunDirectory(Path(parent)).lock():
@@ -252,7 +261,7 @@ def _not_training(place: epath.Path) -> Iterator[None]:
     yield
 
 
-def _folder(place: epath.Path) -> epath.Path:
+def _folder(place: Place) -> Place:
     inside = place / CHECKPOINTS_DIRECTORY
     return inside if inside.is_dir() else place
 
@@ -261,15 +270,23 @@ def _is_worth_a_column(name: str) -> bool:
     return name == "loss" or name.startswith("evaluation/")
 
 
-def _time(path: epath.Path) -> str:
+def _time(path: Place) -> str:
+    if isinstance(path, StorePath):
+        return ""  # Objects are asked for by their names alone.
     return datetime.datetime.fromtimestamp(path.stat().mtime).isoformat(" ", "seconds")
 
 
-def _size_of(path: epath.Path) -> int:
+def _size_of(path: Place) -> int:
+    """Bytes; in a store, as the manifest says, which a step that is not complete does not have."""
+    if isinstance(path, StorePath):
+        try:
+            return Manifest.read(objects_of(path)).size
+        except DamagedError:
+            return 0
     return sum(file.stat().length for file in files_below(path))
 
 
-def _size(path: epath.Path) -> str:
+def _size(path: Place) -> str:
     return _bytes(_size_of(path))
 
 

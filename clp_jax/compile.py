@@ -14,7 +14,7 @@ from rich.console import Console
 from clp_jax.compilation.analysis import Work, analyse
 from clp_jax.compilation.report import ProgramReport, Report
 from clp_jax.compilation.search import Findings, alternatives, explore
-from clp_jax.compilation.topology import Topology
+from clp_jax.compilation.topology import Topology, has_compiler
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.partitioning import use_devices
 from clp_jax.training.learner import Learner, learner_settings
@@ -68,6 +68,10 @@ def compile(  # noqa: A001
     flags = {name: {"true": True, "false": False}.get(text, text) for name, text in (options or {}).items()}
     where, console, data = Topology.parse(topology, num_slices), Console(width=140), DataShape(inputs, targets, model)
     found: Report | Findings
+    if not has_compiler():
+        # A mesh that does not divide the devices is told all the same.
+        with use_devices(where.stand_ins()):
+            training()
     with use_devices(where.devices()):
         if search:
             trials = alternatives(training()["stage"].batch_size, layouts, remats, batches)

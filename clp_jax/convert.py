@@ -22,6 +22,7 @@ from clp_jax.interop import huggingface, t5x, t5x_settings
 from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.hf_tokenizers import tokenizer_files
 from clp_jax.interop.model_card import model_card
+from clp_jax.interop.object_store import is_address
 from clp_jax.interop.regions import Region
 from clp_jax.interop.slots import flatten, unflatten
 from clp_jax.models.conditioning import ParameterConditioning, PromptConditioning
@@ -192,6 +193,8 @@ def _parse(name: str, text: str) -> tuple[str, Path]:
     kind, colon, place = text.partition(":")
     if not colon or kind not in FORMATS or not place:
         raise ValueError(f"{name} is {text!r}: expected {', '.join(f'{kind}:DIR' for kind in FORMATS)}.")
+    if name == "target" and is_address(place):
+        raise ValueError(f"target is {text!r}: expected a directory. Write to one, and copy it to the store.")
     return kind, Path(place).expanduser()
 
 
@@ -221,7 +224,7 @@ def _read_t5x(
     return Converted(found.config, found.params, found.origin, tokenizer, found.step, provenance, found.slots)
 
 
-def _open_held(path: Path) -> tuple[Params, dict[str, Any], int]:
+def _open_held(path: str | Path) -> tuple[Params, dict[str, Any], int]:
     params, description, step = open_params(path)
     return hold_arrays(params), description, step
 

@@ -22,11 +22,12 @@ from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.score import score
 from clp_jax.sampling.steering import Steerable
-from clp_jax.training.checkpoints import find_intact
 from clp_jax.training.experience import reward_inputs
+from clp_jax.training.places import put_back
 from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_per_weight, load_policy, load_soup
 from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import make_writable
+from clp_jax.training.saved_params import find_intact
 
 METHODS = ("checkpoint", "soup", "mod", "dera", "per_weight")
 
@@ -129,7 +130,7 @@ def evaluate(
             seed=seed,
             settings=settings,
         )
-        sweep.save(target)
+        _keep(sweep, target)
     print_table(sweep, Console())
     print(f"results: {target}", file=sys.stderr)
     return sweep
@@ -188,6 +189,11 @@ def _load(
         raise ValueError(f"{len(paths)} checkpoints: a policy is one; soup, mod, dera and per_weight take several.")
     loaded = load_policy(paths[0])
     return loaded, loaded.steerable()
+
+
+def _keep(sweep: Sweep, target: Path) -> None:
+    sweep.save(target)
+    put_back(target)
 
 
 def _earlier(target: Path, settings: dict[str, Any]) -> Sweep | None:

@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -142,6 +141,9 @@ def _run(command: str, words: Sequence[str]) -> int:
 
 
 def _own_configuration(run_dir: str | None) -> list[str]:
+    if run_dir is not None and "://" in run_dir:  # What reads stores need not be imported for anything else.
+        places = importlib.import_module("clp_jax.training.places")
+        run_dir = str(places.local_files(places.as_path(run_dir)))
     path = Path(run_dir or "") / "config.gin"
     if run_dir is None or not path.is_file():
         raise ConfigError(f"there is no {path}: give a run directory, or the gin files of the run.")
@@ -154,10 +156,7 @@ def _function(command: str) -> Any:
 
 
 def _launch(command: str, words: Sequence[str]) -> int:
-    """Gives a command line to `launch/`: a part of an installation, and next to the package in a checkout."""
-    beside = Path(__file__).parents[1] / "launch"
-    if importlib.util.find_spec("clp_jax.launch") is None and (beside / "__init__.py").is_file():
-        importlib.import_module("clp_jax").__path__.append(str(beside.parent))
+    """Gives a command line to `launch/`."""
     # A sweep file is Python of the user, and may import what is next to it.
     sys.path.append(os.getcwd())
     known = [*_available(), *LAUNCHING]

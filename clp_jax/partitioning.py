@@ -172,12 +172,12 @@ def _arranged(devices: Sequence[jax.Device], sizes: Mapping[str, int]) -> np.nda
         return arrange(True)
 
 
-_devices: contextvars.ContextVar[Sequence[jax.Device] | None] = contextvars.ContextVar("clp_jax_devices", default=None)
+_devices: contextvars.ContextVar[Sequence[Any] | None] = contextvars.ContextVar("clp_jax_devices", default=None)
 
 
 @contextlib.contextmanager
-def use_devices(devices: Sequence[jax.Device]) -> Iterator[None]:
-    """Makes meshes of these devices inside the context: those of another machine, to compile for it."""
+def use_devices(devices: Sequence[Any]) -> Iterator[None]:
+    """Makes meshes of these devices inside the context: those of another machine, to compile for it, or stand-ins."""
     token = _devices.set(devices)
     try:
         yield

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from clp_jax.training.checkpoint_steps import complete_steps
 from clp_jax.training.checkpoints import restore_state
 from clp_jax.training.learner import Learner, learner_settings
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
-from clp_jax.training.run_directory import RunDirectory
+from clp_jax.training.run_directory import RunDirectory, find_run_directory
 from clp_jax.training.skipped import NON_FINITE_FILE
 from clp_jax.training.stage import StageSetup
 from clp_jax.training.train_state import TrainState
@@ -45,12 +44,12 @@ def replay(run_dir: str, *, step: int, training: Callable[..., Mapping[str, Any]
     Raises:
         ReplayError: naming the first step that differs, and all that differs in it.
     """
-    directory, arguments = RunDirectory(Path(run_dir)), training()
+    directory, arguments = find_run_directory(run_dir), training()
     recorded = _recorded(directory)
     if step not in recorded:
         near = sorted(recorded, key=lambda other: (abs(other - step), other))[:5]
         those = f"it has steps {', '.join(map(str, sorted(near)))} near it" if near else "it has none"
-        raise ReplayError(f"{directory.path} has no metrics of step {step} to compare with: {those}.")
+        raise ReplayError(f"{directory} has no metrics of step {step} to compare with: {those}.")
     mesh = arguments.get("mesh")
     mesh = meet(make_mesh() if mesh is None else mesh)
     seed = arguments.get("seed", 0)

@@ -15,8 +15,9 @@ from clp_jax.preferences import Preference, validate_weights
 from clp_jax.sampling.beam_policies import PowerPenalty
 from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.generate import SamplingConfig
+from clp_jax.sampling.history import Before
 from clp_jax.sampling.json_lines import Limits, Skipped, answers, check_prompt, read_lines
-from clp_jax.sampling.processors import LogitProcessor, RepetitionPenalty
+from clp_jax.sampling.processors import LogitProcessor, MinLength, NoRepeatNGram, RepetitionPenalty
 from clp_jax.sampling.session import Server, ServingConfig
 from clp_jax.sampling.stop_strings import Texts, shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
@@ -188,6 +189,8 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
+    min_tokens: int = 0,
     num_beams: int | None = None,
     length_penalty: float | None = None,
     stop: Texts = (),
@@ -218,6 +221,9 @@ def sample(
         min_p: keeps tokens at least this fraction as probable as the most probable one; 0 keeps all.
         repetition_penalty: divides the odds of tokens that were written already (CTRL), those of the prompt included where
             a policy has no encoder; 1 changes nothing.
+        no_repeat_ngram: no sequence of as many tokens is written twice, nor out of a prompt where a policy has no encoder; 0
+            allows all.
+        min_tokens: of a completion before its end.
         num_beams: of a beam search, at least `num_samples`; 4 by default.
         length_penalty: a beam's log-probability is divided by its length to this power; 1 by default.
         stop: texts that end a completion, and are left out of it; each is taken as it is typed, and the flag may be
@@ -236,13 +242,7 @@ def sample(
             exclude each other.
         SystemExit: with 1 when all is done, where lines were left out.
     """
-    for name, number in (("num_samples", num_samples), ("max_tokens", max_tokens), ("max_prompt", max_prompt)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} is {number}: expected at least 1.")
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop is {stop!r}: expected texts of one character at least; an empty one is everywhere.")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
+    _check(num_samples, max_tokens, max_prompt, no_repeat_ngram, min_tokens, stop, seed)
     if input is not None and prompt is not None:
         raise ValueError("sample: a prompt and an input were given: expected one of them.")
     if output is not None and input is None:
@@ -252,7 +252,7 @@ def sample(
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
     loaded = load_policy(checkpoint)
-    processors = _processors(repetition_penalty, loaded.policy.config)
+    processors = _processors(repetition_penalty, no_repeat_ngram, min_tokens, loaded.policy.config)
     length = max_tokens or loaded.max_length or 64
     generation = _generation(chosen, length, num_samples, num_beams, length_penalty, processors)
     config = ServingConfig(
@@ -275,6 +275,28 @@ def sample(
     else:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr] # A bad line must not end it all.
         talk(session, sys.stdin, Console())
+
+
+def _check(
+    num_samples: int,
+    max_tokens: int | None,
+    max_prompt: int | None,
+    no_repeat_ngram: int,
+    min_tokens: int,
+    stop: Texts,
+    seed: int,
+) -> None:
+    for name, number in (("num_samples", num_samples), ("max_tokens", max_tokens), ("max_prompt", max_prompt)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}: expected at least 1.")
+    if not 0 <= min_tokens <= (max_tokens or min_tokens):
+        raise ValueError(f"min_tokens is {min_tokens}: expected 0 to max_tokens, {max_tokens}.")
+    if no_repeat_ngram < 0:
+        raise ValueError(f"no_repeat_ngram is {no_repeat_ngram}: expected 0, which allows all, or more.")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop is {stop!r}: expected texts of one character at least; an empty one is everywhere.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
 
 
 def _generation(
@@ -317,11 +339,17 @@ def _strategy(name: str, temperature: float, sampling: Sampling, is_search: bool
     return Greedy() if name == "greedy" or temperature == 0 else sampling
 
 
-def _processors(repetition_penalty: float, model: ModelConfig) -> tuple[LogitProcessor, ...]:
+def _processors(
+    repetition_penalty: float, no_repeat_ngram: int, min_tokens: int, model: ModelConfig
+) -> tuple[LogitProcessor, ...]:
     """What changes logits; as in transformers, what the decoder reads has occurred: the prompt, or the start token."""
-    if repetition_penalty == 1:
-        return ()
-    return (RepetitionPenalty(repetition_penalty, "prompt" if isinstance(model, PaLMConfig) else "start"),)
+    before: Before = "prompt" if isinstance(model, PaLMConfig) else "start"
+    asked = (
+        (repetition_penalty != 1, lambda: RepetitionPenalty(repetition_penalty, before)),
+        (no_repeat_ngram > 0, lambda: NoRepeatNGram(no_repeat_ngram, before)),
+        (min_tokens > 0, lambda: MinLength(min_tokens)),
+    )
+    return tuple(make() for wanted, make in asked if wanted)
 
 
 def talk(session: Session, lines: Any, console: Console) -> None:

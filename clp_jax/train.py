@@ -25,7 +25,7 @@ from clp_jax.training.metrics import MetricWriter, Scalars, read_metrics
 from clp_jax.training.optimizers import OptimizerConfig
 from clp_jax.training.profiling import Profile
 from clp_jax.training.progress import Progress
-from clp_jax.training.run_directory import RunDirectory, open_run_directory
+from clp_jax.training.run_directory import RunDirectory, find_run_directory, open_run_directory
 from clp_jax.training.signals import StopSignal
 from clp_jax.training.stage import Stage, StageSetup
 from clp_jax.training.train_state import TrainState
@@ -38,7 +38,7 @@ class TrainResult:
     """What a complete run leaves.
 
     Attributes:
-        run_dir: everything it wrote.
+        run_dir: everything it wrote; of a run in a store, a view of it without arrays.
         step: its last.
         metrics: the last line of its metrics.
     """
@@ -75,10 +75,10 @@ def train(
     """Trains a stage, or goes on where an earlier call in the same run directory was.
 
     A resumed run is the uninterrupted one, bit for bit. A complete run returns at once. SIGTERM and Ctrl-C save first.
-    Several processes call it together, each with a part of the mesh, in one run directory that all of them see.
+    Several processes call it together, each with a part of the mesh, in one run directory that all of them see, or in a store.
 
     Args:
-        run_dir: where everything goes; see `clp_jax.training.run_directory`.
+        run_dir: where everything goes, also ``gs://`` and ``s3://``; see `clp_jax.training.run_directory`.
         stage: what to train.
         optimizer: how.
         num_steps: updates in all; a finished run goes on when this is raised.
@@ -111,13 +111,13 @@ def train(
     cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every, replica_check_every)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
-    profile = Profile(Path(run_dir), profile_steps)
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(Ledger())
         directory, done, described = _enter(run_dir, config_text, stack)
         if done >= num_steps and described:
-            _say(f"{directory.path} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
+            _say(f"{directory} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
             return _result(directory, done)
+        profile = Profile(directory.path, profile_steps)
         stop = stack.enter_context(StopSignal())
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
         mesh = meet(make_mesh() if mesh is None else mesh)
@@ -127,7 +127,7 @@ def train(
         )
         description = _describe(directory, setup, config_text)
         stack.callback(_close, ledger, directory)
-        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention))
+        checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention, directory.put))
         state = _first_state(checkpoints, learner, setup, seed)
         start, name = _carry(ledger, directory, state), str(description["stage"])
         also = _wandb(wandb_project, directory, config_text)
@@ -153,13 +153,19 @@ def train(
 def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitStack) -> tuple[RunDirectory, int, bool]:
     """The run directory, locked, its last step, and whether it says what it is: process 0 enters it for all."""
 
+    entered: list[RunDirectory] = []
+
     def enter() -> list[Any]:
         directory = open_run_directory(run_dir, config_text)
         stack.enter_context(directory.lock())
-        return [str(directory.path), directory.latest_step() or 0, directory.description() is not None]
+        entered.append(directory)
+        return [str(directory), directory.latest_step() or 0, directory.description() is not None]
 
     path, done, described = processes.decide("run directory", enter)
-    return RunDirectory(Path(path)), done, described
+    if not entered:
+        entered.append(find_run_directory(path))
+        stack.callback(entered[0].put)  # What it wrote itself: traces.
+    return entered[0], done, described
 
 
 def _writers(

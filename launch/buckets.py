@@ -1,4 +1,4 @@
-"""Buckets of Cloud Storage as folders of the workers: a run writes to a directory, and to no bucket itself."""
+"""Buckets of Cloud Storage as folders of the workers, for data and code; runs may write to ``gs://`` themselves."""
 
 import dataclasses
 import re

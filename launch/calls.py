@@ -3,16 +3,22 @@
 import contextlib
 import dataclasses
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import write
 from clp_jax.launch.target import Run, Step, Unreachable, Write
+
+_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 # What tools say when the same call may do better. Of gcloud, kubectl, ssh and SLURM.
 _PASSING = re.compile(
@@ -92,15 +98,34 @@ def begin(words: Sequence[str], output: Path) -> None:
     subprocess.run(("bash", "-c", script, "bash", str(output), *words), start_new_session=True, check=True)
 
 
-def stream(run: Run) -> Iterator[str]:
-    """The lines that a command writes, as they come; it is ended when nobody wants more."""
-    process = _open(run, subprocess.DEVNULL)
-    assert process.stdout is not None
-    try:
+def stream(*runs: Run) -> Iterator[str]:
+    """The lines that commands write at the same time, as they come; they are ended when nobody wants more."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    processes = [_open(run, subprocess.DEVNULL) for run in runs]
+
+    def read(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
         for line in process.stdout:
-            yield line.rstrip("\n")
+            lines.put(line.rstrip("\n"))
+        lines.put(None)
+
+    readers = [threading.Thread(target=read, args=(process,), daemon=True) for process in processes]
+    for reader in readers:
+        reader.start()
+    try:
+        for _ in processes:
+            yield from iter(lines.get, None)
     finally:
-        _end(process, signal.SIGTERM)
+        for reader, process in zip(readers, processes, strict=True):
+            _signal(process, signal.SIGTERM)
+            reader.join()
+            process.communicate()
+
+
+def at_once(do: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """Does the same with all items at the same time; raises what the first of them raised that failed."""
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(do, items))
 
 
 def call_once(run: Run) -> Called:
@@ -140,9 +165,13 @@ def _open(run: Run, errors: int) -> subprocess.Popen[str]:
 
 def _end(process: subprocess.Popen[str], number: signal.Signals) -> None:
     """Ends a tool, and what it has begun (gcloud begins ssh)."""
+    _signal(process, number)
+    process.communicate()
+
+
+def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    process.communicate()
 
 
 def _short(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""The code that workers run: one archive, laid out as an installation, that has its version in its name."""
+"""The code that workers run: one archive, laid out as an installation, that says its version."""
 
 import gzip
 import hashlib
@@ -86,13 +86,14 @@ def archive(files: Mapping[str, bytes], extra: str | None) -> bytes:
         extra: of the package that workers need.
 
     Returns:
-        ``clp_jax/``, ``work/``, ``requirements.txt`` and, from a checkout, ``constraints.txt``.
+        ``clp_jax/`` with its version in ``VERSION``, ``work/``, ``requirements.txt`` and, from a checkout, ``constraints.txt``.
     """
     content = source_files() | {f"work/{name}": data for name, data in files.items()}
     content["requirements.txt"] = "".join(f"{line}\n" for line in requirements(extra)).encode()
     root = checkout()
     constraints = b"" if root is None else (root / "constraints.txt").read_bytes()
     content["constraints.txt"] = constraints
+    content["VERSION"] = f"{code_version()}\n".encode()
     content["ENVIRONMENT"] = _digest({"r": content["requirements.txt"], "c": constraints}).encode()
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,8 @@ _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
 # An archive, as text.
 _LONG = re.compile(r"[A-Za-z0-9+/=]{2000,}")
 _COMPILING_SECONDS = 3600.0
+# What `clp compile` says where nothing is wrong but that it has no compiler.
+_AOT = "clp-jax[aot]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +125,7 @@ def make_job(
         LaunchError: for a command that is refused, or that holds a secret.
     """
     words = ("clp", *command) if command and command[0] in commands else tuple(command)
+    _refuse_slips(words, commands)
     refuse_secrets([*words, *target_options.values()], os.environ)
     directory = str(Path.cwd())
     asked = (words, target, sorted(target_options.items()), directory)
@@ -140,6 +145,13 @@ def make_job(
         max_restarts=options.max_restarts,
         max_failures=options.max_failures,
     )
+
+
+def _refuse_slips(words: Sequence[str], commands: Collection[str]) -> None:
+    """Refuses what is nearly one of `clp`'s commands; any other program may be there where the job runs."""
+    close = difflib.get_close_matches(words[0], commands, 1) if words and words[0] != "clp" else []
+    if close and shutil.which(words[0]) is None:
+        raise LaunchError(f"there is no command {words[0]!r} (did you mean {close[0]}?).")
 
 
 def refuse_secrets(words: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -165,10 +177,10 @@ def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> N
     asked = target.compile_options()
     if asked is None or job.command[:2] != ("clp", "train") or "compile" not in commands:
         return
-    if not _has_compiler():
+    if _has_compiler():
+        show(f"compiling for {' '.join(asked)}; --force launches without")
+    else:
         show("The extra `aot` is not installed: whether this fits the slice is not known before it runs.")
-        return
-    show(f"compiling for {' '.join(asked)}; --force launches without")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         words = ("clp", "compile", *_gin_words(job.command[2:]), *asked, f"--output={report}")
@@ -178,9 +190,12 @@ def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> N
         raise LaunchError(
             f"it does not fit {asked[0].partition('=')[2]}: {_misfit(found)} (--force launches it all the same)"
         )
+    if not _has_compiler() and _AOT in done.error:
+        return  # All that is known without it is well.
     if done.code or not found:
         lines = (done.error.strip() or done.output.strip() or f"exit code {done.code}").splitlines()
-        raise LaunchError(f"it can't be compiled for the slice: {lines[-1].strip()} (--force launches it all the same)")
+        reason = lines[-1].strip().removeprefix("clp compile: error: ")
+        raise LaunchError(f"it can't be compiled for the slice: {reason} (--force launches it all the same)")
 
 
 def _misfit(report: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from clp_jax.launch.calls import call_once
 from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import STORES
 from clp_jax.launch.local import local_command
 from clp_jax.launch.options import suggest
 from clp_jax.launch.target import Run
@@ -92,10 +93,8 @@ def run_dir_of(command: Sequence[str]) -> str | None:
         value = values.get(value[1:], "")
     found = re.fullmatch(r"'([^'\\]*)'|\"([^\"\\]*)\"", value)
     run_dir = (found[1] or found[2]) if found else None
-    if run_dir is not None and "://" in run_dir:
-        bucket, _, rest = run_dir.partition("://")[2].partition("/")
+    if run_dir is not None and "://" in run_dir and not run_dir.startswith(STORES):
         raise LaunchError(
-            f"the run directory is {run_dir!r}: a run writes to a directory. Let the workers mount the bucket, and name it "
-            f"there: --mounts={bucket}=/mnt/{bucket}, and /mnt/{bucket}/{rest}."
+            f"the run directory is {run_dir!r}: expected a directory, gs://BUCKET/NAME or s3://BUCKET/NAME."
         )
     return run_dir

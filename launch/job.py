@@ -35,6 +35,9 @@ CODE = "code.tar.gz"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _DIRECTORY_VARIABLE, _DIRECTORY = "CLP_JOBS_DIR", "~/.clp/jobs"
 
+# Where runs write without a directory that workers share.
+STORES = ("gs://", "s3://")
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -50,6 +53,7 @@ class Job:
         directory: that the command was typed in, and that its relative paths are of.
         max_restarts: attempts after the first; preemptions count apart and have no limit of their own.
         max_failures: attempts that may fail in a row without a new checkpoint, before the job is a crash loop.
+        parameters: of a trial: what it tries, as typed, by name.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Job:
     directory: str = "."
     max_restarts: int = 20
     max_failures: int = 3
+    parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

@@ -78,6 +78,8 @@ def _status(records: Sequence[JobRecord], options: JobsOptions) -> int:
     for record in records:
         job = record.job
         print(f"{job.name}\n  command: {shlex.join(job.command)}\n  directory: {job.directory}")
+        if job.parameters:
+            print(f"  tries: {' '.join(f'{name}={value}' for name, value in job.parameters.items())}")
         print(f"  target: {job.target} {' '.join(f'--{k}={v}' for k, v in job.options.items())}".rstrip())
         print(f"  code: {job.code_version}\n  run directory: {job.run_dir or 'not known'}\n  record: {record.path}")
         if not (record.is_over and record.kept("deleted")):

@@ -1,31 +1,23 @@
 """Jobs on this machine: n processes with the start-up of a pod, alive without their launcher."""
 
-import contextlib
 import dataclasses
-import os
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clp_jax.launch.calls import begin, call
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.exit_codes import KILLED, verdict
+from clp_jax.launch.exit_codes import verdict
 from clp_jax.launch.job import Job, JobRecord, write
+from clp_jax.launch.local_worker import SCRIPT, end, exit_code, forbid
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.namespaces import Namespaces, check_namespaces
 from clp_jax.launch.options import option
 from clp_jax.launch.target import Run, Status, Step, Write
-from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, PID, worker_script
-
-# Seconds that a script may take from its start to its claim.
-_STARTUP = 10.0
-_SCRIPT = "run.sh"
+from clp_jax.launch.worker_script import LOG, worker_script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +66,7 @@ class Local:
             if isinstance(step, Write):
                 step.path.parent.mkdir(parents=True, exist_ok=True)
                 write(step.path, step.text)
-            elif isinstance(step, Run) and step.words[-1].endswith(_SCRIPT):
+            elif isinstance(step, Run) and step.words[-1].endswith(SCRIPT):
                 begin(step.words, Path(step.words[-1] + ".out"))
             elif isinstance(step, Run):
                 made = call(step, may_fail=True)
@@ -89,8 +81,7 @@ class Local:
         workers = [self._directory(record, i) for i in range(self.processes)]
         if not any(path.is_dir() for path in workers):
             return Status("gone")
-        codes = [_exit_code(path) for path in workers]
-        return verdict(codes)
+        return verdict([exit_code(path) for path in workers])
 
     def logs(self, record: JobRecord, lines: int | None = None, follow: bool = False) -> Iterator[str]:
         """The processes' output."""
@@ -100,21 +91,13 @@ class Local:
     def stop(self, record: JobRecord) -> None:
         """Asks the processes to end; after `grace`, ends them."""
         workers = [self._directory(record, i) for i in range(self.processes)]
-        for path in workers:
-            _signal(path, signal.SIGTERM)
-        until = time.monotonic() + self.grace
-        while any(_processes(path)[1] for path in workers) and time.monotonic() < until:
-            time.sleep(0.05)
-        for path in workers:
-            _signal(path, signal.SIGKILL)
+        end(workers, self.grace)
 
     def delete(self, record: JobRecord) -> None:
         """Ends what still runs, and takes the claims, so that nothing begins later."""
         self.stop(record)
         for i in range(self.processes):
-            path = self._directory(record, i)
-            if path.is_dir():
-                (path / CLAIM).mkdir(exist_ok=True)
+            forbid(self._directory(record, i))
         if self.namespaces:
             self._networks(record).delete()
 
@@ -130,7 +113,7 @@ class Local:
                 environment=self._environment(record, i),
             )
             enter = self._networks(record).enter(i) if self.namespaces else ()
-            steps += [Write(here / _SCRIPT, text), Run((*enter, "bash", str(here / _SCRIPT)))]
+            steps += [Write(here / SCRIPT, text), Run((*enter, "bash", str(here / SCRIPT)))]
         return steps
 
     def _environment(self, record: JobRecord, index: int) -> dict[str, str]:
@@ -164,49 +147,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _exit_code(here: Path) -> int | None:
-    """A worker's exit code; None while it runs or is about to."""
-    if not (here / EXIT).is_file():
-        if (here / CLAIM).is_dir():
-            is_over = not _is_alive(here) and not _is_young(here / CLAIM)
-        else:
-            is_over = not _is_young(here / _SCRIPT)
-        # It may have ended between the two looks.
-        if not is_over:
-            return None
-    return int((here / EXIT).read_text()) if (here / EXIT).is_file() else KILLED
-
-
-def _is_young(path: Path) -> bool:
-    return path.exists() and time.time() - path.stat().st_mtime < _STARTUP
-
-
-def _processes(here: Path) -> tuple[bool, bool]:
-    """Whether a worker's script lives, and whether anything does that it began: a process group that has its number."""
-    number = (here / PID).read_text().strip() if (here / PID).is_file() else ""
-    if not number:
-        return False, False
-    words = ("ps", "-A", "-ww", "-o", "pid=,pgid=,stat=,args=")
-    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-    rows = [line.split(None, 3) for line in lines]
-    group = {row[0]: row[-1] for row in rows if row[1] == number and not row[2].startswith("Z")}
-    leader = group.get(number)
-    # The number may have gone to another process since; it can't while the group has members.
-    is_ours = leader is None or str(here / _SCRIPT) in leader
-    return leader is not None and is_ours, bool(group) and is_ours
-
-
-def _is_alive(here: Path) -> bool:
-    return _processes(here)[0]
-
-
-def _signal(here: Path, number: int) -> None:
-    """Sends a signal to a worker: SIGTERM to its script, which passes it on once; SIGKILL to all that it began."""
-    script, group = _processes(here)
-    with contextlib.suppress(ProcessLookupError):
-        if script and number == signal.SIGTERM:
-            os.kill(int((here / PID).read_text()), number)
-        elif group:
-            os.killpg(int((here / PID).read_text()), number)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.job import Job
+from clp_jax.launch.job import STORES, Job
 
 _LIBTPU = "https://storage.googleapis.com/jax-releases/libtpu_releases.html"
 
@@ -67,12 +67,12 @@ def check_run_directory(job: Job, shared: Sequence[str], advice: str) -> None:
         shared: folders that all workers have.
         advice: how to name such a folder.
     """
-    if job.run_dir is None or job.run_dir.startswith("gs://"):
+    if job.run_dir is None or job.run_dir.startswith(STORES):
         return
     if not any(f"{job.run_dir}/".startswith(f"{folder.rstrip('/')}/") for folder in shared):
         raise LaunchError(
             f"the run directory is {job.run_dir!r}, which the workers do not share and which ends with them: give one in a "
-            f"bucket that they mount (--mounts=BUCKET=/mnt/BUCKET), or {advice}."
+            f"bucket (gs://BUCKET/NAME; or mounted, --mounts=BUCKET=/mnt/BUCKET), or {advice}."
         )
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 from clp_jax.launch.calls import call
 from clp_jax.launch.target import Run
 
+# Beside a step in a bucket, these say that it is none (yet).
+_MARKS = (".unfinished", ".removing", ".damaged.txt")
+
 
 def newest_step(run_dir: str | None, directory: str) -> int | None:
     """The step of the newest checkpoint.
@@ -20,7 +23,8 @@ def newest_step(run_dir: str | None, directory: str) -> int | None:
         return None
     if run_dir.startswith("gs://"):
         done = call(Run(("gcloud", "storage", "ls", f"{run_dir.rstrip('/')}/checkpoints/"), attempts=2), may_fail=True)
-        names = [line.rstrip("/").rpartition("/")[2] for line in done.output.split()]
+        found = {line.rstrip("/").rpartition("/")[2] for line in done.output.split()}
+        names = [name for name in found if not {f"{name}{mark}" for mark in _MARKS} & found]
     else:
         checkpoints = Path(directory) / run_dir / "checkpoints"
         names = [entry.name for entry in checkpoints.iterdir()] if checkpoints.is_dir() else []

@@ -5,10 +5,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from clp_jax.launch.arrays import ArrayTask
 from clp_jax.launch.calls import carry_out
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
-from clp_jax.launch.job import Job, JobRecord, jobs_directory
+from clp_jax.launch.job import STORES, Job, JobRecord, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.options import option
@@ -18,34 +19,6 @@ from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, worker_script
 
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _TAKEN = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "REVOKED", "DEADLINE")
-_ARRAY = "array"
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayTask:
-    """An attempt's place in a job array.
-
-    Attributes:
-        name: of the array.
-        index: of the task in it.
-        most: tasks of the array that run at the same time.
-        log: what SLURM writes of the task.
-    """
-
-    name: str
-    index: int
-    most: int
-    log: str
-
-    @classmethod
-    def of(cls, record: JobRecord) -> "ArrayTask | None":
-        """The place of a record's attempt; None where it is a job of its own."""
-        kept = record.kept(_ARRAY)
-        return None if kept is None else cls(**kept)
-
-    def keep(self, record: JobRecord) -> None:
-        """Writes down what `of` reads."""
-        record.keep(_ARRAY, dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +50,7 @@ class Slurm:
 
     def check(self, job: Job) -> None:
         """Raises `LaunchError` for a run directory that the nodes could not share."""
-        if job.run_dir is not None:
+        if job.run_dir is not None and not job.run_dir.startswith(STORES):
             _check_shared("the run directory", Path(job.directory) / job.run_dir)
 
     def check_access(self, job: Job) -> None:
@@ -89,9 +62,7 @@ class Slurm:
     def submit(self, record: JobRecord) -> None:
         """Submits the script, unless a job of its name is there: sbatch would take a second one."""
         if self.status(record).phase == "gone":
-            if ArrayTask.of(record) is not None:
-                # It has not come about.
-                record.keep(_ARRAY, None)
+            ArrayTask.forget(record)
             carry_out(self.dry_run(record))
 
     def start(self, record: JobRecord) -> None:
@@ -136,7 +107,9 @@ class Slurm:
     def logs(self, record: JobRecord, lines: int | None = None, follow: bool = False) -> Iterator[str]:
         """The tasks' output, and SLURM's own."""
         task = ArrayTask.of(record)
-        files = {"slurm": record.attempt_directory / "slurm.log" if task is None else Path(task.log)}
+        files = {"slurm": record.attempt_directory / "slurm.log"}
+        if task is not None:
+            files = {"slurm": array_log(Path(task.directory), task.name, str(task.index))}
         for restart in self._restarts(record):
             suffix = f" restart {restart.name[1:]}" if restart.name != "r0" else ""
             files |= {
@@ -252,6 +225,11 @@ class Slurm:
 def _check_shared(what: str, path: Path) -> None:
     if path.resolve().is_relative_to("/tmp"):
         raise LaunchError(f"{what} is {str(path)!r}: each node has a /tmp of its own; give a shared one.")
+
+
+def array_log(directory: Path, name: str, index: str) -> Path:
+    """Where SLURM writes of a task of an array."""
+    return directory / f"{name}-{index}.log"
 
 
 def entries_of(record: JobRecord, look: Look) -> list[Entry]:

@@ -1,6 +1,7 @@
 """What a SLURM cluster says of jobs by their name: the queue, and the accounts of what is over."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 
 from clp_jax.launch.calls import call
@@ -40,6 +41,8 @@ def queued(name: str) -> list[Entry]:
 
 def accounted(name: str) -> list[Entry]:
     """What the accounts have under a name, the newest last; nothing where there are no accounts."""
+    if shutil.which("sacct") is None:
+        return []
     words = ("sacct", f"--name={name}", "--allocations", "--noheader", "--parsable2")
     called = call(Run((*words, "--format=JobID,State,ExitCode", "--starttime=now-30days"), attempts=3), may_fail=True)
     lines = called.output.split("\n") if called.code == 0 else []

@@ -48,9 +48,13 @@ class Trial:
         seed = [] if self.seed is None else [f"--seed={self.seed}"]
         return [*(f"--gin.{name}={text}" for name, text in self.bindings.items()), *seed]
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What it tries, by name: the bindings and the seed."""
+        return {**self.bindings, **({} if self.seed is None else {"seed": str(self.seed)})}
+
     def __str__(self) -> str:
-        seed = [] if self.seed is None else [f"seed={self.seed}"]
-        return " ".join([*(f"{name}={text}" for name, text in self.bindings.items()), *seed]) or "no bindings"
+        return " ".join(f"{name}={text}" for name, text in self.parameters.items()) or "no bindings"
 
 
 @dataclasses.dataclass(frozen=True)

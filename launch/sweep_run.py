@@ -304,6 +304,7 @@ def jobs_of(directory: SweepDirectory, trial: Trial, settings: Settings) -> list
             run_dir=seen_from_here(str(directory.run_dir(trial)), settings.options),
             code_version=settings.code_version,
             directory=str(Path.cwd()),
+            parameters=trial.parameters,
         )
         for number, words in enumerate(lines)
     ]

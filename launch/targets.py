@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from clp_jax.launch.arrays import Arrays
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.gke import Gke
 from clp_jax.launch.local import Local
@@ -12,6 +13,7 @@ from clp_jax.launch.slurm_arrays import SlurmArrays
 from clp_jax.launch.target import Batch, Target
 from clp_jax.launch.tpu_vm import TpuVm
 from clp_jax.launch.xmanager import XManager
+from clp_jax.launch.xmanager_arrays import Experiments
 
 TARGETS: dict[str, type] = {"local": Local, "tpu-vm": TpuVm, "gke": Gke, "slurm": Slurm, "xmanager": XManager}
 
@@ -36,4 +38,7 @@ def find_batch(target: Target, name: str, directory: Path, most: int) -> Batch |
         directory: of what is written for several jobs together.
         most: jobs at once.
     """
-    return SlurmArrays.of(target, name, directory, most) if isinstance(target, Slurm) else None
+    arrays = Arrays(name, directory, most)
+    if isinstance(target, Slurm):
+        return SlurmArrays.of(target, arrays)
+    return Experiments.of(target, arrays) if isinstance(target, XManager) else None

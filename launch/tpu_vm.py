@@ -1,6 +1,8 @@
 """Jobs on TPU VMs: queued resources, and SSH to all workers, through the `gcloud` command line."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -8,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from clp_jax.launch.buckets import mount_lines, read_mounts
-from clp_jax.launch.calls import call, carry_out, stream
+from clp_jax.launch.calls import at_once, call, carry_out, stream
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
 from clp_jax.launch.job import Job, JobRecord
@@ -122,7 +124,9 @@ class TpuVm:
 
     def start(self, record: JobRecord) -> None:
         """Brings the code to the workers and begins the command."""
-        carry_out(self._start_steps(record))
+        files, *nodes = self._start_steps(record)
+        carry_out(files)
+        at_once(carry_out, nodes)
 
     def status(self, record: JobRecord) -> Status:
         """Asks for the queued resource and then its workers."""
@@ -142,12 +146,10 @@ class TpuVm:
         """The workers' output, over SSH; none where they are gone."""
         how = f"-n {'+1' if lines is None else lines}{' -F' if follow else ''}"
         here = self._here(record)
-        command = (
-            f'file={here}/{LOG}; [ -f $file ] || file={here}/setup.log; tail {how} $file | sed -u "s/^/[$(hostname)] /"'
-        )
+        file = f'file={here}/{LOG}; [ -f "$file" ] || file={here}/setup.log'
+        command = f'{file}; tail {how} "$file" | sed -u "s/^/[$(hostname)] /"'
         try:
-            for node in self._nodes(record):
-                yield from stream(self._ssh(node, command))
+            yield from stream(*(self._ssh(node, command) for node in self._nodes(record)))
         except LaunchError:
             return
 
@@ -160,12 +162,7 @@ class TpuVm:
         )
         found = self._describe(record.resource)
         if found is not None and found.get("state", {}).get("state") == "ACTIVE":
-            for node in self._nodes(record):
-                run = dataclasses.replace(self._ssh(node, command), timeout=_SSH_SECONDS + _STOP_SECONDS)
-                try:
-                    call(run, may_fail=True)
-                except Unreachable:
-                    continue  # It is deleted next.
+            at_once(lambda node: self._stop_node(node, command), self._nodes(record))
 
     def delete(self, record: JobRecord) -> None:
         """Gives the queued resource back, with its nodes."""
@@ -178,7 +175,7 @@ class TpuVm:
 
     def dry_run(self, record: JobRecord) -> Sequence[Step]:
         """The queued resource, and what follows when it is there."""
-        return [self._create(record), *self._start_steps(record)]
+        return [self._create(record), *itertools.chain.from_iterable(self._start_steps(record))]
 
     def _create(self, record: JobRecord) -> Run:
         names: tuple[str, ...] = (f"--node-id={record.resource}",)
@@ -205,25 +202,29 @@ class TpuVm:
         )
         return Run(words, timeout=300.0)
 
-    def _start_steps(self, record: JobRecord) -> list[Step]:
+    def _start_steps(self, record: JobRecord) -> list[list[Step]]:
+        """What is done once, and then of each node."""
         script, code = record.attempt_directory / _SCRIPT, record.path / "code.tar.gz"
         steps: list[Step] = [Write(script, self._script(record))]
         folder = f"clp/{record.resource}"
         if self.bucket is not None:
             words = ("gcloud", "storage", "cp", str(code), f"{self.bucket.rstrip('/')}/{record.job.name}/code.tar.gz")
             steps.append(Run(words, timeout=_COPY_SECONDS, attempts=3))
+        groups = [steps]
         for node in self._nodes(record):
             files = [str(script)] if self.bucket is not None else [str(code), str(script)]
             copy = self._gcloud(
                 "tpu-vm", "scp", *files, f"{node}:{folder}/", "--worker=all", "--quiet", *self._addresses()
             )
             begin = f"cd {folder} && (setsid nohup bash {_SCRIPT} > setup.log 2>&1 < /dev/null &)"
-            steps += [
-                dataclasses.replace(self._ssh(node, f"mkdir -p {folder}"), attempts=3),
-                Run(copy, timeout=_COPY_SECONDS, attempts=3),
-                dataclasses.replace(self._ssh(node, begin), attempts=3),
-            ]
-        return steps
+            groups.append(
+                [
+                    dataclasses.replace(self._ssh(node, f"mkdir -p {folder}"), attempts=3),
+                    Run(copy, timeout=_COPY_SECONDS, attempts=3),
+                    dataclasses.replace(self._ssh(node, begin), attempts=3),
+                ]
+            )
+        return groups
 
     def _script(self, record: JobRecord) -> str:
         folder = f'"$HOME/clp/{record.resource}"'
@@ -249,28 +250,40 @@ class TpuVm:
     def _workers(self, record: JobRecord) -> Status:
         here = self._here(record)
         command = (
-            f"if [ -f {here}/{EXIT} ]; then echo CLP exit $(cat {here}/{EXIT}); "
+            f'if [ -f {here}/{EXIT} ]; then echo "CLP exit $(cat {here}/{EXIT})"; '
             f"elif [ ! -d {here}/{CLAIM} ]; then echo CLP waits; "
             f"elif [ ! -s {here}/{PID} ] || {_lives(here)}; then echo CLP runs; "
             # It may have ended between the two looks.
-            f"elif [ -f {here}/{EXIT} ]; then echo CLP exit $(cat {here}/{EXIT}); else echo CLP exit {KILLED}; fi"
+            f'elif [ -f {here}/{EXIT} ]; then echo "CLP exit $(cat {here}/{EXIT})"; else echo CLP exit {KILLED}; fi'
         )
-        states: list[str] = []
-        for node in self._nodes(record):
-            try:
-                called = call(self._ssh(node, command))
-            except LaunchError:
-                lost = self._lost(node)
-                if lost is None:
-                    raise
-                return Status("preempted", detail=lost)
-            found = re.findall(r"^CLP (runs|waits|exit \d+)\s*$", called.output, flags=re.MULTILINE)
-            if len(found) != self.slice.hosts:
-                raise Unreachable(f"{len(found)} of the {self.slice.hosts} workers of {node} answered.")
-            states += found
+        found = at_once(lambda node: self._states(node, command), self._nodes(record))
+        lost = next((state for state in found if isinstance(state, str)), None)
+        if lost is not None:
+            return Status("preempted", detail=lost)
+        states = list(itertools.chain.from_iterable(found))
         if "waits" in states:
             return Status("starting")
         return verdict([int(state.split()[1]) if state.startswith("exit") else None for state in states])
+
+    def _states(self, node: str, command: str) -> list[str] | str:
+        """What each worker of a node says, or why the node is lost."""
+        try:
+            called = call(self._ssh(node, command))
+        except LaunchError:
+            lost = self._lost(node)
+            if lost is None:
+                raise
+            return lost
+        found = re.findall(r"^CLP (runs|waits|exit \d+)\s*$", called.output, flags=re.MULTILINE)
+        if len(found) != self.slice.hosts:
+            raise Unreachable(f"{len(found)} of the {self.slice.hosts} workers of {node} answered.")
+        return found
+
+    def _stop_node(self, node: str, command: str) -> None:
+        run = dataclasses.replace(self._ssh(node, command), timeout=_SSH_SECONDS + _STOP_SECONDS)
+        # One that does not answer is deleted next.
+        with contextlib.suppress(Unreachable):
+            call(run, may_fail=True)
 
     def _lost(self, node: str) -> str | None:
         """Why a node does not answer, if it was taken away."""

@@ -7,7 +7,7 @@ LOG, EXIT, CLAIM, PID = "log", "exit", "claimed", "pid"
 
 
 def worker_script(
-    command: Sequence[str],
+    command: Sequence[str] | None,
     directory: str,
     here: str,
     environment: Mapping[str, str],
@@ -20,7 +20,7 @@ def worker_script(
     output in the log, passes SIGTERM on, and leaves the exit code.
 
     Args:
-        command: its words.
+        command: its words; None for those that the script is given.
         directory: to run it in; a piece of shell, quoted.
         here: where claim, log and exit code go; made if it is missing. A piece of shell, quoted.
         environment: variables of the command; may be read in a listing of processes, so no secrets.
@@ -29,6 +29,7 @@ def worker_script(
     """
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     redirection = f' >> "$here/{LOG}" 2>&1' if keeps_log else ""
+    words = '"$@"' if command is None else shlex.join(command)
     lines = [
         "#!/usr/bin/env bash",
         "set -u",
@@ -43,7 +44,7 @@ def worker_script(
         *setup,
         f"cd {directory} || finish 1",
         *exports,
-        f"{shlex.join(command)}{redirection} &",
+        f"{words}{redirection} &",
         "child=$!",
         # A trap interrupts `wait`, whose code is then the signal's; asked again it has the child's.
         'while true; do told=; wait "$child"; code=$?; [ -n "$told" ] || break; done',

@@ -8,10 +8,12 @@ import pytest
 
 from clp_jax.checkpoints import checkpoints
 from clp_jax.main import main
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_steps import Retention
-from clp_jax.training.checkpoints import CheckpointError, Checkpoints, save_params
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.guards import Guards
 from clp_jax.training.run_directory import RunDirectory, RunDirectoryError
+from clp_jax.training.saved_params import save_params
 from clp_jax.training.train_state import TrainState
 
 LOSSES = {2: 0.5, 4: 0.25, 6: 0.75, 8: 1.0}

@@ -25,8 +25,8 @@ from clp_jax.models.serialization import to_json
 from clp_jax.nn.routing import Dropless, TokenChoice
 from clp_jax.preferences import Preference
 from clp_jax.rewards.normalisation import RewardStatistics
-from clp_jax.training.checkpoints import save_params
 from clp_jax.training.policies import load_policy
+from clp_jax.training.saved_params import save_params
 from clp_jax.training.streamed_params import open_params, write_params
 
 FIXTURES = Path(__file__).parent / "fixtures"

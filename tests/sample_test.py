@@ -161,3 +161,17 @@ def test_a_repetition_penalty_counts_what_the_decoder_reads(kind, tmp_path):
         for name, before in counted.items()
     }
     assert same == {name: name == kind for name in counted}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_no_token_twice_and_no_early_end(kind, strategy, home):
+    lines = [{"inputs": prompt} for prompt in PROMPTS]
+    settings = dict(strategy=strategy, max_tokens=LENGTH)
+    plain = [line["tokens"] for line in answered(sample, home, kind, lines, **settings)]
+    assert any(len(set(tokens)) < len(tokens) or len(tokens) < 4 for tokens in plain)
+    found = answered(sample, home, kind, lines, no_repeat_ngram=1, min_tokens=4, **settings)
+    for line in found:
+        tokens, read = line["tokens"], line["inputs"] if kind == "decoder-only" else [MODELS[kind].start_id]
+        assert len(set(tokens)) == len(tokens) and not set(tokens) & set(read)
+        assert len(tokens) >= 5 and 1 not in tokens[:4]

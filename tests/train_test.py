@@ -21,13 +21,14 @@ from toy_runs import SETTINGS, Gradient, Toy, run
 
 from clp_jax.processes import RESTARTABLE
 from clp_jax.train import train
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_steps import KeepBest, complete_steps
-from clp_jax.training.checkpoints import CheckpointError, load_params
 from clp_jax.training.guards import GuardError, Guards
 from clp_jax.training.ledger import ACTIVITIES, LEDGER_METRICS
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.optimizers import AdamW
 from clp_jax.training.run_directory import RunDirectoryError
+from clp_jax.training.saved_params import load_params
 from clp_jax.training.schedules import Linear
 
 

@@ -15,6 +15,21 @@ _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
 
 
 @dataclasses.dataclass(frozen=True)
+class StandIn:
+    """What a mesh needs of a device, where there is no compiler that has it.
+
+    Attributes:
+        id: its number.
+        platform: of none.
+        process_index: of its host.
+    """
+
+    id: int
+    platform: str = "none"
+    process_index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Topology:
     """Slices that a program runs on.
 
@@ -58,13 +73,17 @@ class Topology:
         """Of all slices."""
         return math.prod(self.shape) * self.num_slices
 
+    def stand_ins(self) -> list[StandIn]:
+        """As many as there are devices: whether a mesh divides them needs no compiler."""
+        return [StandIn(number) for number in range(self.chips)]
+
     def devices(self) -> list[jax.Device]:
         """Devices to compile for; they hold no arrays and run nothing. On v5p one is both cores of a chip.
 
         Raises:
             ValueError: where libtpu is not installed, or does not know the topology.
         """
-        if importlib.util.find_spec("libtpu") is None:
+        if not has_compiler():
             raise ValueError("compiling for TPUs needs libtpu's compiler: pip install 'clp-jax[aot]'.")
         libtpu.settle()
         slices = {"num_slices": self.num_slices} if self.num_slices > 1 else {}
@@ -72,3 +91,8 @@ class Topology:
             return list(topologies.get_topology_desc(self.name, "tpu", **slices).devices)
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(f"libtpu does not know the topology {self.name}: {str(error).splitlines()[0]}") from error
+
+
+def has_compiler() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None

@@ -14,6 +14,7 @@ from typing import Any
 from clp_jax.array_types import ArrayLike
 from clp_jax.interop import tensorstore_files, zarr_files
 from clp_jax.interop.arrays import ArraySpec, Expected, LazyArray
+from clp_jax.interop.object_store import StorePath
 from clp_jax.interop.regions import CheckpointFileError
 
 METADATA_FILE = "_METADATA"
@@ -28,7 +29,7 @@ def is_item(directory: Path) -> bool:
     return (directory / METADATA_FILE).is_file() or tensorstore_files.is_store(directory)
 
 
-def read(item: Path) -> dict[str, LazyArray]:
+def read(item: Path | StorePath) -> dict[str, LazyArray]:
     """Opens the arrays of an item.
 
     Args:
@@ -58,9 +59,9 @@ def read(item: Path) -> dict[str, LazyArray]:
         dotted = name.replace("/", ".")
         place = tensorstore_files.place_in_store(item, dotted)
         if not in_store:
-            place = {"driver": "file", "path": f"{item / dotted}/"}
-        where = f"{item}: array {name!r}"
-        array = tensorstore_files.open_array(place, where, driver=driver, complete=complete)
+            place = tensorstore_files.files_of(item / dotted)
+        where, remote = f"{item}: array {name!r}", isinstance(item, StorePath)
+        array = tensorstore_files.open_array(place, where, driver=driver, complete=complete, in_store=remote)
         if shape is not None and not _divides(shape, array.shape):
             raise CheckpointFileError(
                 f"{where} has shape {array.shape}: {METADATA_FILE} says that it was written in parts of {shape}."
@@ -74,7 +75,7 @@ def _divides(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     return len(part) == len(whole) and all(a == b or (a and b % a == 0) for a, b in zip(part, whole, strict=True))
 
 
-def _metadata(path: Path) -> dict[str, Any]:
+def _metadata(path: Path | StorePath) -> dict[str, Any]:
     try:
         metadata = json.loads(path.read_bytes())
         if not isinstance(metadata, dict) or not isinstance(metadata["tree_metadata"], dict):
@@ -84,7 +85,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _names(metadata: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...] | None]:
+def _names(metadata: Mapping[str, Any], path: Path | StorePath) -> dict[str, tuple[int, ...] | None]:
     """Paths of the arrays, and the shapes of the parts they were written in, where they are said."""
     names = {}
     try:
@@ -135,12 +136,10 @@ class ItemWriter:
         """
         self.expected.finish()
         self.store.commit()
-        ordered = {name: self.specs[name] for name in sorted(self.specs, key=lambda name: name.split("/"))}
-        (self.directory / METADATA_FILE).write_text(json.dumps(_tree_metadata(ordered)), "utf-8")
-        (self.directory / "_sharding").write_text(_shardings(ordered), "utf-8")
+        chunks = {name: self._chunks(spec) for name, spec in self.specs.items()}
         (self.directory / "array_metadatas").mkdir()
-        layouts = [_array_metadata(name, spec, self._chunks(spec)) for name, spec in ordered.items()]
-        (self.directory / "array_metadatas" / "process_0").write_text(json.dumps({"array_metadatas": layouts}), "utf-8")
+        for name, text in description(self.specs, chunks, in_ocdbt=True).items():
+            (self.directory / name).write_text(text, "utf-8")
 
     def _chunks(self, spec: ArraySpec) -> tuple[int, ...]:
         return zarr_files.chunk_shape(spec.shape, spec.dtype.itemsize, self.chunk_bytes)
@@ -162,6 +161,28 @@ def writer(directory: Path, specs: Mapping[str, ArraySpec], chunk_bytes: int | N
     chunk_bytes = chunk_bytes or min(max(largest // _CHUNKS_OF_LARGEST, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
     store = tensorstore_files.ArrayStore(directory, max(chunk_bytes, _LEAST_CHUNK_BYTES))
     return ItemWriter(directory, specs, chunk_bytes, store, Expected(specs))
+
+
+def description(
+    specs: Mapping[str, ArraySpec], chunks: Mapping[str, tuple[int, ...]], in_ocdbt: bool = False
+) -> dict[str, str]:
+    """The files that name the arrays of an item, as Orbax writes them.
+
+    Args:
+        specs: of all arrays by path.
+        chunks: sizes of a chunk of each.
+        in_ocdbt: whether the arrays are in an OCDBT store; otherwise each is in a folder of its own.
+
+    Returns:
+        Their texts, by name.
+    """
+    ordered = {name: specs[name] for name in sorted(specs, key=lambda name: name.split("/"))}
+    layouts = [_array_metadata(name, spec, chunks[name]) for name, spec in ordered.items()]
+    return {
+        METADATA_FILE: json.dumps(_tree_metadata(ordered) | {"use_ocdbt": in_ocdbt}),
+        "_sharding": _shardings(ordered),
+        "array_metadatas/process_0": json.dumps({"array_metadatas": layouts}),
+    }
 
 
 def _tree_metadata(specs: Mapping[str, ArraySpec]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ TensorStore decodes whole chunks: beside an array, one chunk of it is held, comp
 chunks that are small parts of an array; one that was saved as a single chunk takes up to three times its size to read.
 """
 
+import collections
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,13 +14,18 @@ import numpy as np
 import tensorstore as ts
 
 from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.object_store import StorePath
 from clp_jax.interop.regions import CheckpointFileError, Region, shape_of, whole, within
 
 MANIFEST_FILE = "manifest.ocdbt"
 _COMPRESSOR = {"id": "zstd", "level": 1}
+# Chunks asked for at once: a disk is as fast with one; a store answers late.
+_AT_ONCE_IN_STORES = 8
 
 
-def open_array(kvstore: Mapping[str, Any], where: str, *, driver: str = "zarr", complete: bool) -> LazyArray:
+def open_array(
+    kvstore: Mapping[str, Any], where: str, *, driver: str = "zarr", complete: bool, in_store: bool = False
+) -> LazyArray:
     """Opens an array.
 
     Args:
@@ -27,6 +33,7 @@ def open_array(kvstore: Mapping[str, Any], where: str, *, driver: str = "zarr", 
         where: the array, for messages.
         driver: ``"zarr"`` or ``"zarr3"``.
         complete: whether all chunks are there; otherwise one that is missing holds the array's fill value alone.
+        in_store: whether it is in an object store, where some chunks are asked for at once.
 
     Returns:
         The array, read chunk by chunk.
@@ -39,17 +46,29 @@ def open_array(kvstore: Mapping[str, Any], where: str, *, driver: str = "zarr", 
     store = _wait(ts.open(spec, open=True, read=True), where)
     chunk = tuple(store.chunk_layout.read_chunk.shape or ())  # None for a scalar.
 
-    fill = functools.partial(_fill, store, chunk, where)
+    fill = functools.partial(_fill, store, chunk, where, _AT_ONCE_IN_STORES if in_store else 1)
     return LazyArray(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), fill)
 
 
-def _fill(store: ts.TensorStore, chunk: tuple[int, ...], where: str, out: np.ndarray, region: Region) -> None:
-    # One chunk after another: TensorStore holds what it reads at once twice, compressed and not.
+def _fill(
+    store: ts.TensorStore, chunk: tuple[int, ...], where: str, at_once: int, out: np.ndarray, region: Region
+) -> None:
+    # TensorStore holds what it reads at once twice, compressed and not.
+    asked: collections.deque[tuple[Region, Any]] = collections.deque()
     for place in _chunks(region, chunk):
-        out[within(place, region)] = _wait(store[place].read(), where)
+        asked.append((place, store[place].read()))
+        if len(asked) == at_once:
+            _take(asked, where, out, region)
+    while asked:
+        _take(asked, where, out, region)
 
 
-def is_store(directory: Path) -> bool:
+def _take(asked: collections.deque[tuple[Region, Any]], where: str, out: np.ndarray, region: Region) -> None:
+    place, future = asked.popleft()
+    out[within(place, region)] = _wait(future, where)
+
+
+def is_store(directory: Path | StorePath) -> bool:
     """Whether a directory is an OCDBT store.
 
     Args:
@@ -61,7 +80,19 @@ def is_store(directory: Path) -> bool:
     return (directory / MANIFEST_FILE).is_file()
 
 
-def place_in_store(directory: Path, name: str) -> dict[str, Any]:
+def files_of(directory: Path | StorePath) -> dict[str, Any]:
+    """What TensorStore calls the files of a directory, or the objects below a name.
+
+    Args:
+        directory: any.
+
+    Returns:
+        TensorStore's specification.
+    """
+    return directory.kvstore if isinstance(directory, StorePath) else {"driver": "file", "path": f"{directory}/"}
+
+
+def place_in_store(directory: Path | StorePath, name: str) -> dict[str, Any]:
     """Where an array's keys are in an OCDBT store.
 
     Args:
@@ -71,7 +102,7 @@ def place_in_store(directory: Path, name: str) -> dict[str, Any]:
     Returns:
         TensorStore's specification.
     """
-    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}, "path": f"{name}/"}
+    return {"driver": "ocdbt", "base": files_of(directory), "path": f"{name}/"}
 
 
 class ArrayStore:

@@ -8,7 +8,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ from clp_jax.interop.regions import (
 
 METADATA_FILE = ".zarray"
 _GZIP_LEVEL = 1
+GZIP: Mapping[str, Any] = {"id": "gzip", "level": _GZIP_LEVEL}
 # A chunk that is this many times smaller than it may be is not worth a file.
 _TOO_SMALL = 16
 _NATURAL = ("chunks", "shape")
@@ -121,20 +122,23 @@ def write(directory: Path, array: np.ndarray, dtype: np.dtype, chunks: tuple[int
             _write_chunk(file, array, dtype, chunks, place)
 
 
-def metadata_text(shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...]) -> str:
+def metadata_text(
+    shape: tuple[int, ...], dtype: np.dtype, chunks: tuple[int, ...], compressor: Mapping[str, Any] | None = GZIP
+) -> str:
     """What ``.zarray`` says of an array, as T5X writes it.
 
     Args:
         shape: of the array.
         dtype: stored.
         chunks: sizes of a chunk.
+        compressor: of chunks; None stores them as they are.
 
     Returns:
         JSON.
     """
     metadata = {
         "chunks": list(chunks),
-        "compressor": {"id": "gzip", "level": _GZIP_LEVEL},
+        "compressor": None if compressor is None else dict(compressor),
         "dimension_separator": ".",
         "dtype": dtype.name if _is_extended(dtype) else dtype.newbyteorder("<").str,
         "fill_value": None,

@@ -74,6 +74,12 @@ class ScorerConfig:
         """A freshly initialised module."""
         return Scorer(self, rngs=rngs)
 
+    def routed_by_row(self) -> "ScorerConfig":
+        """See `ModelConfig.routed_by_row`."""
+        trunk = self.trunk.routed_by_row()
+        assert isinstance(trunk, T5Config)
+        return dataclasses.replace(self, trunk=trunk)
+
 
 class Scorer(nnx.Module):
     """Scores token sequences: the reward models' architecture."""

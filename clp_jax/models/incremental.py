@@ -15,7 +15,7 @@ from clp_jax.models.transformer import Stack, layers_of
 from clp_jax.nn.attention import look
 from clp_jax.nn.attention_dense import Keys, Quantized, Sight, quantize
 from clp_jax.nn.kv_cache import Cache, LayerCache
-from clp_jax.nn.stack import cut, depth, scan_layers
+from clp_jax.nn.stack import cut, depth, is_loose, scan_layers
 from clp_jax.nn.visibility import Pattern, Places
 
 # A row that has not begun sees nothing: its start lies behind every clock.
@@ -47,14 +47,13 @@ def init_cache(
     kinds = stack.kinds[: stack.period]
     stacks = []
     for run, layers in zip(stack.runs(), prompt_keys_values, strict=True):
-        pieces = _pieces(stack, run)
-        size = depth(pieces[0])
-        for number in range(len(pieces)):
+        for piece in range(depth(run)) if _is_loose(stack, run) else [slice(None)]:
             caches = []
             for kind, kv in zip(kinds, layers, strict=False):
-                key, value = (x[number * size : (number + 1) * size] for x in kv)
+                key, value = (x[piece] for x in kv)
                 length = max_length if kind.window is None else min(max_length, kind.window)
-                room = jnp.zeros((size, rows, key.shape[2], length, key.shape[4]), key.dtype)
+                *lead, _, groups, _, head_dim = key.shape
+                room = jnp.zeros((*lead, rows, groups, length, head_dim), key.dtype)
                 stored = (quantize(x) for x in (room, room, key, value)) if int8 else (room, room, key, value)
                 caches.append(LayerCache(*stored))
             stacks.append(tuple(caches))
@@ -69,7 +68,7 @@ def init_cache(
 
 def loop_weights(stack: Stack) -> tuple[Any, ...]:
     """The layers' weights as a loop over tokens wants them: cut once, before it (`clp_jax.nn.stack.cut`)."""
-    return tuple(nnx.state(piece) for run in stack.runs() for piece in _pieces(stack, run))
+    return tuple(nnx.state(piece) for run in stack.runs() for piece in (cut(run) if _is_loose(stack, run) else (run,)))
 
 
 def decode_step(
@@ -88,9 +87,13 @@ def decode_step(
     positions = (cache.offsets + cache.index - cache.start)[:, None]
     prompt_queries = _of_prompts(cache, positions)
     present = jnp.ones((1, 1), bool)
-    graphs = [nnx.graphdef(run) for run in stack.runs() for _ in _pieces(stack, run)]
+    runs = [
+        (nnx.graphdef(run), _is_loose(stack, run))
+        for run in stack.runs()
+        for _ in range(depth(run) if _is_loose(stack, run) else 1)
+    ]
     stacks = []
-    for graph, state, piece in zip(graphs, weights, cache.stacks, strict=True):
+    for (graph, loose), state, piece in zip(runs, weights, cache.stacks, strict=True):
         period = nnx.merge(graph, state)
         kinds = stack.kinds[: len(layers_of(period))]
         views = [
@@ -118,14 +121,11 @@ def decode_step(
 
         own = [(layer.keys, layer.values) for layer in piece]
         prompts = [(layer.prompt_keys, layer.prompt_values) for layer in piece]
-        (x, own), _ = scan_layers(
-            period,
-            body,
-            (x, own),
-            (jnp.arange(depth(period)), prompts),
-            unroll=stack.config.scan_unroll,
-            size=len(kinds),
-        )
+        if loose:
+            (x, own), _ = body(period, (x, own), (None, prompts))
+        else:
+            numbers, unroll = jnp.arange(depth(period)), stack.config.scan_unroll
+            (x, own), _ = scan_layers(period, body, (x, own), (numbers, prompts), unroll=unroll, size=len(kinds))
         layers = tuple(
             dataclasses.replace(layer, keys=keys, values=values)
             for layer, (keys, values) in zip(piece, own, strict=True)
@@ -134,8 +134,8 @@ def decode_step(
     return stack.norm(x)[:, 0], dataclasses.replace(cache, stacks=tuple(stacks), index=cache.index + 1)
 
 
-def _pieces(stack: Stack, run: Any) -> tuple[Any, ...]:
-    return cut(run, stack.config.scan_unroll, len(layers_of(run)))
+def _is_loose(stack: Stack, run: Any) -> bool:
+    return is_loose(run, stack.config.scan_unroll, len(layers_of(run)))
 
 
 def _of_prompts(cache: Cache, positions: Int[Array, "R 1"]) -> Places:
@@ -153,7 +153,7 @@ def _view(
     prompt_queries: Places | None,
 ) -> View:
     """What one layer sees: its ring of own keys, each at the clock when it was written, and the prompt."""
-    length = jax.tree.leaves(layer.keys)[0].shape[3]
+    length = jax.tree.leaves(layer.keys)[0].shape[-2]
     times = cache.index - (cache.index - jnp.arange(length)) % length
     begun = (times[None] >= cache.start[:, None]).astype(jnp.int32)
     # Distances alone count, and clocks tell them: the same for all rows.
@@ -185,8 +185,8 @@ def insert(cache: Cache, slots: Int[Array, "b"], fresh: Cache) -> Cache:
 
     def put(old: Array, new: Array) -> Array:
         missing = [(0, 0)] * new.ndim
-        missing[3] = (0, length - new.shape[3])
-        return old.at[:, slots].set(jnp.pad(new, missing), mode="drop")
+        missing[-2] = (0, length - new.shape[-2])
+        return old.at[..., slots, :, :, :].set(jnp.pad(new, missing), mode="drop")
 
     def prompts(old: LayerCache, new: LayerCache) -> LayerCache:
         pairs = ((old.prompt_keys, new.prompt_keys), (old.prompt_values, new.prompt_values))
@@ -204,23 +204,28 @@ def insert(cache: Cache, slots: Int[Array, "b"], fresh: Cache) -> Cache:
 
 
 def _writer(
-    owned: tuple[Any, Any], layer: Int[Array, ""], index: Int[Array, ""], written: list[Any]
+    owned: tuple[Any, Any], layer: Int[Array, ""] | None, index: Int[Array, ""], written: list[Any]
 ) -> Callable[[KeysValues, View], list[Keys]]:
-    """Puts a token's keys and values into the ring of one layer; `written` gets the stack's arrays."""
+    """Puts a token's keys and values into the ring of one layer of a stack, or of a layer by itself.
+
+    `written` gets the arrays as the cache holds them.
+    """
 
     def write(new: KeysValues, view: View) -> list[Keys]:
         def put(old: Array, x: Array) -> Array:
             zero = jnp.zeros_like(index)
-            return jax.lax.dynamic_update_slice(
-                old, x[None].astype(old.dtype), (layer, zero, zero, index % old.shape[3], zero)
-            )
+            x, at = x.astype(old.dtype), (zero, zero, index % old.shape[-2], zero)
+            if layer is None:
+                return jax.lax.dynamic_update_slice(old, x, at)
+            return jax.lax.dynamic_update_slice(old, x[None], (layer, *at))
+
+        def mine(x: Array) -> Array:
+            return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
 
         stored = [quantize(x) if isinstance(old, Quantized) else x for x, old in zip(new, owned, strict=True)]
         arrays = [jax.tree.map(put, old, x) for old, x in zip(owned, stored, strict=True)]
         written.append(tuple(arrays))
-        keys, values = (
-            jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), array) for array in arrays
-        )
+        keys, values = (jax.tree.map(mine, array) for array in arrays)
         return [Keys(keys, values, view.sight)]
 
     return write

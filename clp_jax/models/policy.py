@@ -3,20 +3,14 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 from flax import nnx
 
 from clp_jax.array_types import Params, PRNGKeyArray
-
-
-@runtime_checkable
-class ModelConfig(Protocol):
-    """A hashable description that builds a module."""
-
-    def build(self, rngs: nnx.Rngs) -> Any:
-        """A freshly initialised `nnx.Module` whose parameters carry logical axes."""
+from clp_jax.models.config import ModelConfig
+from clp_jax.models.heads import ScorerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +18,8 @@ class Policy:
     """A model as functions of its parameters.
 
     Attributes:
-        config: what it is made of.
+        config: what it is made of; hashable, and its ``build(rngs)`` gives a fresh `nnx.Module` whose parameters carry
+            logical axes.
     """
 
     config: Any
@@ -65,6 +60,11 @@ class Policy:
     def num_params(self) -> int:
         """The number of parameters."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))
+
+    def served(self) -> "Policy":
+        """The policy as it answers and is evaluated: experts share their room within a row, whatever shared it in training."""
+        routed = isinstance(self.config, ModelConfig | ScorerConfig)
+        return Policy(self.config.routed_by_row()) if routed else self
 
 
 def check_parameters(expected: Params, params: Params) -> None:

@@ -112,17 +112,18 @@ def dot_product_attention(
         mask = keys[0].sight.mask
         assert mask is not None
         weights = _softmax(logits[0], mask[:, None], query.dtype, dropout_rate, dropout_key)
-        return _context(query, weights, keys[0])
+        return _seeing(_context(query, weights, keys[0]), mask)
     # The samples of a prompt are further positions of its row; together with keys of their own they are rows.
     rows, length = query.shape[:2]
     masks = [_mask_rows(part.sight, x, rows, length) for part, x in zip(keys, logits, strict=True)]
     joined = jnp.concatenate([_as_rows(x, rows, length) for x in logits], axis=-1)
-    weights = _softmax(joined, jnp.concatenate(masks, axis=-1), query.dtype, dropout_rate, dropout_key)
+    mask = jnp.concatenate(masks, axis=-1)
+    weights = _softmax(joined, mask, query.dtype, dropout_rate, dropout_key)
     ends = [sum(x.shape[-1] for x in logits[: i + 1]) for i in range(len(keys) - 1)]
     out = jnp.zeros_like(query)
     for part, mine in zip(keys, jnp.split(weights, ends, axis=-1), strict=True):
         out = out + _context(query, _from_rows(mine, _rows_of(part)), part)
-    return out
+    return _seeing(out, mask[:, 0])
 
 
 def look_at_all(
@@ -268,8 +269,15 @@ def _softmax(
     dropout_key: PRNGKeyArray | None,
 ) -> Float[Array, "R N T S"]:
     weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
-    weights = weights * jnp.any(mask, axis=-1, keepdims=True)
     return dropout(weights.astype(dtype), dropout_rate, dropout_key, salt=0)
+
+
+def _seeing(out: Float[Array, "R T N H"], mask: Bool[Array, "b nT S"]) -> Float[Array, "R T N H"]:
+    """Zeros for queries that see nothing, whose weights are all alike; there are fewer outputs than weights."""
+    rows, length = out.shape[:2]
+    seen = jnp.any(mask, axis=-1)
+    seen = jnp.broadcast_to(seen, (rows * length // seen.shape[1], seen.shape[1]))
+    return jnp.where(seen.reshape(rows, length, 1, 1), out, 0)
 
 
 def _as_rows(x: Array, rows: int, length: int) -> Array:

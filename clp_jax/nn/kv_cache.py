@@ -14,6 +14,9 @@ from clp_jax.nn.visibility import Places
 class LayerCache:
     """Keys and values of layers at one place in a stack's period; ``R = B·n`` rows, ``n`` samples of each prompt.
 
+    The layers of a loose stack (`clp_jax.nn.stack.is_loose`) have caches of their own, without the axis of layers: XLA
+    writes those in place, where it would copy a layer and its axis of 1 at every token.
+
     Attributes:
         keys: ``[L, R, G, T, H]`` of the tokens decoded so far: a ring, slot ``index mod T`` holds the newest.
         values: ``[L, R, G, T, H]``.
@@ -21,10 +24,10 @@ class LayerCache:
         prompt_values: ``[L, B, G, S, H]``.
     """
 
-    keys: Float[Array, "*M L R G T H"] | Quantized
-    values: Float[Array, "*M L R G T H"] | Quantized
-    prompt_keys: Float[Array, "*M L B G S H"] | Quantized
-    prompt_values: Float[Array, "*M L B G S H"] | Quantized
+    keys: Float[Array, "*L R G T H"] | Quantized
+    values: Float[Array, "*L R G T H"] | Quantized
+    prompt_keys: Float[Array, "*L B G S H"] | Quantized
+    prompt_values: Float[Array, "*L B G S H"] | Quantized
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +38,7 @@ class Cache:
     Policies that decode together have one cache, whose arrays lead with the policies.
 
     Attributes:
-        stacks: for each stack of periods, as `clp_jax.nn.stack.cut` cuts them, and each layer of the period.
+        stacks: for each stack of periods, or each period of a loose one, and each layer of the period.
         prompts: where the keys of the prompts stand.
         index: ``int32[]``, a clock that counts decoded tokens.
         start: ``int32[R]``, the clock when each row began.

@@ -68,16 +68,18 @@ def scan_layers(
     return jax.lax.scan(step, carry, (state, per_layer), unroll=unroll)
 
 
-def cut(layers: Any, unroll: int | None = None, size: int = 1) -> tuple[Any, ...]:
-    """Stacks to run one after another in a loop over tokens: single layers where `unroll` covers all, the stack otherwise.
+def is_loose(layers: Any, unroll: int | None = None, size: int = 1) -> bool:
+    """Whether a loop over tokens runs the layers of a stack one by one (`cut`): where `unroll` covers all of them.
 
     Layers cut out of a stack inside a loop are copied each time, since the loop holds the stack.
     """
+    return _unroll(layers, unroll, size) >= depth(layers)
+
+
+def cut(layers: Any) -> tuple[Any, ...]:
+    """The layers of a stack, each by itself."""
     graph, state = nnx.split(layers)
-    num_layers = depth(layers)
-    if _unroll(layers, unroll, size) < num_layers:
-        return (layers,)
-    return tuple(nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i : i + 1], state)) for i in range(num_layers))
+    return tuple(nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(depth(layers)))
 
 
 def depth(layers: Any) -> int:

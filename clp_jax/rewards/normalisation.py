@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,11 +56,24 @@ class RewardStatistics:
         """``(reward - mean) / std``, float32."""
         return ((rewards - np.asarray(self.mean)) / np.asarray(self.std)).astype(np.float32)
 
+    def as_json(self) -> dict[str, Any]:
+        """What JSON can hold; numbers come back to the bit."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "RewardStatistics":
+        """From what `as_json` gave.
+
+        Raises:
+            KeyError: when something is missing.
+        """
+        return cls(tuple(content["names"]), tuple(content["mean"]), tuple(content["std"]), int(content["count"]))
+
     def save(self, directory: str | Path) -> None:
         """Writes ``rewards.json``; numbers come back to the bit."""
         path = Path(directory) / FILE_NAME
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        partial.write_text(json.dumps(self.as_json(), indent=2) + "\n")
         partial.replace(path)  # There whole or not at all.
 
     @classmethod
@@ -74,7 +88,6 @@ class RewardStatistics:
         if not path.is_file():
             raise FileNotFoundError(f"no {path}: expected the run directory of a multi-objective run.")
         try:
-            content = json.loads(path.read_text())
-            return cls(tuple(content["names"]), tuple(content["mean"]), tuple(content["std"]), int(content["count"]))
+            return cls.from_json(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} can't be read: {error}.") from None

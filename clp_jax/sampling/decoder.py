@@ -88,5 +88,5 @@ class CachedDecoder:
 
 
 def _select_rows(layer: LayerCache, rows: Int[Array, "R"]) -> LayerCache:
-    keys, values = jax.tree.map(lambda x: x[:, rows], (layer.keys, layer.values))
+    keys, values = jax.tree.map(lambda x: x[..., rows, :, :, :], (layer.keys, layer.values))
     return dataclasses.replace(layer, keys=keys, values=values)

@@ -8,13 +8,24 @@ import jax.numpy as jnp
 from clp_jax.array_types import Array, Float, Int, Key
 
 
+def largest(x: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
+    """The first of the largest entries of the last dimension.
+
+    As `jnp.argmax`, whose loop XLA's CPU backend does not vectorise, nor anything that it fuses into it. Of numbers among
+    which one is NaN, the last.
+    """
+    size = x.shape[-1]
+    places = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), x.shape)
+    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), places, size - 1), axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Greedy:
     """The most probable token."""
 
     def __call__(self, keys: Key[Array, "B"], logits: Float[Array, "B V"]) -> Int[Array, "B"]:
         """One token a row."""
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return largest(logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +57,9 @@ class Sampling:
     def __call__(self, keys: Key[Array, "B"], logits: Float[Array, "B V"]) -> Int[Array, "B"]:
         """One token a row; `keys` has one key for each row, so that a row never depends on the others."""
         logits = self.filter(logits)
-        # Gumbel noise on the logits and an argmax sample the softmax.
+        # The largest of logits with Gumbel noise is a sample of the softmax.
         uniform = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[-1:], minval=1e-20, maxval=1.0))(keys)
-        return jnp.argmax(logits - jnp.log(-jnp.log(uniform)), axis=-1).astype(jnp.int32)
+        return largest(logits - jnp.log(-jnp.log(uniform)))
 
     def filter(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """The logits divided by the temperature, ``-inf`` for tokens that are not kept."""

@@ -12,10 +12,9 @@ from clp_jax.array_types import PyTree
 from clp_jax.host_rows import place_whole
 from clp_jax.interop.t5x_slots import AdafactorSlots
 from clp_jax.training.optimizers import FactoredState
+from clp_jax.training.places import SLOTS_DIRECTORY, as_path
 from clp_jax.training.streamed_params import open_params, write_params
 from clp_jax.training.train_state import TrainState
-
-DIRECTORY = "adafactor"
 
 
 def save_slots(run_dir: Path, slots: AdafactorSlots) -> None:
@@ -25,7 +24,7 @@ def save_slots(run_dir: Path, slots: AdafactorSlots) -> None:
         CheckpointError: when there are some, or they can't be written.
     """
     trees = {field.name: getattr(slots, field.name) for field in dataclasses.fields(slots)}
-    write_params(run_dir / DIRECTORY, trees | {"count": np.asarray(slots.count)}, {}, slots.count)
+    write_params(run_dir / SLOTS_DIRECTORY, trees | {"count": np.asarray(slots.count)}, {}, slots.count)
 
 
 def load_slots(run_dir: Path) -> AdafactorSlots | None:
@@ -34,9 +33,9 @@ def load_slots(run_dir: Path) -> AdafactorSlots | None:
     Raises:
         CheckpointError: when they can't be read.
     """
-    if not (run_dir / DIRECTORY).is_dir():
+    if not as_path(run_dir / SLOTS_DIRECTORY).is_dir():
         return None
-    trees, _, _ = open_params(run_dir / DIRECTORY)
+    trees, _, _ = open_params(run_dir / SLOTS_DIRECTORY)
     return AdafactorSlots(**trees | {"count": int(trees["count"].read())})
 
 

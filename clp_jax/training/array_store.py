@@ -15,8 +15,13 @@ from etils import epath
 from clp_jax.array_types import PyTree
 from clp_jax.interop import orbax_item
 from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.object_store import StorePath, each
 from clp_jax.interop.regions import Region
 from clp_jax.training.checkpoint_manifest import leaves_by_path
+from clp_jax.training.places import Place
+
+# Orbax cuts what several devices hold alike, so that each writes a part; every piece on every device is a program to compile.
+LEAST_CUT_BYTES = 2**24
 
 
 def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
@@ -29,12 +34,11 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
     Returns:
         Waits for the writing, so many seconds at most, and raises what went wrong.
     """
-    ocp = _orbax()
-    handler = ocp.StandardCheckpointHandler()
+    handler, save = _writer(), _orbax().args.PyTreeSave(tree)
     # Not `asyncio.run`: it touches the tasks of all threads, and Orbax's threads have their own.
     loop = asyncio.new_event_loop()
     try:
-        futures = loop.run_until_complete(handler.async_save(directory, args=ocp.args.StandardSave(tree)))
+        futures = loop.run_until_complete(handler.async_save(directory, args=save))
     finally:
         loop.close()
 
@@ -47,30 +51,59 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
 
 def finish_write(directory: epath.Path) -> None:
     """Joins what all processes have written; called by one of them, when all are done."""
-    handler = _orbax().StandardCheckpointHandler()
+    handler = _writer()
     handler.finalize(directory)
     handler.close()
 
 
-def read(directory: epath.Path, abstract: PyTree) -> PyTree:
+def read(directory: Place, abstract: PyTree) -> PyTree:
     """Reads a tree onto the devices.
 
     Args:
         directory: that was written.
         abstract: shapes, types and shardings, which need not be those of writing.
     """
+    if isinstance(directory, StorePath):
+        return _read_store(directory, abstract)
     ocp = _orbax()
     return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(abstract))
 
 
-def read_to_host(directory: epath.Path) -> PyTree:
+def _read_store(directory: StorePath, abstract: PyTree) -> PyTree:
+    """Each process reads what its devices hold, once."""
+    stored = orbax_item.read(directory)
+
+    def place(name: str, leaf: Any) -> jax.Array:
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        indices = {_bounds(i, leaf.shape): i for i in sharding.addressable_devices_indices_map(leaf.shape).values()}
+        # An index may leave the last axes out, or bounds.
+        regions = [tuple(slice(start, stop) for start, stop in bounds) for bounds in indices]
+        parts = dict(zip(indices, each(stored[name].read, regions), strict=True))
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: parts[_bounds(index, leaf.shape)].astype(leaf.dtype, copy=False)
+        )
+
+    leaves = [place(name, leaf) for name, leaf in leaves_by_path(abstract).items()]
+    structure: Any = jax.tree.structure(abstract)
+    return structure.unflatten(leaves)
+
+
+def _bounds(index: Region | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    given = index or ()
+    pieces = [*given, *(slice(None) for _ in shape[len(given) :])]
+    return tuple(piece.indices(size)[:2] for piece, size in zip(pieces, shape, strict=True))
+
+
+def read_to_host(directory: Place) -> PyTree:
     """Reads a tree as it was written, as NumPy arrays."""
+    if isinstance(directory, StorePath):
+        return jax.tree.map(LazyArray.read, open_arrays(directory))
     ocp = _orbax()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored_tree(directory))
     return ocp.PyTreeCheckpointHandler().restore(directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
-def open_arrays(directory: epath.Path, check: Callable[[str, np.ndarray, Region], None] | None = None) -> PyTree:
+def open_arrays(directory: Place, check: Callable[[str, np.ndarray, Region], None] | None = None) -> PyTree:
     """The tree as it was written, each array read when asked for, or a part of it (`LazyArray`).
 
     Args:
@@ -83,7 +116,8 @@ def open_arrays(directory: epath.Path, check: Callable[[str, np.ndarray, Region]
         if check is not None:
             check(name, out, region)
 
-    arrays, tree = orbax_item.read(Path(directory)), stored_tree(directory)
+    local = directory if isinstance(directory, StorePath) else Path(directory)
+    arrays, tree = orbax_item.read(local), stored_tree(directory)
     structure: Any = jax.tree.structure(tree)
     return structure.unflatten(
         LazyArray(arrays[name].shape, arrays[name].dtype, functools.partial(fill, name, arrays[name]))
@@ -91,8 +125,16 @@ def open_arrays(directory: epath.Path, check: Callable[[str, np.ndarray, Region]
     )
 
 
-def stored_tree(directory: epath.Path) -> PyTree:
+def stored_tree(directory: Place) -> PyTree:
     """The tree that is stored, with shapes and types in place of its arrays."""
+    if isinstance(directory, StorePath):
+        tree: dict[str, Any] = {}
+        for name, array in orbax_item.read(directory).items():
+            *folders, last = name.split("/")
+            functools.reduce(lambda inside, key: inside.setdefault(key, {}), folders, tree)[last] = (
+                jax.ShapeDtypeStruct(array.shape, array.dtype)
+            )
+        return tree
     return _orbax().PyTreeCheckpointHandler().metadata(directory).tree
 
 
@@ -103,6 +145,13 @@ def barrier() -> Callable[[str, float], None]:
     """
     wait = _orbax().multihost.get_barrier_sync_fn()
     return lambda name, seconds: wait(key=name, timeout_ms=int(seconds * 1000))
+
+
+def _writer() -> Any:
+    ocp, handlers = _orbax(), _orbax().type_handlers
+    arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_CUT_BYTES)
+    kinds = ((jax.Array, arrays), (np.ndarray, handlers.NumpyHandler()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=handlers.create_type_handler_registry(*kinds))
 
 
 @functools.cache

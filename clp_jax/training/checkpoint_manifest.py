@@ -20,13 +20,15 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from etils import epath
 
 from clp_jax.array_types import PyTree
+from clp_jax.interop.object_store import StorePath, each
+from clp_jax.training.places import Place
 
 MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"
@@ -34,6 +36,10 @@ _FORMAT = 1
 _BLOCK = 1 << 22
 # Half of the cores, since a step may run meanwhile; more than this, and disks are slower.
 _WORKERS = max(1, min(16, (os.cpu_count() or 1) // 2))
+
+
+# Shape, type, and this process's shards by place.
+HostCopy: TypeAlias = tuple[tuple[int, ...], str, dict[str, np.ndarray]]
 
 
 class DamagedError(RuntimeError):
@@ -89,16 +95,20 @@ class Manifest:
         """Of all files, in bytes."""
         return sum(file.size for file in self.files.values())
 
-    def write(self, directory: epath.Path) -> None:
+    def write(self, directory: Place) -> None:
         """Writes ``manifest.json``: the last file of a step."""
         body = {"format": _FORMAT, **dataclasses.asdict(self)}
         text = _canonical({"manifest": body, "sha256": _sha256(_canonical(body).encode())})
-        with (directory / MANIFEST_FILE).open("wb") as file:
+        place = directory / MANIFEST_FILE
+        if isinstance(place, StorePath):
+            place.write_text(text)
+            return
+        with place.open("wb") as file:
             file.write(text.encode())
             flush_to_disk(file)
 
     @classmethod
-    def read(cls, directory: epath.Path) -> "Manifest":
+    def read(cls, directory: Place) -> "Manifest":
         """Reads ``manifest.json``, and checks it against its own digest.
 
         Raises:
@@ -123,9 +133,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:  # No JSON and no UTF-8 are ValueErrors.
             raise DamagedError(f"{MANIFEST_FILE} is damaged ({error})") from error
 
-    def verify_files(
-        self, directory: epath.Path, items: Iterable[str] | None = None, share: slice = slice(None)
-    ) -> None:
+    def verify_files(self, directory: Place, items: Iterable[str] | None = None, share: slice = slice(None)) -> None:
         """Checks the size and the SHA-256 of files.
 
         Args:
@@ -150,7 +158,7 @@ class Manifest:
             if found.sha256 != expected.sha256:
                 raise DamagedError(f"{name} has another SHA-256 than what was written")
 
-        in_parallel(check, names)
+        (each if isinstance(directory, StorePath) else in_parallel)(check, names)
 
     def verify_arrays(self, item: str, tree: PyTree) -> tuple[int, int]:
         """Checks arrays that were read, on whatever mesh, against the shards that were saved.
@@ -175,7 +183,7 @@ class Manifest:
             held = shards_of(array, all_replicas=True)
             checked = 0
             for place, digest in wanted.shards.items():
-                data = _assemble(_parse_place(place), held, array.dtype)
+                data = _assemble(parse_place(place), held, array.dtype)
                 if data is not None:
                     _check_digest(data, digest, f"{item}/{name} [{place}]")
                 checked += data is not None
@@ -199,7 +207,7 @@ class Manifest:
         bounds = [piece.indices(size)[:2] for piece, size in zip(region, array.shape, strict=True)]
 
         def check(place: str) -> None:
-            shard = _parse_place(place)
+            shard = parse_place(place)
             if all(low <= start and stop <= high for (start, stop), (low, high) in zip(shard, bounds, strict=True)):
                 inside = tuple(
                     slice(start - low, stop - low) for (start, stop), (low, _) in zip(shard, bounds, strict=True)
@@ -248,7 +256,35 @@ def digest_arrays(tree: Mapping[str, tuple[tuple[int, ...], str, Mapping[str, np
     return {name: ArrayDigest(tuple(shape), dtype, shards[name]) for name, (shape, dtype, _) in tree.items()}
 
 
-def file_digest(path: epath.Path, to_disk: bool = False) -> FileDigest:
+def digest_of(data: bytes) -> FileDigest:
+    """The digest of a file that holds this."""
+    return FileDigest(len(data), _sha256(data))
+
+
+def digest_files(directory: epath.Path, files: list[epath.Path]) -> dict[str, FileDigest]:
+    """Digests of files, once they are on the disk, by path below a directory."""
+    found = in_parallel(lambda file: file_digest(file, to_disk=True), files)
+    return {relative(directory, file): digest for file, digest in zip(files, found, strict=True)}
+
+
+def files_below(path: Place) -> list[Any]:
+    """All files below a directory, in order."""
+    if isinstance(path, StorePath):
+        return path.files()
+    return sorted((epath.Path(top) / name for top, _, names in path.walk() for name in names), key=str)
+
+
+def relative(directory: Place, file: Place) -> str:
+    """The path of a file below a directory."""
+    return str(file)[len(str(directory)) :].lstrip("/")
+
+
+def is_step(name: str) -> bool:
+    """Whether a name is that of a step: digits of other scripts and leading zeros are somebody else's."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
+def file_digest(path: Place, to_disk: bool = False) -> FileDigest:
     """Reads a file once.
 
     Args:
@@ -291,7 +327,8 @@ def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
     return ",".join(f"{start}:{stop}" for start, stop in bounds)
 
 
-def _parse_place(place: str) -> tuple[tuple[int, int], ...]:
+def parse_place(place: str) -> tuple[tuple[int, int], ...]:
+    """Where a shard begins and ends on each axis, from its place."""
     return tuple((int(start), int(stop)) for start, stop in (part.split(":") for part in place.split(",") if part))
 
 
@@ -303,7 +340,7 @@ def _assemble(wanted: tuple[tuple[int, int], ...], held: Mapping[str, np.ndarray
     result = np.empty([stop - start for start, stop in wanted], dtype)
     covered = 0  # Parts of one array, by place, do not overlap: they are cells of one grid.
     for place, data in held.items():
-        have = _parse_place(place)
+        have = parse_place(place)
         common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, have, strict=True)]
         if any(start >= stop for start, stop in common):
             continue

@@ -1,33 +1,22 @@
-"""The steps of a checkpoints directory: which are complete, which are kept, and how others leave without being lost.
+"""The steps of a run: which are complete, which are kept, and how others leave without being lost.
 
-=================== ==============================================================================================
-name                what
-=================== ==============================================================================================
-``6/``              step 6; complete if it has a manifest
-``6.unfinished/``   is being written, or was when its process died; the next run removes it
-``6.removing/``     was no longer to be kept; the next run removes it
-``6.damaged/``      a step that is not what was written; ``6.damaged.txt`` says why. Nothing here removes it
-=================== ==============================================================================================
+In a directory and in an object store the same things happen by other means: `directory_steps`, `store_steps`.
 """
 
-import contextlib
 import dataclasses
 import errno
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from etils import epath
-
-from clp_jax.training.checkpoint_manifest import MANIFEST_FILE, RUN_FILE, DamagedError
-
-UNFINISHED, _REMOVING, _DAMAGED = ".unfinished", ".removing", ".damaged"
-# What Orbax called a step that it was writing, before steps had manifests.
-_OLD_UNFINISHED = ".orbax-checkpoint-tmp"
-_OLD_RUN = "run/metadata"
+from clp_jax.interop.object_store import StorePath
+from clp_jax.training import directory_steps, store_steps
+from clp_jax.training.checkpoint_manifest import RUN_FILE, DamagedError
+from clp_jax.training.directory_steps import DirectorySteps
+from clp_jax.training.places import Place, as_path
+from clp_jax.training.store_steps import StoreSteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,81 +69,71 @@ class Retention:
         return kept
 
 
-def is_complete(path: epath.Path) -> bool:
-    """Whether a directory has all the signs of a complete checkpoint; its contents are not looked at."""
-    return (path / MANIFEST_FILE).exists() or is_unverified(path)
+def is_complete(path: Place) -> bool:
+    """Whether a place has all the signs of a complete checkpoint; its contents are not looked at."""
+    return store_steps.is_complete(path) if isinstance(path, StorePath) else directory_steps.is_complete(path)
 
 
-def is_unverified(path: epath.Path) -> bool:
-    """Whether a directory is a checkpoint from before there were manifests: it can be read, not verified."""
-    if (path / MANIFEST_FILE).exists() or (path / RUN_FILE).exists() or _OLD_UNFINISHED in path.name:
-        return False
-    return (path / "params").is_dir() and (path / _OLD_RUN).exists()
+def is_begun(path: Place) -> bool:
+    """Whether something was begun under this very name, and not completed: never in a directory."""
+    return isinstance(path, StorePath) and store_steps.is_begun(path)
 
 
-def complete_steps(directory: epath.PathLike) -> list[int]:
+def is_unverified(path: Place) -> bool:
+    """Whether a place holds a checkpoint from before there were manifests: it can be read, not verified."""
+    return not isinstance(path, StorePath) and directory_steps.is_unverified(path)
+
+
+def complete_steps(directory: str | os.PathLike) -> list[int]:
     """The complete steps of a directory, in order; none where it does not exist."""
-    directory = epath.Path(directory)
-    return [step for step in numbered_steps(directory) if is_complete(directory / str(step))]
+    return _steps(directory).complete()
 
 
-def numbered_steps(directory: epath.Path) -> list[int]:
-    """All directories that are called like a step, in order."""
-    if not directory.is_dir():
-        return []
-    # Leading zeros, and digits of other scripts, are somebody else's names.
-    return sorted(int(entry.name) for entry in directory.iterdir() if _is_step(entry.name))
+def numbered_steps(directory: str | os.PathLike) -> list[int]:
+    """All that are called like a step and were one, in order."""
+    return _steps(directory).numbered()
 
 
-def unfinished_steps(directory: epath.Path) -> list[str]:
-    """Names of directories in which a step was begun, or was being removed."""
-    marks = (UNFINISHED, _REMOVING, _OLD_UNFINISHED)
-    names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-    return [name for name in names if any(mark in name and _is_step(name.split(mark)[0]) for mark in marks)]
+def unfinished_steps(directory: str | os.PathLike) -> list[str]:
+    """Names of steps that were begun, or were being removed."""
+    return _steps(directory).unfinished()
 
 
-def damaged_steps(directory: epath.Path) -> dict[str, str]:
+def damaged_steps(directory: str | os.PathLike) -> dict[str, str]:
     """Names of the steps that were set aside, each with the reason."""
-    names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-    found = {}
-    for name in names:
-        if _DAMAGED in name and _is_step(name.split(_DAMAGED)[0]) and not name.endswith(".txt"):
-            note = directory / f"{name}.txt"
-            found[name] = note.read_text().strip() if note.exists() else "no reason is written beside it"
-    return found
+    return _steps(directory).damaged()
 
 
-def set_aside(path: epath.Path, reason: str) -> epath.Path:
-    """Renames a damaged step and writes the reason beside it; returns its new place."""
-    taken = {entry.name for entry in path.parent.iterdir()}
-    number = 0
-    while (name := f"{path.name}{_DAMAGED}{f'.{number}' if number else ''}") in taken or f"{name}.txt" in taken:
-        number += 1
-    place = path.parent / name
-    path.rename(place)
-    with contextlib.suppress(OSError):  # On a full disk the name alone must do.
-        (path.parent / f"{name}.txt").write_text(reason + "\n")
-    return place
+def set_aside(path: Place, reason: str) -> Place:
+    """Writes down that a step is damaged, and why; returns its new place."""
+    if isinstance(path, StorePath):
+        return store_steps.set_aside(path, reason)
+    return directory_steps.set_aside(path, reason)
 
 
-def remove(path: epath.Path) -> None:
+def remove(path: Place) -> None:
     """Removes a step: it stops being one at once, and its files go after that."""
-    going = path
-    if not path.name.endswith(_REMOVING):
-        going = path.parent / f"{path.name}{_REMOVING}"
-        if going.exists():
-            going.rmtree()
-        path.rename(going)
-    going.rmtree()
+    if isinstance(path, StorePath):
+        store_steps.remove(path)
+    else:
+        directory_steps.remove(path)
 
 
-def read_run(path: epath.Path) -> dict[str, Any]:
+def discard(path: Place) -> None:
+    """Removes what `unfinished_steps` has named."""
+    if isinstance(path, StorePath):
+        store_steps.discard(path)
+    else:
+        path.rmtree()
+
+
+def read_run(path: Place) -> dict[str, Any]:
     """Step, position, description and metrics of a checkpoint, as they were saved; nothing is verified.
 
     Raises:
         DamagedError: when they can't be read.
     """
-    file = path / (_OLD_RUN if is_unverified(path) else RUN_FILE)
+    file = path / (directory_steps.OLD_RUN if is_unverified(path) else RUN_FILE)
     try:
         run = json.loads(file.read_text())
         return {"metrics": {}} | run
@@ -164,7 +143,7 @@ def read_run(path: epath.Path) -> dict[str, Any]:
         raise DamagedError(f"{file.name} is damaged ({error})") from error
 
 
-def metrics_of(directory: epath.Path, steps: Sequence[int]) -> dict[int, dict[str, float]]:
+def metrics_of(directory: Place, steps: Sequence[int]) -> dict[int, dict[str, float]]:
     """The metrics of steps, as far as they can be read."""
     found: dict[int, dict[str, float]] = {}
     for step in steps:
@@ -173,11 +152,6 @@ def metrics_of(directory: epath.Path, steps: Sequence[int]) -> dict[int, dict[st
         except DamagedError:
             found[step] = {}
     return found
-
-
-def files_below(path: epath.Path) -> list[epath.Path]:
-    """All files below a directory, in order."""
-    return sorted((epath.Path(top) / name for top, _, names in path.walk() for name in names), key=str)
 
 
 def is_full(error: BaseException) -> bool:
@@ -189,20 +163,6 @@ def is_full(error: BaseException) -> bool:
     return "RESOURCE_EXHAUSTED" in text or any(word.lower() in text.lower() for word in words)
 
 
-def _is_step(name: str) -> bool:
-    return name.isascii() and name.isdecimal() and str(int(name)) == name
-
-
-def as_path(path: str | os.PathLike) -> epath.Path:
-    """An absolute path.
-
-    Raises:
-        ValueError: for an object store: it has no atomic rename, no lock and no appending, which a run needs.
-    """
-    text = os.fspath(path)
-    if "://" in text:
-        raise ValueError(
-            f"{text} is in an object store: expected a directory. Mount the bucket (for gs://, with gcsfuse), and give the "
-            "directory where it is mounted."
-        )
-    return epath.Path(Path(text).expanduser().absolute())
+def _steps(directory: str | os.PathLike) -> DirectorySteps | StoreSteps:
+    place = as_path(directory)
+    return StoreSteps(place) if isinstance(place, StorePath) else DirectorySteps(place)

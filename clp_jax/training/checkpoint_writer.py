@@ -4,51 +4,49 @@ Several processes write one step together. Each writes its shards and digests wh
 are done. A process that fails says so and goes on to the barriers: no other waits for it longer than it takes to be told.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
-import numpy as np
-from etils import epath
 
 from clp_jax.array_types import PyTree
+from clp_jax.interop.object_store import StorePath
 from clp_jax.training import array_store
 from clp_jax.training.checkpoint_manifest import (
-    RUN_FILE,
     ArrayDigest,
     FileDigest,
+    HostCopy,
     Manifest,
     arrays_from_json,
     digest_arrays,
-    file_digest,
-    in_parallel,
     leaves_by_path,
     shards_of,
 )
-from clp_jax.training.checkpoint_steps import UNFINISHED, files_below
+from clp_jax.training.directory_steps import StepInDirectory
+from clp_jax.training.places import Place
+from clp_jax.training.store_steps import StepInStore
 
 # A barrier's name is used once; all processes count alike, since all save the same steps.
 _numbers = itertools.count()
-_ATTEMPTS = 20
 _PART = ".part_{}.json"
-# Shape, type, and this process's shards by place.
-_HostCopy: TypeAlias = tuple[tuple[int, ...], str, dict[str, np.ndarray]]
 
 
 class StepWriter:
     """A save that runs in the background.
 
     Args:
-        path: the directory of the step, which appears when the step is complete.
+        path: of the step; a directory appears when it is complete.
         items: trees of arrays by name; they may be donated as soon as the constructor returns.
         run: what ``run.json`` says.
         seconds: a save that takes longer has failed.
         on_complete: called in the background by process 0 when the step is complete.
+        check: called by process 0 before anything in a store is removed or completed; what it raises prevents that.
 
     Raises:
         OSError: when the directory can't be made.
@@ -56,15 +54,15 @@ class StepWriter:
 
     def __init__(
         self,
-        path: epath.Path,
+        path: Place,
         items: Mapping[str, PyTree],
         run: Mapping[str, Any],
         *,
         seconds: float = 3600.0,
         on_complete: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None,
     ):
-        self._path = path
-        self._staging = path.parent / f"{path.name}{UNFINISHED}"
+        self._files = StepInStore(path, check) if isinstance(path, StorePath) else StepInDirectory(path)
         self._run_text = json.dumps(run)
         self._step = int(run["step"])
         self._deadline = time.monotonic() + seconds
@@ -74,12 +72,12 @@ class StepWriter:
         self._process, self._processes = jax.process_index(), jax.process_count()
         self._error: BaseException | None = None
         self._prepare(items)
-        self._copies: dict[str, dict[str, _HostCopy]] = {}
-        self._waits: list[Callable[[float], None]] = []
+        self._copies: dict[str, dict[str, HostCopy]] = {}
+        self._waits: list[Callable[[float], Mapping[str, FileDigest]]] = []
         try:
             for item, tree in items.items():
                 self._copies[item] = _host_copies(tree)
-                self._waits.append(array_store.begin_write(self._staging / item, tree))
+                self._waits.append(self._files.begin(item, tree, self._copies[item]))
         except Exception as error:  # The other processes wait in their background: so must this one.
             self._error = error
         self._thread = threading.Thread(target=self._work, name=f"checkpoint_{path.name}")
@@ -104,17 +102,14 @@ class StepWriter:
         failure = None
         if self._process == 0:
             try:
-                if self._staging.exists():
-                    self._staging.rmtree()
-                for item in items:
-                    (self._staging / item).mkdir(parents=True)
+                self._files.prepare(items)
             except OSError as error:
                 failure = error
         self._meet("prepared")
         if failure is not None:
             raise failure
-        if not self._staging.is_dir():
-            raise FileNotFoundError(f"{self._staging}: process 0 could not make it, or it is on a disk of its own")
+        if not self._files.is_prepared():
+            raise FileNotFoundError(f"{self._files.place}: process 0 could not make it, or it is on a disk of its own")
 
     def _work(self) -> None:
         try:
@@ -130,7 +125,7 @@ class StepWriter:
             self._error = self._error or error
         try:
             self._meet("complete")
-            if self._error is None and not self._path.is_dir():
+            if self._error is None and not self._files.is_published():
                 raise RuntimeError("process 0 did not complete it; its own message says why")
         except BaseException as error:
             self._error = self._error or error
@@ -139,19 +134,18 @@ class StepWriter:
 
     def _write_part(self) -> None:
         errors = []
+        written: dict[str, FileDigest] = {}
         for wait in self._waits:  # All of them, so that nothing is written any more when this is over.
             try:
-                wait(self._seconds_left())
+                written |= wait(self._seconds_left())
             except Exception as error:
                 errors.append(error)
         if errors:
             raise errors[0]
         arrays = {item: digest_arrays(copies) for item, copies in self._copies.items()}
-        self._copies = {}
-        own = [file for file in files_below(self._staging) if f"/ocdbt.process_{self._process}/" in str(file)]
-        # One process has nobody to tell; it digests all files when they are joined.
-        part = _Part(arrays, digest_files(self._staging, own) if self._processes > 1 else {})
-        (self._staging / _PART.format(self._process)).write_text(json.dumps(dataclasses.asdict(part)))
+        self._copies, self._waits = {}, []
+        part = _Part(arrays, {**written, **self._files.own_files()})
+        (self._files.place / _PART.format(self._process)).write_text(json.dumps(dataclasses.asdict(part)))
 
     def _complete(self) -> None:
         if self._error is not None:
@@ -159,7 +153,7 @@ class StepWriter:
         arrays: dict[str, dict[str, ArrayDigest]] = {}
         files: dict[str, FileDigest] = {}
         for process in range(self._processes):
-            note = self._staging / _PART.format(process)
+            note = self._files.place / _PART.format(process)
             if not note.exists():
                 raise RuntimeError(f"process {process} could not write its part; its own message says why")
             part = _Part.from_json(json.loads(note.read_text()))
@@ -170,15 +164,8 @@ class StepWriter:
                     shards = {**known[name].shards, **array.shards} if name in known else array.shards
                     known[name] = dataclasses.replace(array, shards=shards)
             note.unlink()
-        for item in arrays:
-            array_store.finish_write(self._staging / item)
-        (self._staging / RUN_FILE).write_text(self._run_text)
-        others = [file for file in files_below(self._staging) if _relative(self._staging, file) not in files]
-        files |= digest_files(self._staging, others)
-        Manifest(self._step, self._processes, files, arrays).write(self._staging)
-        if self._path.exists():
-            raise FileExistsError(f"{self._path} exists: it was not overwritten")
-        self._staging.rename(self._path)
+        files |= self._files.finish(self._run_text, files)
+        self._files.publish(Manifest(self._step, self._processes, files, arrays))
 
     def _after(self) -> None:
         if self._error is None:
@@ -187,15 +174,8 @@ class StepWriter:
             except BaseException as error:
                 self._error = error
         else:
-            # On a full disk, what is half written takes the room that the user needs. Threads of the store may still be
-            # writing; what is left after this, the next run removes.
-            for _ in range(_ATTEMPTS):
-                try:
-                    self._staging.rmtree()
-                except FileNotFoundError:
-                    return
-                except OSError:
-                    time.sleep(0.1)
+            with contextlib.suppress(OSError):  # What went wrong first is the error to look at.
+                self._files.discard()
 
     def _meet(self, what: str) -> None:
         if self._processes > 1:
@@ -218,17 +198,7 @@ class _Part:
         return cls(arrays, {name: FileDigest(**file) for name, file in part["files"].items()})
 
 
-def digest_files(directory: epath.Path, files: list[epath.Path]) -> dict[str, FileDigest]:
-    """Digests of files, once they are on the disk, by path below a directory."""
-    found = in_parallel(lambda file: file_digest(file, to_disk=True), files)
-    return {_relative(directory, file): digest for file, digest in zip(files, found, strict=True)}
-
-
-def _relative(directory: epath.Path, file: epath.Path) -> str:
-    return str(file)[len(str(directory)) :].lstrip("/")
-
-
-def _host_copies(tree: PyTree) -> dict[str, _HostCopy]:
+def _host_copies(tree: PyTree) -> dict[str, HostCopy]:
     """Shape, type and this process's shards of each array."""
     leaves = leaves_by_path(tree)
     for leaf in leaves.values():

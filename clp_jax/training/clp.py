@@ -42,7 +42,6 @@ from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.rollouts import RolloutWorker
-from clp_jax.training.checkpoints import save_params
 from clp_jax.training.estimators import AdvantageEstimator, LeaveOneOut, ValueBaseline
 from clp_jax.training.experience import (
     ChunkRollout,
@@ -52,8 +51,9 @@ from clp_jax.training.experience import (
     chunk_rows,
     reward_inputs,
 )
+from clp_jax.training.places import REFERENCE_DIRECTORY, as_path
 from clp_jax.training.policy_loss import PolicyGradientLoss
-from clp_jax.training.run_directory import REFERENCE_DIRECTORY
+from clp_jax.training.saved_params import save_params
 from clp_jax.training.stage import DataShape, Derived, Outline, Program, StageSetup, inherited
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.transfer import Plan, Transfer
@@ -182,7 +182,7 @@ class ConditionalPolicy:
         names = objective_names(self.rewards)
         _check_objectives(self, names)
         # A resumed run keeps the reference it began with, whatever has become of the supervised run.
-        stored = run_dir / REFERENCE_DIRECTORY
+        stored = as_path(run_dir / REFERENCE_DIRECTORY)
         files, description, _ = open_params(stored if stored.is_dir() else self.initial_checkpoint)
         if description.get("stage") not in ("supervised", "converted"):
             raise ValueError(
@@ -318,7 +318,9 @@ class ConditionalPolicy:
         if not processes.decide("rewards", (run_dir / STATISTICS_FILE).is_file):
             fitted = self._fit(policy, reference, vocabulary, seed)
             processes.decide("statistics", lambda: fitted.save(run_dir))
-        statistics = RewardStatistics.load(run_dir)
+        # The others may have no such file: they do not write, and may not see what process 0 writes.
+        found = processes.decide("found statistics", lambda: RewardStatistics.load(run_dir).as_json())
+        statistics = RewardStatistics.from_json(found)
         RewardStack(self.rewards, statistics)  # Checks the names.
         return statistics
 

@@ -19,14 +19,14 @@ from clp_jax.models.conditioning import (
     check_alpha,
     stack_experts,
 )
-from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy, check_parameters
 from clp_jax.models.serialization import from_json
 from clp_jax.preferences import Preference, validate_weights
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.sampling.steering import ConditionedPolicy, LogitMixture, PerWeight
-from clp_jax.training.checkpoints import CheckpointError, find_checkpoint, load_params
-from clp_jax.training.run_directory import REFERENCE_DIRECTORY
+from clp_jax.training.checkpoint_items import CheckpointError
+from clp_jax.training.places import REFERENCE_DIRECTORY, local_files
+from clp_jax.training.saved_params import find_checkpoint, load_params
 
 # Tokens of a prompt, where no training says.
 PROMPT_LENGTH = 2**16
@@ -37,7 +37,7 @@ class LoadedPolicy:
     """A trained policy.
 
     Attributes:
-        run_dir: where it lies.
+        run_dir: where it lies; of one in a store, a view of its small files.
         step: updates it was trained for.
         policy: its shape.
         params: its parameters, expanded where it is conditioned.
@@ -70,9 +70,8 @@ class LoadedPolicy:
 
     @functools.cached_property
     def served(self) -> Policy:
-        """The policy as it answers requests: its experts' room is shared within a row, whatever shared it in training."""
-        config = self.policy.config
-        return Policy(config.routed_by_row()) if isinstance(config, ModelConfig) else self.policy
+        """See `Policy.served`."""
+        return self.policy.served()
 
     def steerable(self) -> ConditionedPolicy:
         """The policy, ready to generate at any preference."""
@@ -99,7 +98,7 @@ class LoadedPolicy:
 
 
 def load_policy(
-    path: str | Path, load: Callable[[Path], tuple[Params, dict[str, Any], int]] = load_params
+    path: str | Path, load: Callable[[str | Path], tuple[Params, dict[str, Any], int]] = load_params
 ) -> LoadedPolicy:
     """Rebuilds a policy from a run directory, or from one checkpoint in it.
 
@@ -110,8 +109,8 @@ def load_policy(
     Raises:
         CheckpointError: when there is no checkpoint, or it is not one of a policy.
     """
-    run_dir = find_checkpoint(path).parent.parent
-    params, description, step = load(Path(path))
+    run_dir = local_files(find_checkpoint(path).parent.parent)
+    params, description, step = load(path)
     stage = description.get("stage")
     if stage not in ("supervised", "clp", "converted"):
         raise CheckpointError(f"{path} is a run of stage {stage!r}: expected a policy (supervised, clp or converted).")

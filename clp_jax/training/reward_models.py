@@ -27,8 +27,8 @@ from clp_jax.objectives.preference_losses import binary_cross_entropy, bradley_t
 from clp_jax.partitioning import constrain
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.run_directory import write_atomically
+from clp_jax.training.saved_params import load_params
 from clp_jax.training.stage import DataShape, Derived, Outline, StageSetup
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.train_state import TrainState
@@ -160,10 +160,12 @@ class RewardModel:
         data = self._data("train", seed)
         corrupter = self._corrupter(vocabulary.pad_id, vocabulary.eos_ids, seed)
 
+        served = policy.served()
+
         @jax.jit
         def measure(params: Params, pairs: ScoredPairs) -> Array:
             # Whole in every process, which all measure the same.
-            return constrain(LOSSES[self.loss](*_scores(policy, params, pairs, None))[1], None)
+            return constrain(LOSSES[self.loss](*_scores(served, params, pairs, None))[1], None)
 
         def evaluate(params: Params) -> dict[str, float]:
             result = self._evaluate(measure, params, dataclasses.replace(corrupter, seed=seed + 1))
@@ -300,7 +302,7 @@ def load_learned_reward(checkpoint: str, *, name: str | None = None, bound: floa
         raise ValueError(f"{checkpoint} is a run of stage {description['stage']!r}: expected a reward model.")
     return LearnedReward(
         name or description["name"],
-        Policy(from_json(description["model"])),
+        Policy(from_json(description["model"])).served(),
         params,
         description["vocabulary"],
         bound=bound,

@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clp_jax.interop.object_store import StoreError, StorePath
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
-from clp_jax.training.checkpoint_steps import as_path, complete_steps
+from clp_jax.training.checkpoint_steps import complete_steps
+from clp_jax.training.places import CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY, RunView, as_path
 
 CONFIG_FILE = "config.gin"
 DESCRIPTION_FILE = "description.json"
 METRICS_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.json"
 TENSORBOARD_DIRECTORY = "tensorboard"
-CHECKPOINTS_DIRECTORY = "checkpoints"
-REFERENCE_DIRECTORY = "reference"
 _LOCK_FILE = ".lock"
 
 # A run may go on with other values of these: they change how long it lasts and what it tells, not what it computes.
@@ -53,10 +53,16 @@ class RunDirectory:
     """Everything one run writes.
 
     Attributes:
-        path: the directory.
+        path: the directory; of a run in a store, that of its view.
+        view: of a run in a store, the view; None for a directory.
     """
 
     path: Path
+    view: RunView | None = None
+
+    def __str__(self) -> str:
+        """Where the run is, for people."""
+        return str(self.path if self.view is None else self.view.store)
 
     @property
     def metrics(self) -> Path:
@@ -106,17 +112,30 @@ class RunDirectory:
         elif before != description:
             where, old, new = _first_difference(before, description, "")
             raise RunDirectoryError(
-                f"{self.path} holds a run with another {where}: it was {_brief(old)}, now it is {_brief(new)}. Train in a new "
+                f"{self} holds a run with another {where}: it was {_brief(old)}, now it is {_brief(new)}. Train in a new "
                 "run directory, or go back to the old value."
             )
 
+    def put(self) -> None:
+        """Puts what has changed into the store; does nothing for a directory.
+
+        Raises:
+            StoreError: when it can't be written to, or another start owns the run.
+        """
+        if self.view is not None:
+            self.view.put()
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps a second process from training in the same directory.
+        """Keeps a second process from training in the same directory; in a store, ends what the first one writes.
 
         Raises:
             RunDirectoryError: when another process does.
         """
+        if self.view is not None:
+            with self.view.owned():
+                yield
+            return
         with disk_errors(self.path), open(self.path / _LOCK_FILE, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,21 +162,18 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
         RunDirectoryError: when the path is a file, can't be written, holds other things than a run, or holds a run of
             another configuration.
     """
-    try:
-        path = Path(as_path(path))
-    except ValueError as error:
-        raise RunDirectoryError(f"run directory {error}") from error
+    directory = find_run_directory(path)
+    path = directory.path
     for parent in (path, *path.parents):
         if parent.exists() and not parent.is_dir():
             raise RunDirectoryError(f"run directory {path}: {parent} is a file. Give a directory.")
-    directory = RunDirectory(path)
     make_writable(path)
     config = path / CONFIG_FILE
     if not config.is_file():
         foreign = [n for n in (CHECKPOINTS_DIRECTORY, METRICS_FILE, DESCRIPTION_FILE) if (path / n).exists()]
         if foreign:
             raise RunDirectoryError(
-                f"{path} has {' and '.join(foreign)} but no {CONFIG_FILE}: nothing in it was overwritten. Train in a new "
+                f"{directory} has {' and '.join(foreign)} but no {CONFIG_FILE}: nothing in it was overwritten. Train in a new "
                 "run directory."
             )
         directory.write_config(config_text)
@@ -165,12 +181,33 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
     if directory.description() is None and directory.latest_step() is None:
         # It failed before it began: nothing is lost, and the mistake must not be kept.
         with disk_errors(path):
-            shutil.rmtree(path / REFERENCE_DIRECTORY, ignore_errors=True)
+            reference = as_path(path / REFERENCE_DIRECTORY)
+            if isinstance(reference, StorePath):
+                reference.rmtree()
+            else:
+                shutil.rmtree(reference, ignore_errors=True)
             (path / STATISTICS_FILE).unlink(missing_ok=True)
         directory.write_config(config_text)
     else:
-        _check_same(path, bindings(config.read_text()), bindings(config_text))
+        _check_same(directory, bindings(config.read_text()), bindings(config_text))
     return directory
+
+
+def find_run_directory(path: str | os.PathLike) -> RunDirectory:
+    """A run directory as it is; of a run in a store, with a new view of it.
+
+    Args:
+        path: of the directory, or an address.
+
+    Raises:
+        RunDirectoryError: when it is an address of another kind, or the store can't be read.
+    """
+    try:
+        place = as_path(path)
+        view = RunView(place) if isinstance(place, StorePath) else None
+    except (ValueError, StoreError) as error:
+        raise RunDirectoryError(f"run directory {error}") from error
+    return RunDirectory(Path(place)) if view is None else RunDirectory(view.path, view)
 
 
 def bindings(config_text: str) -> dict[str, str]:
@@ -245,7 +282,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise RunDirectoryError(f"run directory {path}: {advice}.") from error
 
 
-def _check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
+def _check_same(directory: RunDirectory, old: dict[str, str], new: dict[str, str]) -> None:
     different = [
         name
         for name in [*old, *(name for name in new if name not in old)]
@@ -259,7 +296,7 @@ def _check_same(path: Path, old: dict[str, str], new: dict[str, str]) -> None:
     more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
     lines = "\n".join([*shown, *more])
     raise RunDirectoryError(
-        f"{path} holds a run of another configuration (old -> new):\n{lines}\n"
+        f"{directory} holds a run of another configuration (old -> new):\n{lines}\n"
         "Nothing was changed. Train in a new run directory, or go back to the old values."
     )
 

@@ -11,20 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from clp_jax import processes
 from clp_jax.array_types import Params
 from clp_jax.interop import orbax_item
 from clp_jax.interop.arrays import ArraySpec, LazyArray, is_float, new_directory
 from clp_jax.interop.links import part_of
+from clp_jax.interop.object_store import is_address
 from clp_jax.interop.regions import Region, whole
 from clp_jax.interop.slots import flatten
 from clp_jax.training import array_store
-from clp_jax.training.checkpoint_manifest import RUN_FILE, ArrayDigest, Manifest
-from clp_jax.training.checkpoint_steps import files_below, is_unverified, read_run
-from clp_jax.training.checkpoint_writer import digest_files
-from clp_jax.training.checkpoints import CheckpointError, find_intact
+from clp_jax.training.checkpoint_items import CheckpointError
+from clp_jax.training.checkpoint_manifest import RUN_FILE, ArrayDigest, Manifest, digest_files, files_below
+from clp_jax.training.checkpoint_steps import is_unverified, read_run
+from clp_jax.training.places import as_path
+from clp_jax.training.saved_params import find_intact
 
 _PARAMS, _EMA = "params", "ema"
 _BLOCK = 1 << 20
@@ -43,6 +44,8 @@ def write_params(path: Path, params: Params, description: dict[str, Any], step: 
     Raises:
         CheckpointError: when the directory exists, or can't be written.
     """
+    if is_address(path):
+        raise CheckpointError(f"{path} is in a store: expected a directory. Write to one, and copy it to the store.")
     leaves = {"/".join(keys): leaf for keys, leaf in flatten(params)}
     rounded = None if dtype is None else jnp.dtype(dtype)
     specs = {
@@ -60,7 +63,7 @@ def write_params(path: Path, params: Params, description: dict[str, Any], step: 
                 writer.write(name, array)
             writer.finish()
             (partial / RUN_FILE).write_text(json.dumps(run))
-            place = epath.Path(partial)
+            place = as_path(partial)
             Manifest(step, 1, digest_files(place, files_below(place)), {_PARAMS: arrays}).write(place)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"parameters could not be written to {path}: {error}") from error
@@ -74,7 +77,7 @@ def open_params(path: str | os.PathLike) -> tuple[Params, dict[str, Any], int]:
     Raises:
         CheckpointError: when there is no intact checkpoint, or it can't be read.
     """
-    found = epath.Path(processes.decide("checkpoint", lambda: str(find_intact(path))))
+    found = as_path(processes.decide("checkpoint", lambda: str(find_intact(path))))
     run = read_run(found)
     item = _EMA if (found / _EMA).is_dir() else _PARAMS
     check = None if is_unverified(found) else functools.partial(Manifest.read(found).verify_part, item)

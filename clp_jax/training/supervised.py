@@ -28,7 +28,8 @@ from clp_jax.nn.vocabulary_loss import chunked_token_statistics
 from clp_jax.objectives.losses import token_cross_entropy
 from clp_jax.training.adafactor_slots import load_slots
 from clp_jax.training.checkpoint_manifest import leaves_by_path
-from clp_jax.training.checkpoints import find_checkpoint
+from clp_jax.training.places import local_files
+from clp_jax.training.saved_params import find_checkpoint
 from clp_jax.training.stage import DataBatches, DataShape, Derived, Outline, StageSetup, inherited
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.transfer import Transfer
@@ -150,7 +151,7 @@ class Supervised:
         other = self.upcycle or self.transfer is not None
         if self.initial_checkpoint is None or other or description["stage"] != "converted":
             return None
-        return load_slots(find_checkpoint(self.initial_checkpoint).parent.parent)
+        return load_slots(local_files(find_checkpoint(self.initial_checkpoint).parent.parent))
 
     def _initial(
         self, policy: Policy, seed: int, params: Params | None, description: dict[str, Any], step: int
@@ -194,7 +195,8 @@ class Supervised:
     def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
         converter = functools.partial(sequence_batch, start_id=loss_fn.policy.config.start_id)
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=converter)
-        step = jax.jit(lambda params, batch: loss_fn.sums(params, batch, None)[1:])
+        alone = dataclasses.replace(loss_fn, policy=loss_fn.policy.served())
+        step = jax.jit(lambda params, batch: alone.sums(params, batch, None)[1:])
 
         def evaluate(params: Params) -> dict[str, float]:
             rows = HostRows.of(self.batch_size)

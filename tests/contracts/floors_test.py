@@ -37,7 +37,7 @@ FLOORS = (
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TOP = len(FLOORS) - 1
-# `clp_jax/__init__.py` holds the version alone.
+# `clp_jax/__init__.py` holds the version, and finds the folders beside it.
 BELOW_ALL = -1
 
 # Packages that only some modules may import: a pattern for the package, one for the paths, and why.

@@ -105,7 +105,7 @@ def test_the_wheel_holds_all_sources_and_gin_files_and_nothing_else(wheel):
 
 
 def test_installed_it_answers_from_anywhere(site, tmp_path):
-    script = "import clp_jax, clp_jax.tasks, clp_jax.launch; print(clp_jax.__file__, clp_jax.tasks.__file__)"
+    script = "import clp_jax.tasks, clp_jax.launch as l; print(clp_jax.__file__, clp_jax.tasks.__file__, l.__file__)"
     for file in run(sys.executable, "-c", script, cwd=tmp_path, path=site).split():
         assert Path(file).is_relative_to(site)
     overview = run(sys.executable, str(site / "bin" / "clp"), "--help", cwd=tmp_path, path=site)

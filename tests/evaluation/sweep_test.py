@@ -14,11 +14,13 @@ from clp_jax.evaluation.pareto import hypervolume, non_dominated
 from clp_jax.evaluation.statistics import bootstrap
 from clp_jax.evaluation.sweep import REFERENCE_POINT, Sweep
 from clp_jax.models.conditioning import ParameterConditioning
+from clp_jax.models.config import MoEConfig
 from clp_jax.models.serialization import to_json
+from clp_jax.nn.routing import TokenChoice
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
 from clp_jax.rewards.stack import fingerprints
-from clp_jax.training.checkpoints import load_params, save_params
+from clp_jax.training.saved_params import load_params, save_params
 
 
 @pytest.mark.parametrize("names", [NAMES, ("a", "b", "c")])
@@ -104,9 +106,9 @@ def test_missing_results_say_what_to_run(tmp_path):
 REWARDS = (Brevity(limit=4), FunctionReward("letters", lambda p, completions, r: [len(text) for text in completions]))
 
 
-def make_run(home, name, components):
+def make_run(home, name, components, sft="sft"):
     """What a run of the multi-objective stage leaves, with these components."""
-    params, description, _ = load_params(home / "sft")
+    params, description, _ = load_params(home / sft)
     conditioning = ParameterConditioning("full", 2)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(components(params, k) for k in range(2)))
     path = home / name
@@ -171,6 +173,20 @@ def test_a_sweep_of_a_tiny_policy(home, capsys):
     written = (path / "results.json").stat().st_mtime_ns
     assert sweep_of(path, home) == sweep and (path / "results.json").stat().st_mtime_ns == written
     assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_prompt_is_evaluated_alone(home):
+    """Whatever fills its batch up, where training shared the room of experts over a batch too."""
+    router = TokenChoice(train_capacity=2.0, eval_capacity=0.5, group="batch")
+    model = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2, router=router))
+    make_supervised(home / "crowded_sft", home / "data", model)
+    found = []
+    for batch_size in (6, 8):
+        path = make_run(home, f"crowded{batch_size}", lambda params, k: params, "crowded_sft")
+        found.append(sweep_of(path, home, batch_size=batch_size, weights=[[0.5, 0.5]]).points[0])
+    assert found[0].kl.mean != 0  # Something is dropped.
+    np.testing.assert_allclose(found[0].kl.mean, found[1].kl.mean, rtol=1e-5)
+    assert found[0].raw_rewards == found[1].raw_rewards
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ def test_what_is_in_it_is_an_installation(tmp_path):
         "clp_jax/gin_configs/runs/train.gin",
     } <= set(files)
     assert {name.split("/")[0] for name in files} == {
-        "clp_jax", "work", "requirements.txt", "constraints.txt", "ENVIRONMENT"
+        "clp_jax", "work", "requirements.txt", "constraints.txt", "ENVIRONMENT", "VERSION"
     }  # fmt: skip
+    assert files["VERSION"].decode() == f"{code.code_version()}\n"
     requirements = files["requirements.txt"].decode().splitlines()
     assert "jax[tpu]>=0.10" in requirements and "gin-config>=0.5" in requirements
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,10 @@ def test_stopping_a_job_that_another_launcher_looks_after(world, capsys):
         (["launch", "local", "--name=A", "--", "true"], "the name of the job is 'A'"),
         (["launch", "local", "--name=a", "--name=b", "--", "true"], "--name is given twice."),
         (["launch", "local", "--", "no-such-program"], "there is no command 'no-such-program' on this machine."),
+        (
+            ["launch", "tpu-vm", "--topology=v5e:4x4", "--zone=us-west4-a", "--", "trian", "--gin_file=a.gin"],
+            "there is no command 'trian' (did you mean train?).",
+        ),
         (["launch", "local", "--look=soon", "--", "true"], "--look is 'soon': expected a number."),
         (
             ["launch", "tpu-vm", "--topology=v5e:4x4", "--", "true"],
@@ -147,6 +154,35 @@ def test_a_name_of_another_job_is_refused(capsys):
     assert clp("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING) == 0
     assert clp("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING, "other") == 2
     assert "there is another job 'job'" in capsys.readouterr().err
+
+
+TAKEN = {
+    "tpu-vm": (
+        ("--topology=v5e:2x2", "--zone=us-west4-a"),
+        "there is a queued resource job-1 in us-west4-a already: give another --name.",
+    ),
+    "gke": (("--topology=v5e:2x2",), "there is a JobSet job-1 already: give another --name."),
+    "slurm": ((), "there is a job job-1 in the queue already: give another --name."),
+    "local": ((), "give this one another name: --name=NAME."),
+    "xmanager": ((), "give this one another name: --name=NAME."),
+}
+
+
+@pytest.mark.parametrize("target", TAKEN)
+def test_a_name_that_is_taken_is_one_line_and_nothing_is_created(world, capsys, monkeypatch, target):
+    """By a job of another directory of records, where the target has names of its own; else by another job."""
+    options, message = TAKEN[target]
+    made, there = world.record(target, dict(option[2:].split("=") for option in options), words=("other",))
+    if target in ("tpu-vm", "gke", "slurm"):
+        monkeypatch.setenv("CLP_JOBS_DIR", "/var/tmp/clp-jobs-of-nobody")
+        made.append("queued", attempt=1)
+        there.submit(made)
+    before = (world.state, world.calls("sbatch"), sorted(jobs_directory().glob("*")))
+    assert clp("launch", target, *options, "--name=job", "--", *TRAINING) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("clp launch: error: ") and told.endswith(f"{message}\n") and told.count("\n") == 1
+    assert (world.state.get("created"), world.runs) == (before[0].get("created"), [])
+    assert (world.calls("sbatch"), sorted(jobs_directory().glob("*"))) == before[1:]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +224,30 @@ def test_a_secret_in_the_command_is_refused(capsys, monkeypatch):
     assert not jobs_directory().exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("local", []),
+        ("slurm", []),
+        ("gke", ["--topology=v5e:2x2"]),
+        ("tpu-vm", ["--topology=v5e:2x2", "--zone=us-west4-a"]),
+    ],
+)
+def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, target, options):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    # Nodes have no /tmp together.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        monkeypatch.setenv("CLP_JOBS_DIR", folder)
+        assert clp("launch", target, *options, "--name=job", "--look=0.05", "--", *TRAINING) == 0
+        files = [path for path in jobs_directory().rglob("*") if path.is_file()]
+        assert files and not [path for path in files if b"0123456789abcdef" in path.read_bytes()]
+    assert "0123456789abcdef" not in (world.path / "calls.jsonl").read_text() if world.calls() else target == "local"
+    # A cluster's nodes and this machine have the variable; what is elsewhere has it only where it is asked for.
+    assert [run.get("WANDB_API_KEY") for run in world.runs] == [
+        "0123456789abcdef" if target in ("local", "slurm") else None
+    ]
+
+
 def test_a_commands_own_mistake_comes_before_anything(world, capsys):
     assert clp("launch", "local", "--", "train", "--gin_file=examples/pydoc_sft.gin", "--gin.NO_SUCH=1") == 2
     told = capsys.readouterr().err
@@ -199,10 +259,9 @@ def test_the_run_directory_is_what_the_configuration_says(tmp_path):
     words = ("clp", "train", "--gin_file=examples/pydoc_sft.gin", f"--gin.SFT_DIR='{tmp_path}/a run'")
     assert run_dir_of(words) == f"{tmp_path}/a run"
     assert run_dir_of(("python3", "x.py")) is None
-    with pytest.raises(
-        LaunchError, match="Let the workers mount the bucket, and name it there: --mounts=b=/mnt/b, and /mnt/b/run"
-    ):
-        run_dir_of(("clp", "train", "--gin_file=examples/pydoc_sft.gin", "--gin.SFT_DIR='gs://b/run'"))
+    assert run_dir_of((*words[:-1], "--gin.SFT_DIR='gs://b/run'")) == "gs://b/run"
+    with pytest.raises(LaunchError, match="'hdfs://b/run': expected a directory, gs://BUCKET/NAME or s3://BUCKET/NAME"):
+        run_dir_of((*words[:-1], "--gin.SFT_DIR='hdfs://b/run'"))
 
 
 SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "num_slices": "2"})
@@ -211,7 +270,7 @@ SLICES = find_target("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a", "nu
 COMPILER = """#!/bin/sh
 echo "$@" > {folder}/asked
 for word in "$@"; do case "$word" in --output=*) [ -z '{report}' ] || echo '{report}' > "${{word#--output=}}";; esac; done
-echo "a mesh of 3." >&2
+echo "clp compile: error: a mesh of 3." >&2
 exit {code}
 """
 FITS, TOO_LARGE = (
@@ -276,8 +335,10 @@ def test_the_compiler_itself_says_what_fits(world, capsys, monkeypatch, mlp_dim)
     sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1, "embed_dim": 128, "head_dim": 32, "mlp_dim": mlp_dim}
     words = ["train", "--gin_file=examples/pydoc_sft.gin", "--gin.RUN_DIR=/mnt/b/run"]
     words += [f"--gin.t5_1_1.{name}={value}" for name, value in sizes.items()]
+    # The compiler takes twice as long for a batch and a vocabulary of the usual size, on four chips.
+    words += ["--gin.BATCH_SIZE=4", "--gin.VOCAB_SIZE=128"]
     world.trouble("create", "quota")
-    where = ("--topology=v5e:2x2", "--zone=us-west4-a", "--mounts=bkt=/mnt/b")
+    where = ("--topology=v5e:1x1", "--zone=us-west4-a", "--mounts=bkt=/mnt/b")
     code = clp("launch", "tpu-vm", *where, "--name=job", "--look=0.05", "--", *words)
     told = capsys.readouterr().err
     asked = [call for call in world.calls("gcloud") if "create" in call]
@@ -286,7 +347,9 @@ def test_the_compiler_itself_says_what_fits(world, capsys, monkeypatch, mlp_dim)
         assert (code, len(asked)) == (1, 1) and "Quota limit" in told
     else:
         assert (code, asked) == (2, []) and not jobs_directory().exists()
-        assert "clp launch: error: it does not fit v5e:2x2: update needs 2" in told and "GiB of a device's 15.8" in told
+        (needed,) = re.findall(r"error: it does not fit v5e:1x1: update needs (\S+) GiB of a device's 15\.8\.", told)
+        # Parameters and two moments of three matrices in each of two layers, in float32.
+        assert float(needed) > 3 * 3 * 2 * 4 * 128 * mlp_dim / 2**30
 
 
 def test_files_of_the_user_shadow_no_library(world, here):
@@ -301,10 +364,33 @@ def test_files_of_the_user_shadow_no_library(world, here):
     assert run_dir_of(("clp", "train", "--gin_file=my.gin", "--gin.SFT_DIR=runs/mine")) == "runs/mine"
 
 
-def test_without_the_compiler_it_is_said_that_nobody_knows(capsys, monkeypatch):
+HIDDEN = """
+import importlib.util, sys
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "libtpu" else real(name, *rest)
+from clp_jax.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("tensor", [2, 3])
+def test_without_the_compiler_the_mesh_is_known_and_nothing_else(tmp_path, capsys, monkeypatch, tensor):
+    # A Python that has no libtpu.
+    program = tmp_path / "without"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c {shlex.quote(HIDDEN)} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(launching, "local_command", lambda words: (str(program), *words))
     monkeypatch.setattr(launching, "_has_compiler", lambda: False)
-    job = launching.Job("job", ("clp", "train"), "tpu-vm")
-    launching.check_that_it_fits(SLICES, job, ("train", "compile"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    layout = ("--gin_file=sharding/fsdp_tensor.gin", f"--gin.TENSOR={tensor}")
+    job = launching.Job("job", ("clp", "train", "--gin_file=examples/pydoc_sft.gin", *layout), "tpu-vm")
+    if tensor == 2:
+        launching.check_that_it_fits(SLICES, job, ("train", "compile"))
+    else:
+        with pytest.raises(
+            LaunchError, match=r"make_mesh\(fsdp=-1, tensor=3\): the sizes must multiply to the 32 devices"
+        ):
+            launching.check_that_it_fits(SLICES, job, ("train", "compile"))
     assert "The extra `aot` is not installed" in capsys.readouterr().err
 
 
@@ -337,14 +423,38 @@ def test_clp_stands_for_this_package():
     assert local_command(("python3", "x")) == ("python3", "x")
 
 
-def test_it_works_in_a_checkout_without_an_installation(tmp_path):
+OTHER_CHECKOUT = """
+import sys
+from importlib.util import spec_from_file_location
+from pathlib import Path
+
+class Editable:
+    # What an editable installation of another checkout adds.
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        file = Path("other") / f"{name.rpartition('.')[2]}.py"
+        return spec_from_file_location(name, file) if file.is_file() else None
+
+sys.meta_path[:] = [f for f in sys.meta_path if "ditable" not in repr(f)] + [Editable] * OTHER
+import clp_jax.launch, clp_jax.tasks
+from clp_jax.main import main
+print(clp_jax.launch.__file__, clp_jax.tasks.__file__)
+sys.exit(main(["jobs", "list"]))
+"""
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["none", "another checkout"])
+def test_a_checkout_uses_what_is_beside_it_whatever_is_installed(tmp_path, other):
     root = Path(cli.__file__).parents[1]
-    # An editable installation would find `launch`.
-    program = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
-    program += "from clp_jax.main import main; sys.exit(main(['jobs', 'list']))"
+    (tmp_path / "other").mkdir()
+    for name in ("launch", "tasks"):
+        (tmp_path / "other" / f"{name}.py").touch()
     environment = {"PYTHONPATH": str(root), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    program = OTHER_CHECKOUT.replace("OTHER", str(int(other)))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE"]
+    files, table = done.stdout.splitlines()
+    assert files.split() == [str(root / "launch" / "__init__.py"), str(root / "tasks" / "__init__.py")]
+    assert table.split() == ["NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from clp_jax.launch import calls, space
+from clp_jax.launch.arrays import Arrays
 from clp_jax.launch.job import JobRecord, all_records, jobs_directory
 from clp_jax.launch.slurm import Slurm
 from clp_jax.launch.slurm_arrays import SlurmArrays
@@ -41,7 +42,7 @@ def arrays(world):
 
 def asked(world):
     """Six attempts that were submitted, two at a time, and not asked for."""
-    together = SlurmArrays.of(Slurm(), "s", Path("arrays").absolute(), 2)
+    together = SlurmArrays.of(Slurm(), Arrays("s", Path("arrays").absolute(), 2))
     records = [world.record("slurm", {}, name=name)[0] for name in "abcdef"]
     for record in records:
         record.append("queued", attempt=1)

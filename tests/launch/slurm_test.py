@@ -49,15 +49,41 @@ def test_nodes_are_taken_away(world, problem):
     assert world.state["created"] == ["job-1", "job-2"] and left(world) == []
 
 
-def test_a_failure_is_tried_again_with_or_without_accounts(world):
-    for name, accounts in (("with", True), ("without", False)):
-        record, target = world.record("slurm", {}, name=name)
-        world.trouble("training", {"code": 4})
-        if not accounts:
-            world.trouble("no_accounts", times=9)
-        assert world.run(record, target).phase == "succeeded"
-        assert "worker 0 ended with exit code 4" in [state.detail for state in record.states]
-    assert left(world) == []
+@pytest.fixture(params=["accounts", "switched off", "not installed"])
+def accounts(request, world):
+    """Clusters that account for jobs, and those that do not."""
+    if request.param == "switched off":
+        world.trouble("no_accounts", times=99)
+    elif request.param == "not installed":
+        (world.path.parent / "tools" / "sacct").unlink()
+
+
+def test_a_failure_is_tried_again(world, accounts):
+    record, target = world.record("slurm", {})
+    world.trouble("training", {"code": 4})
+    assert world.run(record, target).phase == "succeeded"
+    assert "worker 0 ended with exit code 4" in [state.detail for state in record.states]
+    assert left(world) == [] and len(world.runs) == 2
+
+
+def test_a_mistake_is_not_tried_again(world, accounts):
+    record, target = world.record("slurm", {})
+    world.trouble("training", {"code": 2})
+    end = world.run(record, target)
+    assert end.phase == "failed" and end.detail.endswith("[0] the last line")
+    assert len(world.runs) == 1
+
+
+def test_what_is_killed_goes_on_in_another_attempt(world, accounts):
+    record, target = world.record("slurm", {})
+    world.trouble("training", {"sleep": 60})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    world.trouble("preempt")
+    assert world.run(record, target).phase == "succeeded"
+    # Without accounts nobody knows that it was taken away.
+    (between,) = [state for state in record.states if state.phase in ("preempted", "broken")]
+    assert between.detail in ("PREEMPTED", "worker 0 ended with exit code 137")
+    assert world.state["created"] == ["job-1", "job-2"] and left(world) == []
 
 
 def test_a_refused_job_is_not_tried_again(world):

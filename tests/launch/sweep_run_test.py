@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from clp_jax.launch import space
-from clp_jax.launch.job import all_records
+from clp_jax.launch.job import all_records, jobs_directory
 from clp_jax.launch.sweep import Sweep
-from clp_jax.launch.sweep_run import SweepDirectory
+from clp_jax.launch.sweep_run import Settings, SweepDirectory, run_sweep
+from clp_jax.launch.targets import find_target
 
 from clp_jax.main import main
 
 from .conftest import until
-from .trials import COMMAND, METRICS, begun, most_at_once, notes, run
+from .trials import COMMAND, METRICS, QUICK, begun, most_at_once, notes, run
 
 YAML = f"command: {COMMAND} --seconds=0.2\nspace: {{grid: {{A: [1, 2, 3]}}}}\nseeds: 2\nmetrics: {{loss: minimize}}\n"
 
@@ -40,6 +41,19 @@ def test_every_trial_runs_once_and_so_many_at_once():
     assert len(run(grown, max_concurrent=3)) == 12
     assert len(begun()) == len(set(begun())) == 12
     assert "| 3 | 3 | 1 ± 0.58 |" in Path("sweep/table.md").read_text()
+
+
+def test_trials_elsewhere_leave_their_metrics_in_a_bucket(world, tmp_path):
+    (world.path / "buckets" / "runs").mkdir(parents=True)
+    (tmp_path / "mnt").symlink_to(world.path / "buckets" / "runs")
+    options = {"topology": "v5e:2x2", "zone": "us-west4-a", "mounts": f"runs={tmp_path}/mnt"}
+    settings = Settings(find_target("tpu-vm", options), options, ["train"], max_concurrent=2, patience=QUICK)
+    rows = run_sweep(Sweep(COMMAND, space.grid({"A": [1, 2]}), metrics=METRICS), tmp_path / "mnt" / "sweep", settings)
+    assert [(row.state, row.metrics["loss"]) for row in rows] == [("succeeded", 4), ("succeeded", 1)]
+    assert {record.job.run_dir.rpartition("/")[0] for record in all_records(jobs_directory())} == {
+        "gs://runs/sweep/trials"
+    }
+    assert world.state["resources"] == {} and len(world.state["created"]) == 2
 
 
 def test_one_at_a_time_is_the_default():

@@ -133,6 +133,18 @@ def test_two_slices_are_one_queued_resource(world):
     assert world.state["resources"] == {}
 
 
+def test_the_output_of_all_slices_is_followed_at_once(world):
+    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2", "num_slices": "2"}, words=("a b",))
+    world.trouble("training", {"until": "go"}, times=2)
+    until(lambda: advance(record, target, QUICK) and len(world.runs) == 2)
+    lines = target.logs(record, follow=True)
+    assert {next(lines), next(lines)} == {f"[job-1-{i}-w-0] training ['a b']" for i in (0, 1)}
+    (world.path / "go").touch()
+    assert {next(lines), next(lines)} == {f"[job-1-{i}-w-0] the last line" for i in (0, 1)}
+    lines.close()
+    assert world.run(record, target).phase == "succeeded"
+
+
 def test_quota_is_refused_for_good(world):
     record, target = world.record("tpu-vm", SPOT)
     world.trouble("create", "quota")

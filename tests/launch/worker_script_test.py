@@ -9,11 +9,12 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from clp_jax.launch.target import Write
+from clp_jax.launch.supervisor import advance
+from clp_jax.launch.target import Run, Write
 from clp_jax.launch.targets import find_batch
 from clp_jax.launch.worker_script import worker_script
 
-from .conftest import AWKWARD, until
+from .conftest import AWKWARD, QUICK, until
 
 WORDS = ["plain", "a b", "", "*", "~", "-n", "$HOME", "`id`", "'", '"', "\\", "a\nb", "é", "!x", "#", AWKWARD]
 SHOW = "import json, os, sys; print(json.dumps([sys.argv[1:], os.getcwd(), os.environ.get('NAME')]))"
@@ -77,7 +78,10 @@ def _read(path):
 SHELLCHECK = Path(sysconfig.get_path("scripts")) / "shellcheck"
 
 
-@pytest.mark.skipif(not SHELLCHECK.exists(), reason="needs shellcheck, of the extra `test`")
+shellchecked = pytest.mark.skipif(not SHELLCHECK.exists(), reason="needs shellcheck, of the extra `test`")
+
+
+@shellchecked
 @pytest.mark.parametrize(
     ("target", "options"),
     [
@@ -93,7 +97,7 @@ SHELLCHECK = Path(sysconfig.get_path("scripts")) / "shellcheck"
             },
         ),
         ("tpu-vm", {"topology": "v5e:4x4", "zone": "us-west4-a"}),
-        ("gke", {"topology": "v5e:4x4", "num_slices": "2", "secrets": "A=b/c"}),
+        ("gke", {"topology": "v5e:4x4", "num_slices": "2", "secrets": "A=b/c", "mounts": "bkt=/mnt/a b"}),
         ("slurm", {"nodes": "2"}),
         ("slurm", {}),
         ("slurm array", {"nodes": "2"}),
@@ -109,6 +113,27 @@ def test_shellcheck_has_nothing_to_say(world, tmp_path, target, options):
     if target == "gke":
         (manifest,) = [step.text for step in made.dry_run(record) if isinstance(step, Write)]
         scripts = [("run.sh", json.loads(manifest)["items"][0]["data"]["run.sh"])]
+    # What is typed for a shell on the other side.
+    runs = [word for step in steps if isinstance(step, Run) for word in step.words if word.startswith("--command=")]
+    scripts += [(f"command-{i}.sh", f"#!/bin/bash\n{word.partition('=')[2]}\n") for i, word in enumerate(runs)]
+    check(tmp_path, scripts)
+
+
+@shellchecked
+def test_shellcheck_has_nothing_to_say_of_what_is_asked_of_workers(world, tmp_path):
+    """Of looking, following and stopping: what a whole life of a job on TPU VMs sends over SSH."""
+    record, target = world.record("tpu-vm", {"topology": "v5e:2x2", "zone": "us-west4-a"})
+    world.trouble("training", {"sleep": 60})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    list(target.logs(record, lines=3))
+    record.stop_request.touch()
+    assert world.run(record, target).phase == "stopped"
+    words = {word for call in world.calls("gcloud") for word in call if word.startswith("--command=")}
+    assert len(words) >= 5
+    check(tmp_path, [(f"{i}.sh", f"#!/bin/bash\n{word.partition('=')[2]}\n") for i, word in enumerate(sorted(words))])
+
+
+def check(tmp_path, scripts):
     assert scripts
     for name, text in scripts:
         (tmp_path / name).write_text(text)

@@ -80,7 +80,7 @@ def test_decoding_step_by_step_is_the_whole_forward(policy, whole):
     assert whole.shape == (3, 7, 13) and whole.dtype == jnp.float32
     np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-5)
     window = policy.config.window
-    lengths = {layer.keys.shape[3] for stack in cache.stacks for layer in stack}
+    lengths = {layer.keys.shape[-2] for stack in cache.stacks for layer in stack}
     assert lengths == ({7} if window is None else {window} if all(policy.config.window_pattern) else {7, window})
 
 
@@ -128,7 +128,7 @@ def test_samples_of_a_prompt_share_its_keys(name):
     logits, cache = step_by_step(policy, params, PROMPTS, jnp.asarray(completions), num_samples=2)
     np.testing.assert_allclose(logits, apart, rtol=1e-4, atol=1e-5)
     for layer in (layer for stack in cache.stacks for layer in stack):
-        assert layer.prompt_keys.shape[1] == 3 and layer.keys.shape[1] == 6
+        assert layer.prompt_keys.shape[-4] == 3 and layer.keys.shape[-4] == 6
 
 
 def test_a_prefix_sees_itself_in_both_directions():

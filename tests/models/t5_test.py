@@ -73,8 +73,8 @@ def test_samples_of_a_prompt_share_its_encoding():
     # Cross-attention keys are those of two prompts, self-attention keys of four rows.
     assert len(cache.stacks) == 2
     for (layer,) in cache.stacks:
-        assert layer.prompt_keys.shape == layer.prompt_values.shape == (1, 2, 2, 6, 4)
-        assert layer.keys.shape == layer.values.shape == (1, 4, 2, 7, 4)
+        assert layer.prompt_keys.shape == layer.prompt_values.shape == (2, 2, 6, 4)
+        assert layer.keys.shape == layer.values.shape == (4, 2, 7, 4)
     _, deep = step_by_step(Policy(tiny_config(scan_unroll=1)), params, prompts, COMPLETIONS, num_samples=2)
     ((layer,),) = deep.stacks
     assert layer.prompt_keys.shape == (2, 2, 2, 6, 4) and layer.keys.shape == (2, 4, 2, 7, 4)

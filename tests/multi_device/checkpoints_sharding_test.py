@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import counted
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_manifest import DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import as_path
-from clp_jax.training.checkpoints import CheckpointError, Checkpoints, load_params
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.guards import Guards
+from clp_jax.training.saved_params import load_params
 from clp_jax.training.train_state import TrainState
 
 SPECS = {"rows": PartitionSpec("x"), "both": PartitionSpec("x", "y"), "columns": PartitionSpec(None, ("x", "y"))}
@@ -76,3 +79,15 @@ def test_a_wrong_shard_is_found_where_one_process_reads_all(saved, tmp_path):
             load_params(saved / "1")
     finally:
         manifest.write(place)
+
+
+def test_saving_what_devices_hold_alike_compiles_nothing(tmp_path):
+    """Cut into a piece for each device, every array would be a program for each of them."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    values = np.arange(240, dtype=np.float32).reshape(24, 10)  # Of a shape that nothing else here has.
+    params = {"columns": jax.device_put(values, NamedSharding(mesh, PartitionSpec(None, "y")))}
+    state = dataclasses.replace(state_of(1, (4, 2), {}), params=params)
+    with Checkpoints(tmp_path) as checkpoints, counted() as programs:
+        checkpoints.save(1, state, {"examples": 0}, {"stage": "toy"}, {})
+    assert programs == []
+    np.testing.assert_array_equal(load_params(tmp_path)[0]["columns"], values)

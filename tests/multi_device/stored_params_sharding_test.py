@@ -14,8 +14,9 @@ from clp_jax.host_rows import place_whole
 from clp_jax.interop import orbax_item
 from clp_jax.interop.arrays import LazyArray
 from clp_jax.models.policy import Policy
-from clp_jax.training.checkpoints import CheckpointError, load_params, save_params
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.learner import Learner
+from clp_jax.training.saved_params import load_params, save_params
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.supervised import SupervisedLoss
 from clp_jax.training.transfer import Transfer

@@ -12,9 +12,10 @@ import pytest
 from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.supervisor import Patience, supervise
 from clp_jax.launch.targets import find_target
+from groups import compiled_programs
 
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+from clp_jax.training.saved_params import load_params
 
 STEPS = 12
 SIZES = ("embed_dim=8", "mlp_dim=12", "num_heads=2", "head_dim=4")
@@ -60,7 +61,9 @@ def kill_one(record, seconds=240):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_a_killed_process_changes_nothing_in_the_end(home, tmp_path, processes):
+def test_a_killed_process_changes_nothing_in_the_end(home, tmp_path, monkeypatch, processes):
+    for name, value in compiled_programs(home).items():
+        monkeypatch.setenv(name, value)
     patience = Patience(look=0.1, first_wait=0.1)
     calm, calm_target = launch(home, tmp_path / "calm", processes)
     supervise([calm], [calm_target], patience)

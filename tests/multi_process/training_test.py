@@ -1,21 +1,22 @@
-"""Real processes, two and four: the numbers of one process on the same mesh, stopping, going on, being killed."""
+"""Real processes, two and four: the bits of one process on the same mesh, stopping, going on, being killed."""
 
 import json
 import re
+import shutil
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 from groups import start
+from same_runs import Comparison, read_notes
 from tiny_runs import MODEL
 
 from clp_jax.data.reader import DataSource, prompt_batch, sequence_batch
 from clp_jax.processes import RESTARTABLE
 from clp_jax.rewards.pairs import Corrupter
-from clp_jax.training.checkpoints import load_params
-from clp_jax.training.metrics import DIGEST_METRICS, TIMING_METRICS, read_metrics
+from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+from clp_jax.training.saved_params import load_params
 
 STEPS = 4
 ALL = ("packed", "experts", "policy", "rewards")
@@ -32,31 +33,18 @@ def lines(run_dir):
     return [{k: v for k, v in r.items() if k not in TIMING_METRICS} for r in read_metrics(run_dir / "metrics.jsonl")]
 
 
-def number(value):
-    """JSON has no NaN."""
-    return float("nan") if value is None else value
+def assert_same(run_dir, expected, counts, exact=True):
+    """Checkpoints, metrics, and what was read by the processes that they had, one number or several after another."""
+    comparison = Comparison(exact)
+    comparison.checkpoints(run_dir, expected)
+    comparison.metrics(run_dir, expected)
+    comparison.batches(notes_of(run_dir, counts), notes_of(expected, [1]))
+    assert not comparison.differences, "\n".join(comparison.differences)
 
 
-def assert_same_metrics(run_dir, expected, rtol):
-    found, wanted = lines(run_dir), lines(expected)
-    assert [r["step"] for r in found] == [r["step"] for r in wanted]
-    for now, then in zip(found, wanted, strict=True):
-        assert now.keys() == then.keys()
-        for name in now.keys() - {"stage"} - DIGEST_METRICS:  # Other processes may sum in another order.
-            message = f"{name} {now['step']}"
-            np.testing.assert_allclose(number(now[name]), number(then[name]), rtol=rtol, atol=1e-7, err_msg=message)
-
-
-def assert_same_params(run_dir, expected, rtol):
-    (params, _, step), (wanted, _, wanted_step) = load_params(run_dir), load_params(expected)
-    assert step == wanted_step
-    for (path, now), then in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True):
-        if jax.tree_util.keystr(path, simple=True) == "score_bias":  # Pairs do not see it: rounding alone moves it.
-            assert max(abs(now), abs(then)) < 1e-5
-            continue
-        # What began at zero is nothing but a few updates, or their rounding: it is compared at the size of its neighbours.
-        scale = max(np.abs(then).max(), 0.1)
-        np.testing.assert_allclose(now / scale, then / scale, rtol=0, atol=rtol, err_msg=jax.tree_util.keystr(path))
+def notes_of(run_dir, counts):
+    """The files of all processes."""
+    return [run_dir.parent / f"{run_dir.name}.notes.{count}.{number}" for count in counts for number in range(count)]
 
 
 def notes(run_dir, num_processes, number):
@@ -110,13 +98,11 @@ def two(home, tmp_path_factory, alone):
 
 @pytest.mark.parametrize("name", ALL)
 def test_two_processes_train_as_one_does(alone, two, name):
-    assert_same_metrics(two / name, alone / name, rtol=1e-6)
-    assert_same_params(two / name, alone / name, rtol=1e-6)
+    assert_same(two / name, alone / name, [2])
 
 
 def test_a_tensor_axis_may_cross_processes(alone, two):
-    assert_same_metrics(two / "crossed" / "packed", alone / "packed", rtol=1e-6)
-    assert_same_params(two / "crossed" / "packed", alone / "packed", rtol=1e-6)
+    assert_same(two / "crossed" / "packed", alone / "packed", [2])
 
 
 @pytest.mark.parametrize("name", ["packed", "crossed/packed"])
@@ -169,6 +155,39 @@ def test_only_process_0_writes_and_all_keep_quiet_about_it(two):
     assert "supervised" not in quiet and "Traceback" not in quiet
 
 
+def test_several_processes_make_steps_again_and_find_a_bit(home, two, tmp_path):
+    """Two of each: from the checkpoint before, to the bit; where the run wrote another last bit, all say so and end."""
+    shutil.copytree(two / "packed", tmp_path / "packed")
+    path = tmp_path / "packed" / "metrics.jsonl"
+    wrote = [json.loads(line) for line in path.read_text().splitlines()]
+    wrote[3]["grad_norm"] = float(np.nextafter(np.float32(wrote[3]["grad_norm"]), np.float32(np.inf)))
+    path.write_text("".join(json.dumps(line) + "\n" for line in wrote))
+    again = [
+        {
+            "name": run_dir.name,
+            "run_dir": str(run_dir),
+            "replay": STEPS,
+            "notes": str(tmp_path / f"{run_dir.name}.again"),
+        }
+        for run_dir in (two / "policy", tmp_path / "packed")
+    ]
+    group = start(tmp_path / "replays", home, again, num_processes=2, devices=2)
+    assert group.wait(300) == [1, 1], group.text()
+    said = [line.removeprefix("replay: ") for line in group.logs[0].read_text().splitlines() if "replay: " in line]
+    compared = ", ".join(sorted(lines(two / "policy")[3].keys() - {"step", "stage"}))
+    assert said[:3] == [
+        "from the checkpoint of step 2",
+        *(f"step {n}: the same to the bit: {compared}" for n in (3, 4)),
+    ]
+    assert said[3] == "from the checkpoint of step 2" and said[4].startswith("step 3: the same to the bit: ")
+    change = f"  grad_norm: {wrote[3]['grad_norm']} -> {lines(two / 'packed')[3]['grad_norm']}"
+    assert "step 4 gave other numbers than the run" in group.text() and change in group.logs[0].read_text()
+    assert "replay: " not in group.logs[1].read_text()
+    held = [notes_of(two / "policy", [2]), notes_of(tmp_path / "policy.again", [2])]
+    first, then = (dict(read_notes(paths)) for paths in held)
+    assert then == {place: row for place, row in first.items() if place[0] >= 32}
+
+
 def wait_for_lines(group, run_dir, count, seconds=120):
     """Until the metrics have so many lines."""
     end = time.monotonic() + seconds
@@ -204,7 +223,6 @@ def test_a_run_that_is_stopped_and_killed_goes_on_with_other_processes(home, und
     assert "process 0 of 2: process 1 was lost: no sign of life for 5 s." in group.text()
 
     start(tmp_path / "third", home, jobs(tmp_path, "packed", num_steps=12), num_processes=4, devices=2).succeed()
-    assert_same_metrics(run_dir, undisturbed, rtol=1e-6)
-    assert_same_params(run_dir, undisturbed, rtol=1e-6)
+    assert_same(run_dir, undisturbed, [2, 4], exact=False)
     found = consumed(run_dir, 2) | consumed(run_dir, 4)
     assert found == expected_ids(home, 12 * 8)

@@ -1,4 +1,4 @@
-"""One process of a group: trains the jobs of a plan one after another, as `clp train` does, and leaves."""
+"""One process of a group: does the jobs of a plan one after another, as `clp train` and `clp replay` do, and leaves."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from clp_jax.models.config import MoEConfig
 from clp_jax.nn.routing import Dropless
 from clp_jax.partitioning import Rules, make_mesh
 from clp_jax.preferences import Dirichlet
+from clp_jax.replay import replay
 from clp_jax.rewards.programmatic import Brevity, FunctionReward
 from clp_jax.train import train
 from clp_jax.training.clp import ConditionalPolicy
@@ -195,24 +196,31 @@ def mesh_of(sizes, crossed):
 
 
 def run(plan, job):
-    """Trains one job of a plan."""
+    """Trains one job of a plan, or makes a step of it again."""
     stage, sizes, rules = JOBS[job["name"]](plan["home"])
     number = processes.index()
     path = f"{job.get('notes', job['run_dir'])}.notes.{plan['num_processes']}.{number}"
     hang_at = job.get("hang_at") if number == job.get("hang_in") else None
+    what = {
+        "stage": Recorded(stage, path, job.get("pause", 0.0), hang_at),
+        # Adam divides a gradient by its own size, also one of rounding errors alone; a large epsilon leaves those small. So do
+        # small steps: large ones drive two runs apart that differ in a last bit.
+        "optimizer": AdamW(0.001, epsilon=1e-3, weight_decay=0.1),
+        "seed": 3,
+        "mesh": mesh_of(sizes, job.get("crossed", False)),
+        "rules": rules,
+    }
+    if "replay" in job:
+        replay(job["run_dir"], step=job["replay"], training=lambda: what)
+        return
     train(
         run_dir=job["run_dir"],
-        stage=Recorded(stage, path, job.get("pause", 0.0), hang_at),
-        # Adam divides a gradient by its own size, also one of rounding errors alone; a large epsilon leaves those small.
-        optimizer=AdamW(0.01, epsilon=1e-3, weight_decay=0.1),
         num_steps=job["num_steps"],
         log_every=1,
         evaluate_every=job.get("evaluate_every"),
         checkpoint_every=job.get("checkpoint_every"),
-        seed=3,
-        mesh=mesh_of(sizes, job.get("crossed", False)),
-        rules=rules,
         watchdog_seconds=job.get("watchdog_seconds", 600.0),
+        **what,
     )
 
 
@@ -221,8 +229,8 @@ def main(path, number):
     plan = json.loads(Path(path).read_text())
     jax.config.update("jax_num_cpu_devices", plan["devices"])
     try:
-        if plan["num_processes"] > 1:
-            processes.start(processes.Processes(plan["address"], plan["num_processes"], number))
+        # Also where there is one: with a coordinator JAX sums through gloo, in the order of several processes.
+        processes.start(processes.Processes(plan["address"], plan["num_processes"], number))
         assert jax.process_count() == plan["num_processes"] and jax.local_device_count() == plan["devices"]
         for job in plan["jobs"]:
             run(plan, job)

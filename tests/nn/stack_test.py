@@ -8,7 +8,7 @@ from flax import nnx
 
 from clp_jax.nn.linear import Linear
 from clp_jax.nn.remat import REMAT_POLICIES
-from clp_jax.nn.stack import cut, scan_layers, stacked
+from clp_jax.nn.stack import cut, is_loose, scan_layers, stacked
 
 LAYERS, WIDTH = 4, 6
 X = jax.random.normal(jax.random.key(1), (3, WIDTH))
@@ -57,15 +57,19 @@ def test_scan_is_a_loop(unroll):
     np.testing.assert_allclose(outputs, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("unroll", "depths"), [(None, [1] * LAYERS), (LAYERS, [1] * LAYERS), (2, [LAYERS])])
-def test_stacks_that_run_one_after_another_are_the_stack(unroll, depths):
-    stacks = cut(_stack(), unroll)
-    assert [stack.kernel.shape[0] for stack in stacks] == depths
-    carry, start = X, 0
-    for stack, depth in zip(stacks, depths, strict=True):
-        carry, _ = scan_layers(stack, _body, carry, SHIFTS[start : start + depth], unroll=unroll)
-        start += depth
-    np.testing.assert_array_equal(carry, scan_layers(_stack(), _body, X, SHIFTS, unroll=unroll)[0])
+def test_loose_layers_one_after_another_are_the_stack():
+    carry = X
+    for layer, shift in zip(cut(_stack()), SHIFTS, strict=True):
+        assert layer.kernel.shape == (WIDTH, WIDTH)
+        carry, _ = _body(layer, carry, shift)
+    np.testing.assert_allclose(carry, scan_layers(_stack(), _body, X, SHIFTS)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("unroll", "size", "loose"), [(None, 1, True), (None, 2, False), (2, 1, False), (LAYERS, 9, True)]
+)
+def test_layers_are_loose_where_all_are_unrolled(unroll, size, loose):
+    assert is_loose(_stack(), unroll, size) == loose
 
 
 def _linearised(remat: str):

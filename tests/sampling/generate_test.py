@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -202,3 +203,16 @@ def test_the_loop_ends_with_the_last_row(table, steps):
 def test_a_length_below_one_is_refused():
     with pytest.raises(ValueError, match=r"SamplingConfig\.max_length is 0: expected at least 1"):
         SamplingConfig(max_length=0)
+
+
+def test_a_loop_over_tokens_writes_its_cache_in_place():
+    """No program inside the whole one, of which the loop is one, copies what the policy wrote so far."""
+
+    @jax.jit
+    def cached(params, inputs, keys):
+        return generate(CachedDecoder(POLICY.bind(params)), inputs, keys=keys, config=SamplingConfig(13))
+
+    text = cached.lower(PARAMS, PROMPTS, row_keys(jax.random.key(0), 4)).compile().as_text()
+    inner = text[: text.index("\nENTRY ")]
+    assert "[4,2,13,4]" in inner and " while(" in text
+    assert not re.findall(r"= \w+\[(?:1,)?4,2,13,4\]\S* copy\(", inner)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clp_jax.sampling.generate import row_keys
-from clp_jax.sampling.strategies import Greedy, Sampling
+from clp_jax.sampling.strategies import Greedy, Sampling, largest
 
 PROBS = np.asarray([0.05, 0.4, 0.15, 0.3, 0.1])
 LOGITS = jnp.asarray(np.log(PROBS)[None] + 2.0, jnp.float32)  # Unnormalised, as a model's are.
@@ -92,3 +92,10 @@ def test_greedy_takes_the_largest_and_the_first_of_equals():
 def test_settings_outside_their_range_are_refused(name, value, message):
     with pytest.raises(ValueError, match=rf"Sampling\.{message}"):
         Sampling(**{name: value})
+
+
+def test_largest_is_the_first_argmax():
+    x = jax.random.normal(jax.random.key(0), (50, 7)).round(0)  # Full of ties.
+    x = x.at[0].set(-jnp.inf).at[1, 3].set(jnp.inf)
+    np.testing.assert_array_equal(jax.jit(largest)(x), np.argmax(np.asarray(x), axis=-1))
+    assert int(largest(jnp.asarray([1.0, jnp.nan, 2.0]))) == 2  # A token of the vocabulary still.

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_manifest import DamagedError, Manifest
 from clp_jax.training.checkpoint_steps import as_path
-from clp_jax.training.checkpoints import CheckpointError, Checkpoints, find_intact, load_params
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.guards import Guards
+from clp_jax.training.saved_params import find_intact, load_params
 from clp_jax.training.train_state import TrainState
 
 DESCRIPTION = {"stage": "toy", "model": {}}

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from clp_jax.training import checkpoint_manifest
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
-from clp_jax.training.checkpoints import CheckpointError, Checkpoints, find_checkpoint, load_params, save_params
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.guards import Guards
 from clp_jax.training.run_directory import open_run_directory
+from clp_jax.training.saved_params import find_checkpoint, load_params, save_params
 from clp_jax.training.train_state import TrainState
 
 

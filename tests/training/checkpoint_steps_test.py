@@ -93,8 +93,6 @@ def test_what_is_set_aside_keeps_its_files_and_its_reason(tmp_path):
     assert damaged_steps(folder)["3.damaged.1"] == "a byte"
 
 
-def test_an_object_store_is_no_directory():
-    with pytest.raises(
-        ValueError, match="gs://bucket/run is in an object store: expected a directory. Mount the bucket"
-    ):
-        as_path("gs://bucket/run")
+def test_other_addresses_are_no_directories():
+    with pytest.raises(ValueError, match="hdfs://host/run is an address of another kind: expected a directory, gs://"):
+        as_path("hdfs://host/run")

@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 from failing_disks import no_file_longer_than
 
+from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
-from clp_jax.training.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    find_checkpoint,
-    load_params,
-    save_params,
-)
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.learner import Learner
 from clp_jax.training.optimizers import Adafactor, AdamW
+from clp_jax.training.saved_params import find_checkpoint, load_params, save_params
 
 DESCRIPTION = {"stage": "toy", "model": {"type": "Toy", "sizes": [1, 2], "rate": 0.1}}
 BATCH = {"x": np.ones((2, 3), np.float32)}

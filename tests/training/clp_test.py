@@ -21,7 +21,7 @@ from clp_jax.preferences import AlphaRange, Dirichlet, corner_sampler, fixed
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
 from clp_jax.train import train
-from clp_jax.training.checkpoints import Checkpoints, load_params, save_params
+from clp_jax.training.checkpoints import Checkpoints
 from clp_jax.training.clp import ConditionalPolicy, WrittenPreference, _check_experts
 from clp_jax.training.estimators import LeaveOneOut, ValueBaseline
 from clp_jax.training.experience import ExperienceSource
@@ -29,6 +29,7 @@ from clp_jax.training.learner import Learner
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.optimizers import Adafactor
 from clp_jax.training.policies import load_policy
+from clp_jax.training.saved_params import load_params, save_params
 
 FULL = ParameterConditioning("full", 2)
 SECONDS = 0.02

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny_runs import MODEL, first_params, make_data, make_supervised
 
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.reward_models import RewardModel
+from clp_jax.training.saved_params import load_params
 
 
 def test_the_encoder_is_the_policys_and_the_head_is_new(tmp_path, capsys):

@@ -99,13 +99,11 @@ def test_a_file_in_the_way(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_an_object_store_is_no_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_other_addresses_are_no_directories():
     with pytest.raises(
-        RunDirectoryError, match="run directory gs://bucket/run is in an object store: .*Mount the bucket"
+        RunDirectoryError, match="run directory hdfs://host/run is an address of another kind: expected"
     ):
-        open_run_directory("gs://bucket/run", CONFIG)
-    assert list(tmp_path.iterdir()) == []  # No directory called "gs:" either.
+        open_run_directory("hdfs://host/run", CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
 from clp_jax.models.config import MoEConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json
+from clp_jax.nn.routing import TokenChoice
+from clp_jax.score import score
 from clp_jax.train import train
-from clp_jax.training.checkpoints import load_params
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.optimizers import Adafactor
 from clp_jax.training.run_directory import RunDirectoryError
+from clp_jax.training.saved_params import load_params
 from clp_jax.training.stage import DataBatches
 from clp_jax.training.supervised import Supervised, SupervisedLoss
 from clp_jax.training.transfer import Transfer
@@ -166,14 +169,40 @@ def test_the_loss_is_that_of_each_row_alone(data_dir):
     assert 0 <= float(metrics["accuracy"]) <= 1
 
 
-def test_evaluation_is_the_mean_over_every_token_of_the_split(tmp_path, data_dir):
-    setup = stage(data_dir).setup(tmp_path, seed=0)
+# Half the tokens have no room, and which ones depends on those around, of all rows in training.
+CROWDED = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2, router=TokenChoice(eval_capacity=0.5, group="batch")))
+
+
+@pytest.mark.parametrize("model", [MODEL, CROWDED], ids=["dense", "crowded experts"])
+def test_evaluation_is_the_mean_over_every_token_of_the_split(tmp_path, data_dir, model):
+    setup = stage(data_dir, model=model).setup(tmp_path, seed=0)
     params = setup.params()
-    whole = stage(data_dir, batch_size=10).setup(tmp_path, seed=0)
+    whole = stage(data_dir, model=model, batch_size=10).setup(tmp_path, seed=0)
     found, expected = setup.evaluate(params), whole.evaluate(params)  # Batches of 4, 4 and 2 against one of 10.
+    assert ("router/dropped" in found) == (model is CROWDED)
     for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
+        if not name.startswith("router/"):  # Means over the rows of each batch.
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
     np.testing.assert_allclose(found["perplexity"], np.exp(found["cross_entropy"]), rtol=1e-6)
+
+
+def test_the_scorer_says_what_the_log_says(tmp_path, data_dir):
+    """Of experts too whose room training shares over a batch."""
+    run(tmp_path / "run", data_dir, 2, model=CROWDED)
+    data = DataSource(data_dir, "validation", batch_size=4, converter=sequence_batch)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"inputs": x[x > 0].tolist(), "targets": y[y > 0].tolist()}) + "\n"
+            for batch in data.epoch_batches(10)
+            for x, y, real in zip(batch.inputs, batch.targets, batch.example_ids >= 0, strict=True)
+            if real
+        )
+    )
+    score(checkpoint=str(tmp_path / "run"), input=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "scores.jsonl"))
+    found = [json.loads(line)["logprobs"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(found) == 10
+    told = lines(tmp_path / "run")[-1]["evaluation/cross_entropy"]
+    np.testing.assert_allclose(-np.mean(np.concatenate(found)), told, rtol=1e-6)
 
 
 def test_starting_from_a_checkpoint(tmp_path, data_dir):

@@ -1,5 +1,5 @@
 #!/usr/bin/env -S python3 -SE
-"""A fake of `gcloud compute tpus`, `gcloud storage`, `gcloud auth` and `gcloud secrets`.
+"""A fake of `gcloud compute tpus`, `gcloud storage`, `gcloud auth` and `gcloud secrets`, and of what an account is set up with.
 
 Queued resources become active after some looks at them. A worker is a folder, its home; SSH runs bash there. Troubles:
 ``create`` (quota, stockout, timeout_before, timeout_after), ``lookups`` (more before it is active), ``ssh`` (timeout, refused),
@@ -13,8 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-from state import WORLD, fail, flag, hang, log_call, trouble, world
+from state import WORLD, fail, flag, hang, log_call, machine, trouble, world
 
 HOSTS = {"v5litepod-1": 1, "v5litepod-4": 1, "v5litepod-8": 1, "v5litepod-16": 4, "v6e-16": 4, "v5p-8": 1, "v5p-16": 2}
 
@@ -99,7 +100,7 @@ def ssh(node, words):
         hang()
     if problem == "refused" or not homes(node):
         fail(f"ERROR: (gcloud.compute.tpus.tpu-vm.ssh) Could not SSH into {node}: connection refused", 255)
-    codes = []
+    processes = []
     for home in homes(node):
         # `hostname` is a program: the worker's own is in its folder.
         (home / "bin").mkdir(exist_ok=True)
@@ -111,14 +112,10 @@ def ssh(node, words):
             "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
             "FAKES": str(WORLD),
             "WORKER": home.name,
+            **machine(),
         }
-        done = subprocess.run(
-            ["bash", "-c", flag(words, "command")], cwd=home, env=environment, capture_output=True, text=True
-        )
-        sys.stdout.write(done.stdout)
-        sys.stderr.write(done.stderr)
-        codes.append(done.returncode)
-    sys.exit(max(codes))
+        processes.append(subprocess.Popen(["bash", "-c", flag(words, "command")], cwd=home, env=environment))
+    sys.exit(max(process.wait() for process in processes))
 
 
 def scp(words):
@@ -137,6 +134,45 @@ def node_state(node):
     print(json.dumps({"state": "READY"}))
 
 
+# What sets an account up, and leaves nothing that is looked at here.
+SETTING_UP = (
+    ("auth", "login"),
+    ("auth", "application-default"),
+    ("config", "set"),
+    ("services", "enable"),
+    ("iam", "service-accounts"),
+    ("container", "clusters"),
+)
+
+
+def storage(words):
+    """`gcloud storage`: a bucket is a folder."""
+
+    def place(word):
+        return WORLD / "buckets" / word.removeprefix("gs://") if word.startswith("gs://") else Path(word)
+
+    if words[:2] == ["buckets", "create"]:
+        place(words[2]).mkdir(parents=True)
+    elif words[0] == "buckets":
+        if not place(words[2]).is_dir():
+            fail(f"ERROR: (gcloud.storage.buckets.{words[1]}) {words[2]} not found: 404.")
+    elif words[:2] == ["cp", "-r"]:
+        source, target = place(words[2]), place(words[3])
+        if not source.is_dir():
+            fail(f"ERROR: (gcloud.storage.cp) The following URLs matched no objects or files: {words[2]}")
+        shutil.copytree(source, target / source.name if target.is_dir() else target)
+    elif words[0] == "cp":
+        source, target = place(words[1]), place(words[2])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    elif words[0] == "ls":
+        if not place(words[1]).is_dir():
+            fail("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
+        print("\n".join(f"{words[1]}{entry.name}/" for entry in place(words[1]).iterdir()))
+    else:
+        fail(f"ERROR: (gcloud.storage) Invalid choice: {words}", 2)
+
+
 def main():
     log_call("gcloud")
     words = sys.argv[1:]
@@ -144,20 +180,10 @@ def main():
         print("" if trouble("credentials") else "somebody@example.com")
     elif words[:2] == ["secrets", "versions"]:
         print("the-secret-value")
-    elif words[:2] == ["storage", "cp"]:
-        source, target = (
-            str(WORLD / "buckets" / w.removeprefix("gs://")) if w.startswith("gs://") else w for w in words[2:4]
-        )
-        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        shutil.copy(source, target)
-    elif words[:2] == ["storage", "buckets"]:
-        if not (WORLD / "buckets" / words[3].removeprefix("gs://")).is_dir():
-            fail(f"ERROR: (gcloud.storage.buckets.describe) {words[3]} not found: 404.")
-    elif words[:2] == ["storage", "ls"]:
-        folder = WORLD / "buckets" / words[2].removeprefix("gs://")
-        if not folder.is_dir():
-            fail("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
-        print("\n".join(f"{words[2]}{entry.name}/" for entry in folder.iterdir()))
+    elif words[0] == "storage":
+        storage(words[1:])
+    elif tuple(words[:2]) in SETTING_UP:
+        pass
     elif words[2] == "queued-resources":
         action, name = words[3:5]
         {"create": lambda: create(name, words), "describe": lambda: describe(name), "delete": lambda: delete(name)}[

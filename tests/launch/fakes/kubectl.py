@@ -12,8 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-from state import WORLD, fail, flag, hang, log_call, trouble, world
+from state import WORLD, fail, flag, hang, log_call, machine, trouble, world
 
 
 def begin(name, found):
@@ -36,7 +37,9 @@ def begin(name, found):
                 "PATH": os.environ["PATH"],
                 "FAKES": str(WORLD),
                 "JOB_COMPLETION_INDEX": str(index),
+                **machine(),
             }
+            mount(container, template["template"]["spec"]["volumes"])
             for entry in container["env"]:
                 source = entry["valueFrom"]
                 label = source.get("fieldRef", {}).get("fieldPath") == "metadata.labels['jobset.sigs.k8s.io/job-index']"
@@ -47,6 +50,16 @@ def begin(name, found):
                     ["bash", "-c", runner], cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True
                 )
             (home / "pid").write_text(str(process.pid))
+
+
+def mount(container, volumes):
+    """Buckets as folders: what GKE's driver does for a pod, which has a file system of its own."""
+    buckets = {volume["name"]: volume["csi"]["volumeAttributes"]["bucketName"] for volume in volumes if "csi" in volume}
+    for entry in container["volumeMounts"]:
+        path = Path(entry["mountPath"])
+        if entry["name"] in buckets and not path.is_symlink():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(WORLD / "buckets" / buckets[entry["name"]])
 
 
 def end(name):
@@ -109,6 +122,8 @@ def apply(words):
             'Error from server (Forbidden): error when creating "manifest.json": jobsets.jobset.x-k8s.io "x" is forbidden: '
             "exceeded quota: tpus"
         )
+    if flag(words, "filename").startswith("https://"):
+        return
     with open(flag(words, "filename")) as file:
         config, jobset = json.load(file)["items"]
     if "--dry-run=server" in words:
@@ -154,6 +169,8 @@ def main():
         sys.exit(0)
     if action == "apply":
         apply(words)
+    elif words[:2] == ["create", "serviceaccount"]:
+        pass
     elif action == "get":
         get(words[1], words[2:])
     elif action == "delete":

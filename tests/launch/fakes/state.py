@@ -47,6 +47,11 @@ def trouble(name):
     return None
 
 
+def machine():
+    """Variables that a machine has of its own: here, which devices there are and where compiled programs are."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "TF_", "CUDA_"))}
+
+
 def hang():
     """Never answers, like a call that times out."""
     time.sleep(120)
