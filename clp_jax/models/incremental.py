@@ -15,6 +15,8 @@ from clp_jax.models.transformer import Stack, layers_of
 from clp_jax.nn.attention import look
 from clp_jax.nn.attention_dense import Keys, Quantized, Sight, quantize
 from clp_jax.nn.kv_cache import Cache, LayerCache
+from clp_jax.nn.linear import Linear
+from clp_jax.nn.moe import ExpertKernels
 from clp_jax.nn.stack import cut, depth, is_loose, scan_layers
 from clp_jax.nn.visibility import Pattern, Places
 
@@ -67,8 +69,21 @@ def init_cache(
 
 
 def loop_weights(stack: Stack) -> tuple[Any, ...]:
-    """The layers' weights as a loop over tokens wants them: cut once, before it (`clp_jax.nn.stack.cut`)."""
-    return tuple(nnx.state(piece) for run in stack.runs() for piece in (cut(run) if _is_loose(stack, run) else (run,)))
+    """The layers' weights as a loop over tokens wants them, made once, before it.
+
+    Shallow stacks are cut (`clp_jax.nn.stack.cut`). Kernels have the type of activations, which they are multiplied in: a loop
+    would read, and gather from other devices, all of their bytes for each token, and round them each time.
+    """
+    pieces = (piece for run in stack.runs() for piece in (cut(run) if _is_loose(stack, run) else (run,)))
+    return tuple(_rounded(piece, jnp.dtype(stack.config.dtype)) for piece in pieces)
+
+
+def _rounded(piece: Any, dtype: jnp.dtype) -> Any:
+    owners = (Linear, ExpertKernels)
+    kernels = {(*path, "kernel") for path, node in nnx.iter_graph(piece) if isinstance(node, owners)}
+    return nnx.map_state(
+        lambda path, value: value.replace(value[...].astype(dtype)) if path in kernels else value, nnx.state(piece)
+    )
 
 
 def decode_step(
