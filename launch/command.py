@@ -96,9 +96,9 @@ def check_before_creating(target: Target, job: Job, commands: Collection[str], f
         force: whether it runs even where it does not fit the slice.
 
     Raises:
-        LaunchError: for a secret in the command, what the target refuses, and what does not fit.
+        LaunchError: for a secret in the command or its files, what the target refuses, and what does not fit.
     """
-    refuse_secrets([*job.command, *job.options.values()], os.environ)
+    refuse_secrets_of(job)
     target.check(job)
     target.check_access(job)
     if not force:
@@ -107,9 +107,25 @@ def check_before_creating(target: Target, job: Job, commands: Collection[str], f
 
 def create(jobs: Path, job: Job, target: Target) -> JobRecord:
     """Writes the record of a job, with the code where its target has to bring it to the workers."""
-    files = files_of(job.command, Path(job.directory))
+    files = refuse_secrets_of(job)
     extra = target.ships_code
     return JobRecord.create(jobs, job, files, None if extra is None else archive(files, extra or None))
+
+
+def target_of(record: JobRecord, job: Job, target: Target) -> Target:
+    """Where a job goes on: on what it was begun on, whatever is typed now.
+
+    Args:
+        record: of the job.
+        job: what is asked now.
+        target: that is asked for now.
+    """
+    own = record.job
+    if (own.target, own.options) == (job.target, job.options) or (record.is_over and record.kept("deleted")):
+        return target
+    place = [own.target, *(f"--{name}={value}" for name, value in own.options.items())]
+    show(f"{own.name} goes on where it was begun: {shlex.join(place)}")
+    return find_target(own.target, own.options)
 
 
 def make_job(
@@ -154,8 +170,26 @@ def _refuse_slips(words: Sequence[str], commands: Collection[str]) -> None:
         raise LaunchError(f"there is no command {words[0]!r} (did you mean {close[0]}?).")
 
 
-def refuse_secrets(words: Sequence[str], environment: Mapping[str, str]) -> None:
+def refuse_secrets_of(job: Job) -> dict[str, bytes]:
+    """Refuses a job whose command or whose files hold a secret of the environment; returns the files.
+
+    Raises:
+        LaunchError: which names the variable, not the value.
+    """
+    refuse_secrets([*job.command, *job.options.values(), *job.parameters.values()], os.environ)
+    files = files_of(job.command, Path(job.directory))
+    for name, content in files.items():
+        refuse_secrets([content.decode(errors="replace")], os.environ, name)
+    return files
+
+
+def refuse_secrets(words: Sequence[str], environment: Mapping[str, str], where: str = "the command") -> None:
     """Refuses words that hold the value of a variable whose name says that it is secret: they are stored and shown.
+
+    Args:
+        words: of a command, or the text of a file.
+        environment: values by variable.
+        where: the words stand.
 
     Raises:
         LaunchError: which names the variable, not the value.
@@ -163,7 +197,7 @@ def refuse_secrets(words: Sequence[str], environment: Mapping[str, str]) -> None
     for name, value in environment.items():
         if _SECRET.search(name) and len(value) >= 8 and any(value in word for word in words):
             raise LaunchError(
-                f"the value of ${name} stands in the command, which is stored and shown: leave it out, and give it to the "
+                f"the value of ${name} stands in {where}, which is stored and shown: leave it out, and give it to the "
                 "workers as docs/launching.md says under secrets."
             )
 

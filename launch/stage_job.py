@@ -11,14 +11,14 @@ from pathlib import Path
 from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import show
 from clp_jax.launch.code import code_version
-from clp_jax.launch.command import create
+from clp_jax.launch.command import create, target_of
 from clp_jax.launch.command_words import run_dir_of
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.options import split
 from clp_jax.launch.pipeline import Stage
 from clp_jax.launch.supervisor import Patience, advance, describe
-from clp_jax.launch.target import Target, Unreachable
+from clp_jax.launch.target import Target
 from clp_jax.launch.targets import find_target
 
 
@@ -69,29 +69,38 @@ class StageJob:
     """
 
     def __init__(self, job: Job, target: Target, patience: Patience):
-        self._target, self._patience = target, patience
-        path = jobs_directory() / job.name
-        self._record = JobRecord.load(path) if path.is_dir() else create(jobs_directory(), job, target)
+        self._patience = patience
+        self._record = _record_of(job, target)
+        self._target = target_of(self._record, job, target)
         self._locks = contextlib.ExitStack()
-        self._locks.enter_context(self._record.lock())
-        if self._record.is_over:
-            # Its outputs are gone, or it failed and is tried again.
-            self._record.append("retried")
-        self._told: object = None
+        self._is_mine = False
+        self._told = ""
         self._next_look = 0.0
+        if not self._record.is_held:
+            self._hold()
+            if self._record.is_over:
+                # Its outputs are gone, or it failed and is tried again.
+                self._record.append("retried")
 
     def poll(self) -> str | None:
         """What went wrong when it is over, empty text when nothing did; None while it runs."""
         if time.monotonic() < self._next_look:
             return None
         self._next_look = time.monotonic() + self._patience.look
-        with contextlib.suppress(Unreachable):
+        try:
+            if not self._is_mine and self._record.is_held:
+                raise LaunchError("another launcher looks after it.")
+            self._hold()
             advance(self._record, self._target, self._patience)
+            text = describe(self._record)
+        except LaunchError as error:
+            # A pipeline that gave up here would leave what was rented alone.
+            text = f"{self._record.job.name}: {error} Asking again."
+        if text != self._told:
+            self._told = text
+            show(text)
         state = self._record.state
-        if state != self._told:
-            self._told = state
-            show(describe(self._record))
-        if state is None or not (self._record.is_over and self._record.kept("deleted")):
+        if not self._is_mine or state is None or not (self._record.is_over and self._record.kept("deleted")):
             return None
         self._locks.close()
         return "" if state.phase == "succeeded" else f"{state.phase}: clp jobs logs {self._record.job.name}"
@@ -100,6 +109,25 @@ class StageJob:
         """Leaves it running: it does not need this process."""
         show(f"{self._record.job.name} runs on; clp jobs stop {self._record.job.name} ends it.")
         self._locks.close()
+
+    def _hold(self) -> None:
+        if not self._is_mine:
+            self._locks.enter_context(self._record.lock())
+            self._is_mine = True
+
+
+def _record_of(job: Job, target: Target) -> JobRecord:
+    """The record of a stage's job: one that is not over, wherever it was begun; else that of this target, or a new one."""
+    jobs = jobs_directory()
+    names = [job.name, *(f"{job.name}-{number}" for number in range(1, 10))]
+    records = [JobRecord.load(jobs / name) for name in names if (jobs / name).is_dir()]
+    for record in records:
+        if not (record.is_over and record.kept("deleted")):
+            return record
+    for record in records:
+        if (record.job.target, record.job.options) == (job.target, job.options):
+            return record
+    return create(jobs, dataclasses.replace(job, name=names[len(records)]), target)
 
 
 def patience_for(target: Target) -> Patience:

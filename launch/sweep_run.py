@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import re
 import secrets
 import time
@@ -22,15 +23,15 @@ from pathlib import Path
 from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import show
 from clp_jax.launch.code import code_version
-from clp_jax.launch.command import check_before_creating, create
+from clp_jax.launch.command import check_before_creating, create, refuse_secrets, refuse_secrets_of, target_of
 from clp_jax.launch.command_words import program_words
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job, JobRecord, jobs_directory, write
 from clp_jax.launch.lock import hold
 from clp_jax.launch.supervisor import Patience, advance, retry
-from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines
+from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines, gin_text
 from clp_jax.launch.sweep_table import Row, add_trial, read_metrics, read_trials, shown_metrics, to_csv, to_markdown
-from clp_jax.launch.target import Batch, Target, Unreachable
+from clp_jax.launch.target import Batch, Target
 from clp_jax.launch.targets import find_batch
 
 SWEEP_FILE, TRIALS, ARRAYS = "sweep.json", "trials", "arrays"
@@ -139,19 +140,21 @@ class _Run:
         self._jobs, self._records = jobs, records
         self._target, self._patience = target, patience
         self._locks = contextlib.ExitStack()
-        self._held: dict[str, JobRecord] = {}
+        self._held: dict[str, tuple[JobRecord, Target]] = {}
+        self._told = ""
 
     def look(self) -> str | None:
         """Looks after the trial once; its last phase when it is over."""
         for job in self._jobs:
-            record = self._hold(job)
-            state = record.state
-            if state is not None and state.phase == "succeeded" and record.kept("deleted"):
-                continue
             try:
-                state = advance(record, self._target, self._patience)
-            except Unreachable as error:
-                show(f"{job.name}: {error} Asking again.")
+                record, target = self._hold(job)
+                state = record.state
+                if state is not None and state.phase == "succeeded" and record.kept("deleted"):
+                    continue
+                state = advance(record, target, self._patience)
+            except LaunchError as error:
+                # Whoever gave up here would leave all that was rented alone.
+                self._tell(f"{job.name}: {error} Asking again.")
                 return None
             if not record.is_over or not record.kept("deleted"):
                 return None
@@ -163,16 +166,24 @@ class _Run:
 
     def last_line(self) -> str:
         """What is known of how it ended."""
-        states = [record.state for record in self._held.values()]
+        states = [record.state for record, _ in self._held.values()]
         return states[-1].detail.strip().rpartition("\n")[2] if states and states[-1] else ""
 
-    def _hold(self, job: Job) -> JobRecord:
+    def _hold(self, job: Job) -> tuple[JobRecord, Target]:
         if job.name not in self._held:
             path = self._records / job.name
             record = JobRecord.load(path) if path.is_dir() else create(self._records, job, self._target)
+            if record.is_held:
+                raise LaunchError("another launcher looks after it.")
+            target = target_of(record, job, self._target)
             self._locks.enter_context(record.lock())
-            self._held[job.name] = record
+            self._held[job.name] = (record, target)
         return self._held[job.name]
+
+    def _tell(self, text: str) -> None:
+        if text != self._told:
+            self._told = text
+            show(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +230,7 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
         LaunchError: for a binding that does not exist, another sweep's directory, or another launcher at work.
     """
     directory = SweepDirectory.of(path, sweep)
+    _refuse_secrets(sweep, directory, settings)
     # Nothing is made before all names are known to exist.
     known = {trial.name for trial in read_trials(path)}
     check_trials(
@@ -318,6 +330,18 @@ def preview(sweep: Sweep, path: Path, commands: Collection[str]) -> tuple[list[T
     """
     check_trials(sweep, _examples(sweep), str(path / TRIALS / "HASH"), commands)
     return list(_examples(sweep)), SweepDirectory.of(path, sweep)
+
+
+def _refuse_secrets(sweep: Sweep, directory: SweepDirectory, settings: Settings) -> None:
+    """Refuses secrets in any trial, and in what a search may choose."""
+    ranges = sweep.search.ranges.values() if sweep.search else ()
+    refuse_secrets([gin_text(value) for given in ranges for value in given.values], os.environ)
+    for number, trial in enumerate(_examples(sweep)):
+        for line in command_lines(directory.commands, trial, str(directory.run_dir(trial))):
+            refuse_secrets(line, os.environ)
+        # Bindings name no files: those of one trial are those of all.
+        for job in () if number else jobs_of(directory, trial, settings):
+            refuse_secrets_of(job)
 
 
 def _retry_failed(directory: SweepDirectory) -> None:

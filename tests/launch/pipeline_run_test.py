@@ -1,5 +1,6 @@
 """Pipelines of a program without a model, in real processes: what runs again, and what does not."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -8,6 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import all_records
+from clp_jax.launch.local import Local
+from clp_jax.launch.pipeline import Stage
+from clp_jax.launch.stage_job import StageJob, stage_job
+from clp_jax.launch.supervisor import Patience
+from clp_jax.launch.targets import find_target
 
 from clp_jax.main import main
 
@@ -178,6 +186,51 @@ def test_a_stage_on_a_target(capfd):
     assert len(list(Path("jobs").iterdir())) == 1
     Path("broken").write_text("")
     Path("b.txt").write_text("c")
+
+
+def test_a_stage_goes_on_where_it_was_begun(capfd):
+    write(ONE.replace("}", ", target: local}"), more="--until=go")
+    process = launcher()
+    until(notes)
+    process.kill()
+    process.wait()
+    write(ONE.replace("}", ", target: local --grace=9}"), more="--until=go")
+    threading.Timer(3.0, Path("go").touch).start()
+    assert main(["pipeline", "p.yaml"]) == 0
+    assert [line.split()[0] for line in notes()] == ["begin", "end"] and len(list(Path("jobs").iterdir())) == 1
+    assert "goes on where it was begun: local" in capfd.readouterr().err
+    # What is over is another job on another target.
+    Path("out/one").unlink()
+    assert run() == (0, ["one"])
+    assert sorted(record.job.options.get("grace", "") for record in all_records(Path("jobs"))) == ["", "9"]
+
+
+def test_a_call_that_fails_is_made_again_and_another_launcher_is_waited_for(capfd, monkeypatch):
+    target = find_target("local", {})
+    stage = Stage("one", (sys.executable, str(PROGRAM), "out/one", "a.txt", "--until=go"), ("out/one",))
+    job = stage_job("toy", dataclasses.replace(stage, target=("local",)), "made")
+    patience = Patience(look=0.0)
+    first = StageJob(job, target, patience)
+    for _ in range(2):
+        assert first.poll() is None
+    second = StageJob(job, target, patience)
+    assert second.poll() is None
+    assert "another launcher looks after it. Asking again." in capfd.readouterr().err
+    Path("go").touch()
+    until(lambda: first.poll() == "")
+    assert second.poll() == ""
+    third = StageJob(job, target, patience)
+    with monkeypatch.context() as patch:
+        patch.setattr(Local, "submit", refuse)
+        patch.setattr(Local, "status", refuse)
+        for _ in range(3):
+            assert third.poll() is None
+    assert "permission denied. Asking again." in capfd.readouterr().err
+    until(lambda: third.poll() == "")
+
+
+def refuse(*arguments):
+    raise LaunchError("permission denied.")
 
 
 def test_directories_are_inputs_but_not_what_others_leave_in_them():

@@ -4,13 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from clp_jax.launch import space
+from clp_jax.launch.command import create
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import all_records, jobs_directory
 from clp_jax.launch.sweep import Sweep
-from clp_jax.launch.sweep_run import Settings, SweepDirectory, run_sweep
+from clp_jax.launch.sweep_run import Settings, SweepDirectory, jobs_of, run_sweep
+from clp_jax.launch.local import Local
+from clp_jax.launch.supervisor import advance
 from clp_jax.launch.targets import find_target
 
 from clp_jax.main import main
@@ -95,6 +100,61 @@ def test_a_sweep_goes_on_after_its_launcher_was_killed():
     assert main(words) == 0
     assert len(begun()) == len(set(begun())) == 6
     assert all(record.state.attempt == 1 for record in all_records(Path("jobs")))
+
+
+def begun_before(sweep, options):
+    """The first trial of a sweep, begun by a launcher that is gone; its record and its target."""
+    target = find_target("local", options)
+    directory = SweepDirectory.of(Path("sweep"), sweep)
+    directory.write()
+    (job,) = jobs_of(directory, sweep.trials()[0], Settings(target, options, ["train"]))
+    record = create(directory.jobs, job, target)
+    with record.lock():
+        advance(record, target, QUICK)
+        advance(record, target, QUICK)
+    return record, target
+
+
+def test_what_was_begun_goes_on_where_it_was_begun(capsys):
+    sweep = Sweep(f"{COMMAND} --seconds=0.5", space.grid({"A": [1, 2]}), metrics=METRICS)
+    record, _ = begun_before(sweep, {"processes": "1"})
+    rows = run(sweep, options={"grace": "9"})
+    assert [row.state for row in rows] == ["succeeded"] * 2 and len(begun()) == 2
+    assert f"{record.job.name} goes on where it was begun: local --processes=1" in capsys.readouterr().err
+    assert [r.job.options for r in all_records(jobs_directory()) if r.path != record.path] == [{"grace": "9"}]
+
+
+def test_a_call_that_fails_is_made_again_and_ends_nothing(monkeypatch, capsys):
+    sweep = Sweep(COMMAND, space.grid({"A": [1, 2]}), metrics=METRICS)
+    failures = ["status", "delete"]
+    for name in list(failures):
+        monkeypatch.setattr(Local, name, _fails_once(name, getattr(Local, name), failures))
+    assert [row.state for row in run(sweep)] == ["succeeded"] * 2 and not failures
+    assert capsys.readouterr().err.count("permission denied. Asking again.") == 2
+
+
+def _fails_once(name, call, failures):
+    def failing(*arguments):
+        if name in failures:
+            failures.remove(name)
+            raise LaunchError(f"{name}: permission denied.")
+        return call(*arguments)
+
+    return failing
+
+
+def test_a_trial_that_another_launcher_looks_after_is_waited_for(capsys):
+    sweep = Sweep(f"{COMMAND} --together=2", space.grid({"A": [1, 2]}), metrics=METRICS)
+    record, target = begun_before(sweep, {})
+    with record.lock():
+        runner = threading.Thread(target=run, args=(sweep,), kwargs={"max_concurrent": 2})
+        runner.start()
+        until(lambda: len(begun()) == 2)
+        while not (record.is_over and record.kept("deleted")):
+            advance(record, target, QUICK)
+    runner.join()
+    assert "another launcher looks after it" in capsys.readouterr().err
+    assert [row.state for row in SweepDirectory.load(Path("sweep")).rows()] == ["succeeded"] * 2 and len(begun()) == 2
 
 
 def test_the_command_line(capsys):
