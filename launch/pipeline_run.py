@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from clp_jax.launch.calls import show
-from clp_jax.launch.command import check_before_creating
+from clp_jax.launch.command import check_before_creating, refuse_secrets, refuse_secrets_of
 from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.fingerprint import is_remote
 from clp_jax.launch.lock import hold
 from clp_jax.launch.pipeline import Pipeline, Stage
 from clp_jax.launch.stage_job import StageJob, patience_for, stage_job, stage_target
@@ -66,31 +67,38 @@ def run_pipeline(
         The exit code: 0, 1 where a stage failed, 128 and the signal's number where one came.
 
     Raises:
-        LaunchError: for a command whose configuration does not resolve, before any stage runs.
+        LaunchError: for a command whose configuration does not resolve, an input that is not there and that no stage
+            makes, a target that refuses or a secret, before any stage runs.
     """
     if max_concurrent < 1:
         raise LaunchError(f"--max_concurrent is {max_concurrent}: expected at least 1.")
     for stage in pipeline.stages.values():
+        refuse_secrets([*stage.command, *stage.target], os.environ)
         if stage.target:
-            check_before_creating(stage_target(stage), stage_job(pipeline.name, stage, ""), commands, force)
+            stage_target(stage)
+            refuse_secrets_of(stage_job(pipeline.name, stage, ""))
     configs = _configs(pipeline)
+    # Nobody is asked about what is done.
+    for stage, reason in _reasons(pipeline, configs, StageStates(directory)).items():
+        if reason is not None and pipeline.stages[stage].target:
+            job = stage_job(pipeline.name, pipeline.stages[stage], "")
+            check_before_creating(stage_target(pipeline.stages[stage]), job, commands, force)
     with hold(directory / ".lock", f"another process runs this pipeline in {directory}: wait for it."):
         return _Run(pipeline, directory, configs, max_concurrent).run()
 
 
 def print_plan(pipeline: Pipeline, directory: Path) -> None:
     """Prints what would be done about each stage, and the commands."""
-    configs, states = _configs(pipeline), StageStates(directory)
-    would_run: set[str] = set()
     for stage in pipeline.stages.values():
-        changed = [need for need in stage.needs if need in would_run]
-        plan = Plan(f"{', '.join(changed)} would run", None) if changed else plan_of(pipeline, stage, configs, states)
-        if plan.reason is None:
-            print(f"{stage.name}: nothing to do")
+        if stage.target:
+            stage_target(stage).check(stage_job(pipeline.name, stage, ""))
+    for name, reason in _reasons(pipeline, _configs(pipeline), StageStates(directory)).items():
+        stage = pipeline.stages[name]
+        if reason is None:
+            print(f"{name}: nothing to do")
             continue
-        would_run.add(stage.name)
         launch = f"clp launch {shlex.join(stage.target)} -- " if stage.target else ""
-        print(f"{stage.name}: would run: {plan.reason}\n  $ {launch}{shlex.join(stage.command)}")
+        print(f"{name}: would run: {reason}\n  $ {launch}{shlex.join(stage.command)}")
 
 
 def plan_of(pipeline: Pipeline, stage: Stage, configs: Mapping[str, str], states: StageStates) -> Plan:
@@ -109,6 +117,33 @@ def plan_of(pipeline: Pipeline, stage: Stage, configs: Mapping[str, str], states
         return Plan("it was not done", made)
     missing = missing_outputs(stage)
     return Plan(f"{', '.join(missing)} is not there" if missing else None, made)
+
+
+def _reasons(pipeline: Pipeline, configs: Mapping[str, str], states: StageStates) -> dict[str, str | None]:
+    """Why each stage would run; None where nothing is to be done.
+
+    Raises:
+        LaunchError: for an input that is not there and that no stage makes.
+    """
+    outputs = [Path(os.path.abspath(output)) for stage in pipeline.stages.values() for output in stage.outputs]
+    for stage in pipeline.stages.values():
+        for name in stage.inputs:
+            path = Path(os.path.abspath(name))
+            is_made = any(path in (output, *output.parents) or output in path.parents for output in outputs)
+            if not (is_remote(name) or is_made or path.exists()):
+                raise LaunchError(f"stage {stage.name}: its input {name} is not there.")
+    found: dict[str, str | None] = {}
+    for stage in pipeline.stages.values():
+        changed = [need for need in stage.needs if found[need] is not None]
+        try:
+            reason = f"{', '.join(changed)} would run" if changed else plan_of(pipeline, stage, configs, states).reason
+        except LaunchError:
+            # An input that a stage makes which this one does not say that it needs.
+            if not any(found.values()):
+                raise
+            reason = "an input is not there yet"
+        found[stage.name] = reason
+    return found
 
 
 class _Run:
@@ -146,18 +181,27 @@ class _Run:
             if not set(stage.needs) <= self._done:
                 continue
             del self._waiting[stage.name]
-            plan = plan_of(self._pipeline, stage, self._configs, self._states)
-            if plan.reason is None:
-                show(f"{stage.name}: nothing to do: {', '.join(stage.outputs)}")
-                self._done.add(stage.name)
-                continue
-            assert plan.made is not None
-            moved = move_away(stage) if plan.is_new else []
-            show(f"{stage.name}: {plan.reason}: {shlex.join(stage.command)}")
-            for path in moved:
-                show(f"{stage.name}: what it had made before is in {path}")
-            self._states.write(stage, plan.made, done=False)
-            self._running[stage.name] = self._begin(stage)
+            try:
+                self._begin_or_skip(stage)
+            except LaunchError as error:
+                # Whatever else runs is looked after to its end.
+                show(f"{stage.name}: failed: {error}")
+                self._failed.append(stage.name)
+                return
+
+    def _begin_or_skip(self, stage: Stage) -> None:
+        plan = plan_of(self._pipeline, stage, self._configs, self._states)
+        if plan.reason is None:
+            show(f"{stage.name}: nothing to do: {', '.join(stage.outputs)}")
+            self._done.add(stage.name)
+            return
+        assert plan.made is not None
+        moved = move_away(stage) if plan.is_new else []
+        show(f"{stage.name}: {plan.reason}: {shlex.join(stage.command)}")
+        for path in moved:
+            show(f"{stage.name}: what it had made before is in {path}")
+        self._states.write(stage, plan.made, done=False)
+        self._running[stage.name] = self._begin(stage)
 
     def _begin(self, stage: Stage) -> Running:
         if stage.target:

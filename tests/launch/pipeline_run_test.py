@@ -229,6 +229,53 @@ def test_a_call_that_fails_is_made_again_and_another_launcher_is_waited_for(capf
     until(lambda: third.poll() == "")
 
 
+def test_an_input_that_vanishes_is_a_failed_stage_and_what_runs_ends_well(capfd):
+    write(ONE, THREE.replace("outputs", "inputs: [out/one/more], outputs"), more="--together=1")
+    Path("notes").write_text("")
+    # It would be below what stage one makes, but stage three does not say that it needs it.
+    assert main(["pipeline", "p.yaml", "--max_concurrent=2"]) == 1
+    said = capfd.readouterr().err
+    assert "three: failed: stage three: its input out/one/more is not there" in said and "three failed" in said
+    assert [line.split()[0] for line in notes()] == ["begin", "end"]
+    assert '"done": true' in Path("runs/toy/pipeline/stages.json").read_text()
+
+
+def test_an_input_that_no_stage_makes_is_missed_before_any_stage(capfd):
+    write(ONE, TWO.replace("b.txt", "none.txt"))
+    assert run() == (2, [])
+    assert capfd.readouterr().err == "clp pipeline: error: stage two: its input none.txt is not there.\n"
+
+
+def test_nobody_is_asked_about_what_is_done(capfd, monkeypatch):
+    write(ONE.replace("}", ", target: local}"), TWO)
+    assert run() == (0, ["one", "two"])
+    monkeypatch.setattr(Local, "check_access", refuse)
+    Path("b.txt").write_text("c")
+    assert run() == (0, ["two"])
+    Path("out/one").unlink()
+    with pytest.raises(LaunchError, match=r"permission denied"):
+        run()
+    write(ONE.replace("}", ", target: locla}"))
+    assert run("--dry_run") == (2, [])
+    assert "stage one: there is no target 'locla'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "where"),
+    [
+        (ONE.replace("MORE", "--key=0123456789abcdef"), "the command"),
+        (ONE.replace("MORE", "--gin_file=my.gin").replace("}", ", target: local}"), "my.gin"),
+    ],
+)
+def test_a_secret_is_refused_before_anything_is_written(stage, where, capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    Path("my.gin").write_text("A = '0123456789abcdef'\n")
+    write(THREE, stage)
+    assert run() == (2, [])
+    assert f"the value of $WANDB_API_KEY stands in {where}" in capfd.readouterr().err
+    assert not Path("runs").exists() and not Path("jobs").exists()
+
+
 def refuse(*arguments):
     raise LaunchError("permission denied.")
 

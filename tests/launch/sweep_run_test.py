@@ -12,7 +12,7 @@ from clp_jax.launch import space
 from clp_jax.launch.command import create
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import all_records, jobs_directory
-from clp_jax.launch.sweep import Sweep
+from clp_jax.launch.sweep import Search, Sweep
 from clp_jax.launch.sweep_run import Settings, SweepDirectory, jobs_of, run_sweep
 from clp_jax.launch.local import Local
 from clp_jax.launch.supervisor import advance
@@ -155,6 +155,22 @@ def test_a_trial_that_another_launcher_looks_after_is_waited_for(capsys):
     runner.join()
     assert "another launcher looks after it" in capsys.readouterr().err
     assert [row.state for row in SweepDirectory.load(Path("sweep")).rows()] == ["succeeded"] * 2 and len(begun()) == 2
+
+
+@pytest.mark.parametrize(
+    ("sweep", "where"),
+    [
+        (Sweep(COMMAND, [{"A": 1}, {"A": "0123456789abcdef"}]), "the command"),
+        (Sweep(f"{COMMAND} --gin_file=my.gin", [{"A": 1}]), "my.gin"),
+        (Sweep(COMMAND, search=Search({"A": space.choice([1, 2, "0123456789abcdef"])}, 1), metrics=METRICS), "the com"),
+    ],
+)
+def test_a_secret_in_any_trial_is_refused_before_anything_is_written(sweep, where, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    Path("my.gin").write_text("A = '0123456789abcdef'\n")
+    with pytest.raises(LaunchError, match=rf"the value of \$WANDB_API_KEY stands in {where}"):
+        run(sweep)
+    assert [path.name for path in Path().iterdir()] == ["my.gin"]
 
 
 def test_the_command_line(capsys):
