@@ -1,14 +1,14 @@
 """Adaptive search through Optuna (the extra ``optuna``): it proposes bindings, and is told what came of them."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.space import Range, rounded
 from clp_jax.launch.sweep import Sweep, Trial, gin_text
 from clp_jax.launch.sweep_run import SweepDirectory
-from clp_jax.launch.sweep_table import Row, over_seeds, read_metrics
+from clp_jax.launch.sweep_table import Row, over_seeds, read_metrics, read_trials, written_metrics
 
 JOURNAL = "search.journal"
 # Proposals for each different setting that is asked for, at most: small spaces have fewer.
@@ -19,7 +19,7 @@ class Searcher:
     """Optuna's study of a sweep, kept in a journal in the sweep's directory.
 
     A proposal is a setting; its value is the mean of each metric over its trials, one for each seed. A setting of which a
-    trial failed counts as failed.
+    trial failed, or lacks a metric that others have, counts as failed.
 
     Args:
         sweep: with a search.
@@ -32,7 +32,7 @@ class Searcher:
     def __init__(self, sweep: Sweep, directory: SweepDirectory):
         assert sweep.search is not None
         self._sweep, self._search, self._directory = sweep, sweep.search, directory
-        self._optuna = _optuna()
+        self._optuna = find_optuna()
         self._study = self._open()
         self._waiting: deque[Trial] = deque()
         self._open_settings: dict[str, tuple[int, dict[str, Trial]]] = {}
@@ -100,13 +100,23 @@ class Searcher:
         if any(self._directory.state(each) != "succeeded" for each in trials):
             return None
         rows = [Row(each, "succeeded", read_metrics(self._directory.run_dir(each))) for each in trials]
-        for row in rows:
-            for name in self._sweep.metrics:
-                if name not in row.metrics:
-                    known = ", ".join(row.metrics) or "none"
-                    raise LaunchError(f"the trial {row.trial.name} has no metric {name!r}: it has {known}.")
+        missing = [name for name in self._sweep.metrics if any(name not in row.metrics for row in rows)]
+        if missing and not self._open_settings:
+            self._check_names(missing, rows[0])
+        if missing:
+            return None
         means = over_seeds(rows)[0].means
         return [means[name] for name in self._sweep.metrics]
+
+    def _check_names(self, names: Sequence[str], row: Row) -> None:
+        """Refuses metrics that no trial has written: one may have diverged, but not all have a wrong name."""
+        written: set[str] = set()
+        for trial in read_trials(self._directory.path):
+            written |= written_metrics(self._directory.run_dir(trial))
+        for name in names:
+            if name not in written:
+                known = ", ".join(row.metrics) or "none"
+                raise LaunchError(f"the trial {row.trial.name} has no metric {name!r}: it has {known}.")
 
     def _distribution(self, given: Range) -> Any:
         distributions = self._optuna.distributions
@@ -149,7 +159,12 @@ def _described(given: Range) -> str:
     return f"{given.kind} {values if values else [given.low, given.high]}"
 
 
-def _optuna() -> Any:
+def find_optuna() -> Any:
+    """The package.
+
+    Raises:
+        LaunchError: when it is not installed.
+    """
     try:
         import optuna
         import optuna.storages.journal

@@ -104,13 +104,14 @@ def random(ranges: Mapping[str, Range], count: int, seed: int = 0) -> Space:
     Args:
         ranges: by name.
         count: of different trials.
-        seed: decides them.
+        seed: decides them; in [0, 2**32).
 
     Raises:
-        ValueError: when there are not as many different trials.
+        ValueError: when there are not as many different trials, or the seed is none.
     """
     import numpy as np
 
+    check_seed("random", seed)
     generator = np.random.default_rng(seed)
     return _sampled("random", ranges, count, lambda number: generator.random((number, len(ranges))))
 
@@ -121,12 +122,14 @@ def sobol(ranges: Mapping[str, Range], count: int, seed: int = 0) -> Space:
     Args:
         ranges: by name.
         count: of different trials; powers of two cover best.
-        seed: of the scrambling.
+        seed: of the scrambling; in [0, 2**32).
 
     Raises:
-        ValueError: when there are not as many different trials.
+        ValueError: when there are not as many different trials, or the seed is none.
     """
     from scipy.stats import qmc
+
+    check_seed("sobol", seed)
 
     def places(number: int) -> Any:
         # The sequence from its start each time: its first points are the same.
@@ -165,6 +168,17 @@ def check_value(value: Any, where: str) -> Any:
     elif isinstance(value, str) and not value.strip():
         raise ValueError(f"{where}: empty text; write '\"\"' for the empty string.")
     return value
+
+
+def check_seed(where: str, seed: Any) -> int:
+    """The seed of a sampler.
+
+    Raises:
+        ValueError: for anything but a whole number in [0, 2**32).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"{where}: seed is {seed!r}: expected a whole number in [0, 2**32).")
+    return seed
 
 
 def check_ranges(where: str, ranges: Mapping[str, Range]) -> None:

@@ -74,6 +74,7 @@ class Search:
     def __post_init__(self) -> None:
         if isinstance(self.trials, bool) or not isinstance(self.trials, int) or self.trials < 1:
             raise LaunchError(f"search: trials is {self.trials!r}: expected a whole number of at least 1.")
+        spaces.check_seed("search", self.seed)
         spaces.check_ranges("search", self.ranges)
 
 
@@ -120,8 +121,9 @@ class Sweep:
         """The seeds of every trial."""
         if self.seeds is None:
             return [None]
-        given = list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
-        if not given or any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32 for s in given):
+        is_number = isinstance(self.seeds, int)
+        given = list(range(self.seeds)) if is_number else list(self.seeds)  # type: ignore[arg-type]
+        if not given or isinstance(self.seeds, bool) or any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32 for s in given):
             raise LaunchError(
                 f"seeds: {self.seeds!r}: expected their number, or a list of whole numbers in [0, 2**32)."
             )
@@ -229,7 +231,7 @@ def read_sweep(path: Path) -> Sweep:
             parts["space"] = _space(content["space"])
         if "search" in content:
             given = check_keys(content["search"], ["ranges", "trials", "seed"], ["ranges", "trials"], "search")
-            parts["search"] = Search(_ranges(given["ranges"]), given["trials"], given.get("seed", 0))
+            parts["search"] = Search(_ranges(given["ranges"]), given["trials"], _seed("search", given))
         for key, kinds, expected in (
             ("command", (str, list), "text or a list of words"),
             ("then", (list,), "a list of commands"),
@@ -264,7 +266,11 @@ def _space(content: Any) -> spaces.Space:
         return (spaces.product if kind == "product" else spaces.zip)(*map(_space, given))
     check_keys(given, ["ranges", "count", "seed"], ["ranges", "count"], kind)
     sample = spaces.random if kind == "random" else spaces.sobol
-    return sample(_ranges(given["ranges"]), given["count"], given.get("seed", 0))
+    return sample(_ranges(given["ranges"]), given["count"], _seed(kind, given))
+
+
+def _seed(where: str, given: Mapping[str, Any]) -> int:
+    return spaces.check_seed(where, given.get("seed", 0))
 
 
 def _ranges(content: Any) -> dict[str, spaces.Range]:

@@ -231,6 +231,10 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
     """
     directory = SweepDirectory.of(path, sweep)
     _refuse_secrets(sweep, directory, settings)
+    if sweep.search is not None:
+        from clp_jax.launch.search import Searcher, find_optuna
+
+        find_optuna()
     # Nothing is made before all names are known to exist.
     known = {trial.name for trial in read_trials(path)}
     check_trials(
@@ -252,8 +256,6 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
             waiting = iter(trials)
             _run_all(directory, lambda: next(waiting, None), lambda trial: None, settings, _MOST_LOOKED_AFTER)
         else:
-            from clp_jax.launch.search import Searcher
-
             searcher = Searcher(sweep, directory)
             _run_all(directory, searcher.next_trial, searcher.tell, settings, settings.max_concurrent)
         return directory.write_table()

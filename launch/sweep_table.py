@@ -81,7 +81,19 @@ def read_trials(directory: Path) -> list[Trial]:
 
 
 def read_metrics(run_dir: Path) -> dict[str, float]:
-    """The last value of each metric of a run, and the numbers of its results by their path (``steerability/brevity/range``)."""
+    """The last value of each metric of a run, and the numbers of its results by their path (``steerability/brevity/range``).
+
+    A metric whose last value is not finite, as of a run that has diverged, is left out.
+    """
+    return {name: value for name, value in _last_values(run_dir).items() if math.isfinite(value)}
+
+
+def written_metrics(run_dir: Path) -> set[str]:
+    """The names of all metrics that a run wrote, whatever came of them."""
+    return set(_last_values(run_dir))
+
+
+def _last_values(run_dir: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     path = run_dir / METRICS_FILE
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -226,10 +238,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _numbers(content: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers in nested mappings, by their path."""
+    """The numbers in nested mappings, by their path; a number that is not finite is written as null, and is NaN here."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             if key not in _NO_RESULTS:
                 yield from _numbers(value, f"{path}/{key}" if path else str(key))
-    elif isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content):
+    elif content is None:
+        yield path, math.nan
+    elif isinstance(content, int | float) and not isinstance(content, bool):
         yield path, float(content)

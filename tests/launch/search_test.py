@@ -1,5 +1,6 @@
 """Adaptive search on a known function: it beats chance, is told means over seeds, and goes on where it was."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_a_failed_setting_is_told_and_tried_again():
     Path("broken").unlink()
     assert [row.state for row in run(sweep, retry_failed=True)] == ["succeeded"] * 2
     assert any(t.state == states.COMPLETE and t.value == 4.0 for t in study().trials)
+
+
+def test_a_trial_that_diverges_is_a_failure_of_its_setting_alone():
+    Path("diverging").write_text("1")
+    sweep = Sweep(COMMAND, search=Search({"A": space.integers(1, 3)}, 3), metrics=METRICS)
+    rows = run(sweep)
+    assert len(rows) == 3 and [row.metrics.get("loss") for row in rows if row.trial.bindings["A"] == "1"] == [None]
+    states = optuna.trial.TrialState
+    assert {t.params["A"]: t.state for t in study().trials} == {1: states.FAIL, 2: states.COMPLETE, 3: states.COMPLETE}
+
+
+def test_without_optuna_nothing_is_made(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError, match=r"a search needs Optuna: pip install 'clp-jax\[optuna\]'"):
+        run(Sweep(COMMAND, search=Search({"A": space.integers(1, 3)}, 3), metrics=METRICS))
+    assert not list(Path().iterdir())
 
 
 def test_a_metric_that_no_trial_has():

@@ -80,6 +80,7 @@ def test_small_ranges_are_sampled_without_repeats():
         (lambda: space.choice([]), "choice has no values"),
         (lambda: space.random({"A": space.uniform(0, 1)}, 0), "random: count is 0"),
         (lambda: space.random({}, 3), "random: no ranges"),
+        (lambda: space.sobol({"A": space.uniform(0, 1)}, 1, seed=True), "sobol: seed is True"),
     ],
 )
 def test_what_is_no_space(make, message):

@@ -20,6 +20,7 @@ from clp_jax.launch.sweep_table import (
     shown_metrics,
     to_csv,
     to_markdown,
+    written_metrics,
 )
 
 GOALS = {"loss": "minimize", "reward": "maximize"}
@@ -48,6 +49,15 @@ def test_the_last_value_of_each_metric(tmp_path):
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ValueError, match=r"results.json is no JSON"):
         read_metrics(tmp_path)
+
+
+def test_a_metric_that_has_diverged_is_none_and_one_that_recovers_is(tmp_path):
+    lines = ['{"loss": 3.0, "reward": null}', '{"loss": null, "reward": 1.0}', '{"step": 9}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path) == {"reward": 1, "step": 9}
+    (tmp_path / "results.json").write_text('{"reward": NaN}')
+    assert read_metrics(tmp_path) == {"step": 9}
+    assert written_metrics(tmp_path) == {"loss", "reward", "step"}
 
 
 def test_trials_are_kept_once_and_survive_a_line_that_was_cut_off(tmp_path):
