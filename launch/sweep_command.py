@@ -77,7 +77,7 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
         target, target_options, commands, options.max_concurrent, options.retry_failed, options.force, patience
     )
     if options.dry_run:
-        trials, directory = preview(found, path, commands)
+        trials, directory = preview(found, path, settings)
         for trial in trials:
             print(f"{trial.name}: {trial}")
         jobs, batch = [jobs_of(directory, trial, settings) for trial in trials], batch_of(directory, settings)

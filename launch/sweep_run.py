@@ -11,11 +11,12 @@ The record of a trial's job is where those of all jobs are, so `clp jobs` knows 
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
+import platform
 import re
-import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,8 @@ class SweepDirectory:
             raise LaunchError(f"{path} is there and holds no sweep: give another --dir.")
         begin = re.sub("[^a-z0-9]+", "-", path.absolute().name.lower()).strip("-")
         begin = (begin if begin[:1].isalpha() else f"sweep-{begin}")[:18].strip("-")
-        return cls(path, f"{begin}-{secrets.token_hex(2)}", commands, dict(sweep.metrics), jobs_directory())
+        jobs = jobs_directory()
+        return cls(path, _fresh_name(begin, path, jobs), commands, dict(sweep.metrics), jobs)
 
     def write(self) -> None:
         """Stores what `load` reads."""
@@ -324,14 +326,29 @@ def jobs_of(directory: SweepDirectory, trial: Trial, settings: Settings) -> list
     ]
 
 
-def preview(sweep: Sweep, path: Path, commands: Collection[str]) -> tuple[list[Trial], SweepDirectory]:
+def preview(sweep: Sweep, path: Path, settings: Settings) -> tuple[list[Trial], SweepDirectory]:
     """The trials of a sweep, of a search the first that it may ask for, and where they would go; makes nothing.
 
     Raises:
-        LaunchError: for a binding that does not exist, or another sweep's directory.
+        LaunchError: for a binding that does not exist, another sweep's directory, a secret, or what the target refuses.
     """
-    check_trials(sweep, _examples(sweep), str(path / TRIALS / "HASH"), commands)
-    return list(_examples(sweep)), SweepDirectory.of(path, sweep)
+    directory = SweepDirectory.of(path, sweep)
+    _refuse_secrets(sweep, directory, settings)
+    check_trials(sweep, _examples(sweep), str(path / TRIALS / "HASH"), settings.commands)
+    trials = list(_examples(sweep))
+    for job in jobs_of(directory, trials[0], settings):
+        settings.target.check(job)
+    return trials, directory
+
+
+def _fresh_name(begin: str, path: Path, jobs: Path) -> str:
+    """The name of a new sweep: the same whenever it is asked, until there are jobs of it."""
+    for number in itertools.count():
+        made_of = f"{platform.node()} {path.absolute()} {number}"
+        name = f"{begin}-{hashlib.sha256(made_of.encode()).hexdigest()[:4]}"
+        if not any(jobs.glob(f"{name}-*")):
+            return name
+    raise AssertionError
 
 
 def _refuse_secrets(sweep: Sweep, directory: SweepDirectory, settings: Settings) -> None:

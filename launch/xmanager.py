@@ -16,6 +16,7 @@ from clp_jax.launch.arrays import Array, ArrayTask
 from clp_jax.launch.calls import begin, call, carry_out
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
+from clp_jax.launch.gin_files import files_of
 from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.local import local_command
 from clp_jax.launch.local_worker import SCRIPT, end, exit_code, forbid
@@ -60,8 +61,14 @@ class XManager:
         """No slice of a known shape is rented."""
 
     def check(self, job: Job) -> None:
-        """Raises `LaunchError` for a run directory that Vertex would lose."""
+        """Raises `LaunchError` for a run directory that Vertex would lose, and for files that it would not have."""
         if self.executor == "vertex":
+            files = files_of(job.command, Path(job.directory))
+            if files:
+                raise LaunchError(
+                    f"Vertex has no {', '.join(files)} of this directory: use a gin file of the package with "
+                    "--gin.NAME=VALUE, or build it into the image and give its path there."
+                )
             check_run_directory(job, ("/gcs",), "a path below /gcs, where Vertex has buckets")
 
     def check_access(self, job: Job) -> None:

@@ -1,6 +1,5 @@
 """Adaptive search on a known function: it beats chance, is told means over seeds, and goes on where it was."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -72,13 +71,6 @@ def test_a_trial_that_diverges_is_a_failure_of_its_setting_alone():
     assert len(rows) == 3 and [row.metrics.get("loss") for row in rows if row.trial.bindings["A"] == "1"] == [None]
     states = optuna.trial.TrialState
     assert {t.params["A"]: t.state for t in study().trials} == {1: states.FAIL, 2: states.COMPLETE, 3: states.COMPLETE}
-
-
-def test_without_optuna_nothing_is_made(monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ValueError, match=r"a search needs Optuna: pip install 'clp-jax\[optuna\]'"):
-        run(Sweep(COMMAND, search=Search({"A": space.integers(1, 3)}, 3), metrics=METRICS))
-    assert not list(Path().iterdir())
 
 
 def test_a_metric_that_no_trial_has():

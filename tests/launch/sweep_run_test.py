@@ -1,6 +1,7 @@
 """Sweeps of a program without a model, in real processes: how many at once, what is done twice, what survives a kill."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,29 @@ def test_a_secret_in_any_trial_is_refused_before_anything_is_written(sweep, wher
     assert [path.name for path in Path().iterdir()] == ["my.gin"]
 
 
+def test_without_optuna_nothing_is_made(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError, match=r"a search needs Optuna: pip install 'clp-jax\[optuna\]'"):
+        run(Sweep(COMMAND, search=Search({"A": space.integers(1, 3)}, 3), metrics=METRICS))
+    assert not list(Path().iterdir())
+
+
+def test_a_dry_run_asks_the_target_and_names_what_is_made(capsys):
+    Path("sweep.yaml").write_text(YAML.replace("0.2", "0"))
+    words = ["sweep", "--file", "sweep.yaml", "--dir=sweep", "--dry_run"]
+    assert main([*words, "tpu-vm", "--topology=v5e:2x2", "--zone=us-west4-a"]) == 2
+    assert "run directory" in capsys.readouterr().err
+    assert main([*words, "local"]) == 0
+    out = capsys.readouterr().out
+    assert main([*words[:-1], "local"]) == 0
+    name = SweepDirectory.load(Path("sweep")).name
+    assert f"/{name}-" in out
+    # Another sweep in the same place has jobs of its own.
+    shutil.rmtree("sweep")
+    assert main([*words[:-1], "local"]) == 0
+    assert SweepDirectory.load(Path("sweep")).name != name and len(begun()) == 12
+
+
 def test_the_command_line(capsys):
     Path("sweep.yaml").write_text(YAML.replace("0.2", "0"))
     words = ["sweep", "--file", "sweep.yaml", "local"]
@@ -180,6 +204,8 @@ def test_the_command_line(capsys):
     out = capsys.readouterr().out
     assert out.count(": A=") == 6 and "trial_program.py" in out
     assert not Path("runs").exists() and not Path("jobs").exists()
+    assert main([*words, "--dry_run"]) == 0
+    assert capsys.readouterr().out == out
     Path("broken").write_text("2")
     assert main(words) == 1
     said = capsys.readouterr()

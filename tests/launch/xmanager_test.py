@@ -310,6 +310,17 @@ def test_access_is_checked_before_anything(world, monkeypatch):
         find_target("xmanager", {"executor": "vertex", "image": "i"}).check_access(record.job)
 
 
+def test_vertex_has_no_files_of_this_machine(world):
+    record, target = world.record("xmanager", {"executor": "vertex", "image": "i"}, run_dir="/gcs/b/x")
+    (world.path / "here" / "my.gin").write_text("A = 1\n")
+    named = dataclasses.replace(record.job, command=("clp", "train", "--gin_file=my.gin"))
+    with pytest.raises(LaunchError, match=r"Vertex has no my.gin of this directory"):
+        target.check(named)
+    find_target("xmanager", {}).check(named)
+    target.check(dataclasses.replace(named, command=("clp", "train", "--gin_file=/configs/my.gin")))
+    target.check(dataclasses.replace(named, command=("clp", "train", "--gin_file=examples/pydoc_sft.gin")))
+
+
 def test_vertex_needs_a_run_directory_in_a_bucket(world):
     record, target = world.record("xmanager", {"executor": "vertex", "image": "i"}, run_dir="runs/x")
     with pytest.raises(LaunchError, match="a path below /gcs"):
