@@ -121,9 +121,10 @@ class Sweep:
         """The seeds of every trial."""
         if self.seeds is None:
             return [None]
-        is_number = isinstance(self.seeds, int)
-        given = list(range(self.seeds)) if is_number else list(self.seeds)  # type: ignore[arg-type]
-        if not given or isinstance(self.seeds, bool) or any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32 for s in given):
+        given = list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+        if isinstance(self.seeds, bool):
+            given = []
+        if not given or any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**32 for s in given):
             raise LaunchError(
                 f"seeds: {self.seeds!r}: expected their number, or a list of whole numbers in [0, 2**32)."
             )

@@ -13,10 +13,10 @@ from clp_jax.launch import space
 from clp_jax.launch.command import create
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import all_records, jobs_directory
-from clp_jax.launch.sweep import Search, Sweep
-from clp_jax.launch.sweep_run import Settings, SweepDirectory, jobs_of, run_sweep
 from clp_jax.launch.local import Local
 from clp_jax.launch.supervisor import advance
+from clp_jax.launch.sweep import Search, Sweep
+from clp_jax.launch.sweep_run import Settings, SweepDirectory, jobs_of, run_sweep
 from clp_jax.launch.targets import find_target
 
 from clp_jax.main import main
