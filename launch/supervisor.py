@@ -160,7 +160,17 @@ def _look(record: JobRecord, target: Target, state: State) -> State:
         return state if status.phase == "gone" else _note(record, state, status)
     if status.phase == "starting":
         _note(record, state, status)
-        target.start(record)
+        try:
+            target.start(record)
+        except Unreachable:
+            raise
+        except LaunchError as error:
+            refusals = (record.kept("refusals") or 0) + 1
+            record.keep("refusals", refusals)
+            if refusals < record.job.max_failures:
+                raise
+            # What is rented is given back with the next look.
+            return record.append("failed", detail=f"the command could not be begun, {refusals} times: {error}")
         return _note(record, record.state or state, target.status(record))
     if status.phase in ("preempted", "gone"):
         return record.append("preempted", detail=status.detail or "it is not there any more", step=_newest_step(record))

@@ -200,6 +200,21 @@ def test_no_room_is_asked_again_and_refusals_are_final(record):
     assert record.state.detail == "quota"
 
 
+def test_a_start_that_is_refused_again_and_again_gives_back_what_is_rented(record):
+    place = Place()
+    for _ in range(2):
+        advance(record, place, NOW)
+    for _ in range(2):
+        place.raises["start"] = LaunchError("permission denied")
+        with pytest.raises(LaunchError, match="permission denied"):
+            move(record, place, "starting")
+    place.raises["start"] = LaunchError("permission denied")
+    assert move(record, place, "starting").phase == "failed"
+    assert record.state.detail == "the command could not be begun, 3 times: permission denied"
+    advance(record, place, NOW)
+    assert place.there == {} and place.done[-1] == ("delete", "job-1")
+
+
 def test_silence_changes_nothing(record):
     place = Place()
     for name in ("submit", "status"):
