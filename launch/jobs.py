@@ -13,6 +13,7 @@ from clp_jax.launch.job import JobRecord, all_records, jobs_directory
 from clp_jax.launch.options import build, describe, option, split, suggest
 from clp_jax.launch.supervisor import Patience, advance, retry
 from clp_jax.launch.supervisor import describe as describe_job
+from clp_jax.launch.target import Unreachable
 from clp_jax.launch.targets import find_target
 
 
@@ -114,7 +115,8 @@ def _stop(records: Sequence[JobRecord], options: JobsOptions) -> int:
         record.stop_request.touch()
         target = find_target(record.job.target, record.job.options)
         while not (record.is_over and record.kept("deleted")):
-            with contextlib.suppress(Held), record.lock():
+            # What does not answer, or is not gone yet, is asked again.
+            with contextlib.suppress(Held, Unreachable), record.lock():
                 while not (record.is_over and record.kept("deleted")):
                     advance(record, target)
             time.sleep(0.2)
