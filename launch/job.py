@@ -89,6 +89,7 @@ class State:
         time: seconds since 1970.
         detail: what a person may want to know: an exit code, a reason.
         step: the newest checkpoint then; None where there is none or nobody knows.
+        is_seen: whether the run directory could be looked at: otherwise no step does not mean no checkpoint.
     """
 
     phase: Phase
@@ -96,6 +97,7 @@ class State:
     time: float
     detail: str = ""
     step: int | None = None
+    is_seen: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +210,16 @@ class JobRecord:
         """The name of what is created for this attempt: the same whoever asks, so that nothing is created twice."""
         return f"{self.job.name}-{self.attempt}"
 
-    def append(self, phase: Phase, attempt: int | None = None, detail: str = "", step: int | None = None) -> State:
+    def append(
+        self,
+        phase: Phase,
+        attempt: int | None = None,
+        detail: str = "",
+        step: int | None = None,
+        is_seen: bool = True,
+    ) -> State:
         """Adds a state, on disk before this returns."""
-        state = State(phase, self.attempt if attempt is None else attempt, time.time(), detail, step)
+        state = State(phase, self.attempt if attempt is None else attempt, time.time(), detail, step, is_seen)
         path = self.path / "states.jsonl"
         whole = path.read_bytes() if path.is_file() else b""
         with open(path, "ab") as file:

@@ -162,6 +162,18 @@ def test_restarts_have_a_limit_even_with_progress(record):
     assert record.state.detail.startswith("5 restarts are all that --max_restarts allows; the last: exit code 134")
 
 
+@pytest.mark.parametrize(
+    ("run_dir", "options"),
+    [("gs://bucket/run", {}), ("s3://bucket/run", {}), ("/absent/disk/run", {"shared_disk": "/absent/disk"})],
+)
+def test_what_nobody_can_see_is_no_crash_loop_and_has_an_end(tmp_path, monkeypatch, run_dir, options):
+    monkeypatch.setenv("PATH", str(tmp_path))  # No gcloud.
+    job = Job("job", ("x",), "place", options, run_dir=run_dir, max_failures=3, max_restarts=5)
+    record, place = JobRecord.create(tmp_path / "jobs", job), Place()
+    assert [fail(record, place).phase for _ in range(6)] == ["broken"] * 5 + ["failed"]
+    assert record.state.detail.startswith("5 restarts are all that --max_restarts allows")
+
+
 def test_preemptions_between_failures_are_no_progress():
     from clp_jax.launch.job import State
 
