@@ -26,6 +26,11 @@ class JobsOptions:
     detach: bool = option("retry: look after the job in the background", False)
     look: float = option("retry, watch: seconds between two looks at a job", 10.0)
 
+    def __post_init__(self) -> None:
+        if self.lines is not None and self.lines < 0:
+            raise LaunchError(f"--lines is {self.lines}: expected at least 0.")
+        Patience(look=self.look)
+
 
 def jobs(words: Sequence[str]) -> int:
     """Runs `clp jobs`.

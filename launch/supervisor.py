@@ -6,6 +6,7 @@ attempt has: asked twice, it is there once.
 """
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ class Patience:
     look: float = 10.0
     first_wait: float = 10.0
     longest_wait: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.look < math.inf:
+            raise LaunchError(f"--look is {self.look:g}: expected seconds, more than 0.")
 
     def wait(self, ends: int) -> float:
         """Seconds before the next attempt, after so many ends in a row without progress."""

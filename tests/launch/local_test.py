@@ -153,6 +153,7 @@ def test_a_command_that_is_not_there(world, tmp_path):
         ({"processes": "0"}, "--processes is 0: expected at least 1."),
         ({"processes": "two"}, "--processes is 'two': expected a whole number."),
         ({"devices_per_process": "0"}, "--devices_per_process is 0: expected at least 1."),
+        ({"grace": "-1"}, "--grace is -1: expected seconds, at least 0."),
         ({"proceses": "2"}, "clp launch local has no option --proceses (did you mean processes?)."),
     ],
 )

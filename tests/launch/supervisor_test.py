@@ -7,6 +7,7 @@ from clp_jax.launch import supervisor
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import may_restart, verdict
 from clp_jax.launch.job import Job, JobRecord
+from clp_jax.launch.jobs import jobs
 from clp_jax.launch.supervisor import Patience, advance, describe, ends_without_progress, retry, supervise
 from clp_jax.launch.target import Status, Target, Unavailable, Unreachable
 
@@ -325,3 +326,17 @@ def test_the_exit_codes_of_all_workers_together(codes, phase, code):
 def test_which_codes_may_do_better():
     assert [may_restart(code) for code in (75, 134, 137, 143, None)] == [True] * 5
     assert [may_restart(code) for code in (1, 2, 126, 127, 130)] == [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["logs", "x", "--lines=-1"], "--lines is -1: expected at least 0."),
+        (["watch", "--look=-1"], "--look is -1: expected seconds, more than 0."),
+        (["watch", "--look=nan"], "--look is nan: expected seconds, more than 0."),
+    ],
+)
+def test_numbers_are_checked_before_anything(words, message):
+    with pytest.raises(LaunchError) as error:
+        jobs(words)
+    assert str(error.value) == message
