@@ -77,6 +77,9 @@ class Job:
             raise LaunchError(
                 "there is no command: write it after --, as in: clp launch local -- train --gin_file=FILE."
             )
+        for name, value, least in (("max_failures", self.max_failures, 1), ("max_restarts", self.max_restarts, 0)):
+            if value < least:
+                raise LaunchError(f"--{name} is {value}: expected at least {least}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +172,10 @@ class JobRecord:
         """All states so far, in order; a last line that a dying launcher left unfinished counts as not written."""
         path = self.path / "states.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        return tuple(State(**json.loads(line)) for line in lines)
+        try:
+            return tuple(State(**json.loads(line)) for line in lines)
+        except (ValueError, TypeError) as error:
+            raise LaunchError(f"{path} is damaged: {error}") from error
 
     @property
     def state(self) -> State | None:

@@ -67,17 +67,27 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _list(records: Sequence[JobRecord], options: JobsOptions) -> int:
-    rows = [("NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE")]
-    for record in records or all_records(jobs_directory()):
-        state = record.state
-        if state is None:
-            rows.append((record.job.name, record.job.target, "not begun", "", "", ""))
-            continue
-        steps = [str(s.step) for s in record.states if s.step is not None]
-        since = _clock(state.time)
-        rows.append((record.job.name, record.job.target, state.phase, str(state.attempt), (steps or [""])[-1], since))
+    rows: list[tuple[str, ...]] = [("NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE")]
+    here = jobs_directory()
+    found = sorted(path for path in here.glob("[!.]*") if (path / "job.json").is_file()) if not records else []
+    for path in [record.path for record in records] or found:
+        try:
+            rows.append(_row(JobRecord.load(path)))
+        except LaunchError as error:
+            # One that is damaged hides no other.
+            show(str(error))
+            rows.append((path.name, "", "damaged", "", "", ""))
     print(table(rows))
     return 0
+
+
+def _row(record: JobRecord) -> tuple[str, ...]:
+    state = record.state
+    if state is None:
+        return record.job.name, record.job.target, "not begun", "", "", ""
+    steps = [str(s.step) for s in record.states if s.step is not None]
+    step = (steps or [""])[-1]
+    return record.job.name, record.job.target, state.phase, str(state.attempt), step, _clock(state.time)
 
 
 def _status(records: Sequence[JobRecord], options: JobsOptions) -> int:
