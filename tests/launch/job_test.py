@@ -112,7 +112,11 @@ def test_a_damaged_record_hides_no_other(tmp_path, monkeypatch, capsys):
     (tmp_path / "b" / "states.jsonl").write_text("{}\n")
     assert jobs(["list"]) == 0
     found = capsys.readouterr()
-    assert [line.split()[:2] for line in found.out.splitlines()[1:]] == [["a", "damaged"], ["b", "damaged"], ["c", "local"]]
+    assert [line.split()[:2] for line in found.out.splitlines()[1:]] == [
+        ["a", "damaged"],
+        ["b", "damaged"],
+        ["c", "local"],
+    ]
     assert "job.json is not the record of a job" in found.err and "states.jsonl is damaged" in found.err
 
 
