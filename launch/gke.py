@@ -110,7 +110,8 @@ class Gke:
     def delete(self, record: JobRecord) -> None:
         """Deletes the JobSet and its files."""
         for kind in ("jobset", "configmap"):
-            words = ("delete", kind, record.resource, "--ignore-not-found", "--wait=true")
+            # In the foreground: the pods, which may be saving, are gone before it is.
+            words = ("delete", kind, record.resource, "--ignore-not-found", "--wait=true", "--cascade=foreground")
             call(dataclasses.replace(self._kubectl(*words), timeout=self.grace + 300.0))
 
     def dry_run(self, record: JobRecord) -> Sequence[Step]:

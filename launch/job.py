@@ -77,6 +77,9 @@ class Job:
             raise LaunchError(
                 "there is no command: write it after --, as in: clp launch local -- train --gin_file=FILE."
             )
+        for name, value, least in (("max_failures", self.max_failures, 1), ("max_restarts", self.max_restarts, 0)):
+            if value < least:
+                raise LaunchError(f"--{name} is {value}: expected at least {least}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,7 @@ class State:
         time: seconds since 1970.
         detail: what a person may want to know: an exit code, a reason.
         step: the newest checkpoint then; None where there is none or nobody knows.
+        is_seen: whether the run directory could be looked at: otherwise no step does not mean no checkpoint.
     """
 
     phase: Phase
@@ -96,6 +100,7 @@ class State:
     time: float
     detail: str = ""
     step: int | None = None
+    is_seen: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +172,10 @@ class JobRecord:
         """All states so far, in order; a last line that a dying launcher left unfinished counts as not written."""
         path = self.path / "states.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        return tuple(State(**json.loads(line)) for line in lines)
+        try:
+            return tuple(State(**json.loads(line)) for line in lines)
+        except (ValueError, TypeError) as error:
+            raise LaunchError(f"{path} is damaged: {error}") from error
 
     @property
     def state(self) -> State | None:
@@ -208,9 +216,16 @@ class JobRecord:
         """The name of what is created for this attempt: the same whoever asks, so that nothing is created twice."""
         return f"{self.job.name}-{self.attempt}"
 
-    def append(self, phase: Phase, attempt: int | None = None, detail: str = "", step: int | None = None) -> State:
+    def append(
+        self,
+        phase: Phase,
+        attempt: int | None = None,
+        detail: str = "",
+        step: int | None = None,
+        is_seen: bool = True,
+    ) -> State:
         """Adds a state, on disk before this returns."""
-        state = State(phase, self.attempt if attempt is None else attempt, time.time(), detail, step)
+        state = State(phase, self.attempt if attempt is None else attempt, time.time(), detail, step, is_seen)
         path = self.path / "states.jsonl"
         whole = path.read_bytes() if path.is_file() else b""
         with open(path, "ab") as file:

@@ -13,6 +13,7 @@ from clp_jax.launch.job import JobRecord, all_records, jobs_directory
 from clp_jax.launch.options import build, describe, option, split, suggest
 from clp_jax.launch.supervisor import Patience, advance, retry
 from clp_jax.launch.supervisor import describe as describe_job
+from clp_jax.launch.target import Unreachable
 from clp_jax.launch.targets import find_target
 
 
@@ -24,6 +25,11 @@ class JobsOptions:
     lines: int | None = option("logs: the last lines of each worker", None)
     detach: bool = option("retry: look after the job in the background", False)
     look: float = option("retry, watch: seconds between two looks at a job", 10.0)
+
+    def __post_init__(self) -> None:
+        if self.lines is not None and self.lines < 0:
+            raise LaunchError(f"--lines is {self.lines}: expected at least 0.")
+        Patience(look=self.look)
 
 
 def jobs(words: Sequence[str]) -> int:
@@ -61,17 +67,27 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _list(records: Sequence[JobRecord], options: JobsOptions) -> int:
-    rows = [("NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE")]
-    for record in records or all_records(jobs_directory()):
-        state = record.state
-        if state is None:
-            rows.append((record.job.name, record.job.target, "not begun", "", "", ""))
-            continue
-        steps = [str(s.step) for s in record.states if s.step is not None]
-        since = _clock(state.time)
-        rows.append((record.job.name, record.job.target, state.phase, str(state.attempt), (steps or [""])[-1], since))
+    rows: list[tuple[str, ...]] = [("NAME", "TARGET", "STATE", "ATTEMPT", "CHECKPOINT", "SINCE")]
+    here = jobs_directory()
+    found = sorted(path for path in here.glob("[!.]*") if (path / "job.json").is_file()) if not records else []
+    for path in [record.path for record in records] or found:
+        try:
+            rows.append(_row(JobRecord.load(path)))
+        except LaunchError as error:
+            # One that is damaged hides no other.
+            show(str(error))
+            rows.append((path.name, "", "damaged", "", "", ""))
     print(table(rows))
     return 0
+
+
+def _row(record: JobRecord) -> tuple[str, ...]:
+    state = record.state
+    if state is None:
+        return record.job.name, record.job.target, "not begun", "", "", ""
+    steps = [str(s.step) for s in record.states if s.step is not None]
+    step = (steps or [""])[-1]
+    return record.job.name, record.job.target, state.phase, str(state.attempt), step, _clock(state.time)
 
 
 def _status(records: Sequence[JobRecord], options: JobsOptions) -> int:
@@ -114,7 +130,8 @@ def _stop(records: Sequence[JobRecord], options: JobsOptions) -> int:
         record.stop_request.touch()
         target = find_target(record.job.target, record.job.options)
         while not (record.is_over and record.kept("deleted")):
-            with contextlib.suppress(Held), record.lock():
+            # What does not answer, or is not gone yet, is asked again.
+            with contextlib.suppress(Held, Unreachable), record.lock():
                 while not (record.is_over and record.kept("deleted")):
                     advance(record, target)
             time.sleep(0.2)

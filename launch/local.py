@@ -1,6 +1,7 @@
 """Jobs on this machine: n processes with the start-up of a pod, alive without their launcher."""
 
 import dataclasses
+import math
 import shlex
 import shutil
 import socket
@@ -43,6 +44,8 @@ class Local:
         for name, value in (("processes", self.processes), ("devices_per_process", self.devices_per_process)):
             if value is not None and value < 1:
                 raise LaunchError(f"--{name} is {value}: expected at least 1.")
+        if not 0.0 <= self.grace < math.inf:
+            raise LaunchError(f"--grace is {self.grace:g}: expected seconds, at least 0.")
 
     def compile_options(self) -> None:
         """Nothing is rented."""

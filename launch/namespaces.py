@@ -2,12 +2,17 @@
 
 import dataclasses
 import hashlib
+import shutil
+import socket
+from pathlib import Path
 
-from clp_jax.launch.calls import call
+from clp_jax.launch.calls import call, carry_out
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.target import Run
+from clp_jax.launch.target import Run, Step, Write
 
 _MOST = 250
+# `ip netns exec` lays the files of a namespace's folder here over those of /etc.
+_FILES = Path("/etc/netns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +35,8 @@ class Namespaces:
         """The words before a command that runs in a namespace."""
         return ("ip", "netns", "exec", self._name(index))
 
-    def create(self) -> list[Run]:
-        """The commands that make them."""
+    def create(self) -> list[Step]:
+        """The commands that make them, and their files."""
         words = [f"link add {self._bridge} type bridge", f"link set {self._bridge} up"]
         for i in range(self.count):
             name, port = self._name(i), f"cv{self._digest}{i}"
@@ -43,13 +48,20 @@ class Namespaces:
                 f"-n {name} link set eth0 up",
                 f"-n {name} link set lo up",
             ]
-        return [Run(("ip", *line.split()), timeout=20.0) for line in words]
+        # Processes tell each other where they are by asking for the host's own name, which elsewhere is 127.0.0.1.
+        hosts = [f"127.0.0.1 localhost\n{self.address(i)} {socket.gethostname()}\n" for i in range(self.count)]
+        return [
+            *(Run(("ip", *line.split()), timeout=20.0) for line in words),
+            *(Write(_FILES / self._name(i) / "hosts", text) for i, text in enumerate(hosts)),
+        ]
 
     def delete(self) -> None:
         """Removes them, with their ends of the network; those that are not there are no error."""
         lines = [f"netns delete {self._name(i)}" for i in range(self.count)]
         for line in [*lines, f"link delete {self._bridge}"]:
             call(Run(("ip", *line.split()), timeout=20.0), may_fail=True)
+        for i in range(self.count):
+            shutil.rmtree(_FILES / self._name(i), ignore_errors=True)
 
     @property
     def _digest(self) -> str:
@@ -73,9 +85,8 @@ def check_namespaces(count: int) -> None:
         raise LaunchError(f"--processes is {count}: expected at most {_MOST} with --namespaces.")
     probe = Namespaces("probe", 1)
     try:
-        for run in probe.create():
-            call(run)
-    except LaunchError as error:
+        carry_out(probe.create())
+    except (LaunchError, OSError) as error:
         raise LaunchError(f"--namespaces needs the rights of root for networks: {error}") from error
     finally:
         probe.delete()

@@ -6,6 +6,7 @@ attempt has: asked twice, it is there once.
 """
 
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from clp_jax.launch.calls import show
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import may_restart
 from clp_jax.launch.job import BETWEEN, FINAL, JobRecord, Phase, State
-from clp_jax.launch.run_directory import newest_step
+from clp_jax.launch.run_directory import Unseen, newest_step
 from clp_jax.launch.target import Status, Target, Unavailable, Unreachable
 
 LAST_LINES = 20
@@ -33,6 +34,10 @@ class Patience:
     look: float = 10.0
     first_wait: float = 10.0
     longest_wait: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.look < math.inf:
+            raise LaunchError(f"--look is {self.look:g}: expected seconds, more than 0.")
 
     def wait(self, ends: int) -> float:
         """Seconds before the next attempt, after so many ends in a row without progress."""
@@ -70,7 +75,7 @@ def advance(record: JobRecord, target: Target, patience: Patience | None = None)
         return record.append("queued", attempt=state.attempt + 1)
     if record.stop_request.exists():
         target.stop(record)
-        return record.append("stopped", detail="as asked", step=_newest_step(record))
+        return _append_end(record, "stopped", "as asked")
     return _look(record, target, state)
 
 
@@ -160,10 +165,20 @@ def _look(record: JobRecord, target: Target, state: State) -> State:
         return state if status.phase == "gone" else _note(record, state, status)
     if status.phase == "starting":
         _note(record, state, status)
-        target.start(record)
+        try:
+            target.start(record)
+        except Unreachable:
+            raise
+        except LaunchError as error:
+            refusals = (record.kept("refusals") or 0) + 1
+            record.keep("refusals", refusals)
+            if refusals < record.job.max_failures:
+                raise
+            # What is rented is given back with the next look.
+            return record.append("failed", detail=f"the command could not be begun, {refusals} times: {error}")
         return _note(record, record.state or state, target.status(record))
     if status.phase in ("preempted", "gone"):
-        return record.append("preempted", detail=status.detail or "it is not there any more", step=_newest_step(record))
+        return _append_end(record, "preempted", status.detail or "it is not there any more")
     if status.phase == "failed":
         return _failed(record, target, status)
     return _note(record, state, status)
@@ -173,26 +188,32 @@ def _note(record: JobRecord, state: State, status: Status) -> State:
     """Writes a phase down where it is a new one; how an attempt ends is for the next look."""
     if status.phase not in ("queued", "starting", "running", "succeeded") or status.phase == state.phase:
         return state
-    step = _newest_step(record) if status.phase == "succeeded" else None
-    return record.append(status.phase, detail=status.detail, step=step)
+    if status.phase == "succeeded":
+        return _append_end(record, "succeeded", status.detail)
+    return record.append(status.phase, detail=status.detail)
 
 
 def _failed(record: JobRecord, target: Target, status: Status) -> State:
-    step = _newest_step(record)
+    step, is_seen = _newest_step(record)
     detail = status.detail or f"exit code {status.code}"
     if may_restart(status.code):
-        broken = State("broken", record.attempt, time.time(), detail, step)
-        failures = ends_without_progress((*record.states, broken), ("broken",))
+        broken = State("broken", record.attempt, time.time(), detail, step, is_seen)
+        # Where nobody can look, a failure may have saved: --max_restarts is the limit then.
+        known = [state for state in (*record.states, broken) if state.is_seen]
+        failures = ends_without_progress(known, ("broken",))
         restarts = _restarts(record.states)
         if failures < record.job.max_failures and restarts < record.job.max_restarts:
-            return record.append("broken", detail=detail, step=step)
+            return record.append("broken", detail=detail, step=step, is_seen=is_seen)
         if failures >= record.job.max_failures:
             detail = f"{failures} failures without a new checkpoint, the last: {detail}"
         else:
             detail = f"{restarts} restarts are all that --max_restarts allows; the last: {detail}"
     lines = list(deque(target.logs(record, lines=LAST_LINES), LAST_LINES))
     return record.append(
-        "failed", detail="\n".join([f"{detail}. The last lines:" if lines else detail, *lines]), step=step
+        "failed",
+        detail="\n".join([f"{detail}. The last lines:" if lines else detail, *lines]),
+        step=step,
+        is_seen=is_seen,
     )
 
 
@@ -208,5 +229,14 @@ def _wait(states: Sequence[State], patience: Patience) -> float:
     return 0.0 if states[-1].phase == "retried" else patience.wait(ends_without_progress(states))
 
 
-def _newest_step(record: JobRecord) -> int | None:
-    return newest_step(record.job.run_dir, record.job.directory)
+def _append_end(record: JobRecord, phase: Phase, detail: str) -> State:
+    step, is_seen = _newest_step(record)
+    return record.append(phase, detail=detail, step=step, is_seen=is_seen)
+
+
+def _newest_step(record: JobRecord) -> tuple[int | None, bool]:
+    """The newest checkpoint, and whether anybody can say."""
+    try:
+        return newest_step(record.job), True
+    except Unseen:
+        return None, False

@@ -144,10 +144,16 @@ class TpuVm:
 
     def logs(self, record: JobRecord, lines: int | None = None, follow: bool = False) -> Iterator[str]:
         """The workers' output, over SSH; none where they are gone."""
-        how = f"-n {'+1' if lines is None else lines}{' -F' if follow else ''}"
-        here = self._here(record)
-        file = f'file={here}/{LOG}; [ -f "$file" ] || file={here}/setup.log'
-        command = f'{file}; tail {how} "$file" | sed -u "s/^/[$(hostname)] /"'
+        here, how = self._here(record), f"-n {'+1' if lines is None else lines}"
+        if follow:
+            ends = f"[ -f {here}/{EXIT} ] || {{ [ -s {here}/{PID} ] && ! {_lives(here)}; }}"
+            # Ends with the command, and with the reader.
+            wait = f"(until {ends} || ! kill -0 $$; do sleep 0.5; done) > /dev/null 2>&1 & "
+            show = f'{wait}tail -q {how} -F --pid=$! "$@" 2> /dev/null'
+            files = f"set -- {here}/setup.log {here}/{LOG}; [ ! -f {here}/{LOG} ] || shift"
+        else:
+            show, files = f'tail {how} "$1"', f"set -- {here}/{LOG}; [ -f {here}/{LOG} ] || set -- {here}/setup.log"
+        command = f'{files}; {show} | sed -u "s/^/[$(hostname)] /"'
         try:
             yield from stream(*(self._ssh(node, command) for node in self._nodes(record)))
         except LaunchError:

@@ -15,7 +15,7 @@ from clp_jax.launch.target import Note, Run, Write
 from clp_jax.launch.targets import find_target
 from kubernetes_fields import unknown_fields
 
-from .conftest import AWKWARD, QUICK, phases, until
+from .conftest import AWKWARD, QUICK, are_gone, phases, until
 
 TWO_HOSTS = {"topology": "v5p:2x2x2"}
 ONE_HOST = {"topology": "v5e:2x2"}
@@ -128,6 +128,14 @@ def test_a_users_mistake_ends_the_job_with_the_last_lines(world):
     assert end.detail.splitlines()[0] == "worker 0 ended with exit code 2. The last lines:"
     assert end.detail.endswith("[pod/job-1-slice-0-0/main] the last line")
     assert world.state["jobsets"] == {}
+
+
+def test_no_pod_is_left_when_the_job_set_is_deleted(world):
+    record, target = world.record("gke", ONE_HOST)
+    world.trouble("training", {"sleep": 20})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    target.delete(record)
+    until(lambda: are_gone(run["pid"] for run in world.runs), 5.0)
 
 
 def test_quota_is_refused_for_good(world):

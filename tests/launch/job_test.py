@@ -6,6 +6,7 @@ import multiprocessing
 import pytest
 from clp_jax.launch.errors import Held, LaunchError
 from clp_jax.launch.job import Job, JobRecord, all_records, jobs_directory
+from clp_jax.launch.jobs import jobs
 
 
 def job(name="job", **changes):
@@ -101,3 +102,25 @@ def test_where_records_are(monkeypatch, tmp_path):
     monkeypatch.delenv("CLP_JOBS_DIR")
     monkeypatch.setenv("HOME", "/home/x")
     assert str(jobs_directory()) == "/home/x/.clp/jobs"
+
+
+def test_a_damaged_record_hides_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path))
+    for name in ("a", "b", "c"):
+        JobRecord.create(tmp_path, Job(name, ("x",), "local"))
+    (tmp_path / "a" / "job.json").write_text("{")
+    (tmp_path / "b" / "states.jsonl").write_text("{}\n")
+    assert jobs(["list"]) == 0
+    found = capsys.readouterr()
+    assert [line.split()[:2] for line in found.out.splitlines()[1:]] == [
+        ["a", "damaged"],
+        ["b", "damaged"],
+        ["c", "local"],
+    ]
+    assert "job.json is not the record of a job" in found.err and "states.jsonl is damaged" in found.err
+
+
+@pytest.mark.parametrize(("name", "value", "least"), [("max_failures", 0, 1), ("max_restarts", -1, 0)])
+def test_limits_are_checked(name, value, least):
+    with pytest.raises(LaunchError, match=f"--{name} is {value}: expected at least {least}."):
+        Job("a", ("x",), "local", **{name: value})

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from clp_jax.launch.errors import LaunchError
@@ -152,6 +153,7 @@ def test_a_command_that_is_not_there(world, tmp_path):
         ({"processes": "0"}, "--processes is 0: expected at least 1."),
         ({"processes": "two"}, "--processes is 'two': expected a whole number."),
         ({"devices_per_process": "0"}, "--devices_per_process is 0: expected at least 1."),
+        ({"grace": "-1"}, "--grace is -1: expected seconds, at least 0."),
         ({"proceses": "2"}, "clp launch local has no option --proceses (did you mean processes?)."),
     ],
 )
@@ -174,6 +176,16 @@ else:
             break
         except ConnectionRefusedError:
             __import__("time").sleep(0.05)
+"""
+
+SUM = """
+import jax, jax.numpy as jnp, os
+jax.distributed.initialize(
+    os.environ["CLP_COORDINATOR_ADDRESS"], int(os.environ["CLP_NUM_PROCESSES"]), int(os.environ["CLP_PROCESS_ID"])
+)
+from jax.experimental import multihost_utils
+found = multihost_utils.process_allgather(jnp.array(10 + jax.process_index()))
+print("gathered", found.tolist(), flush=True)
 """
 
 
@@ -202,6 +214,17 @@ def test_processes_in_namespaces_have_addresses_of_their_own(world):
     there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     links = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
     assert networks._digest not in there and networks._digest not in links
+
+
+@pytest.mark.skipif(not permitted(), reason="needs the rights of root for networks")
+def test_processes_in_namespaces_compute_together(world):
+    options = {"processes": "2", "namespaces": "true", "devices_per_process": "1"}
+    job = Job("job", (sys.executable, "-c", SUM), "local", options, directory="/")
+    record, target = JobRecord.create(world.jobs, job), find_target("local", options)
+    assert world.run(record, target).phase == "succeeded"
+    lines = [line for line in target.logs(record) if "gathered" in line]
+    assert lines == ["[0] gathered [10, 11]", "[1] gathered [10, 11]"]
+    assert not list(Path("/etc/netns").glob(f"clp-{target._networks(record)._digest}-*"))
 
 
 def test_namespaces_that_are_not_permitted(world, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from clp_jax.launch import calls
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import JobRecord
+from clp_jax.launch.jobs import jobs
 from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Run
 from clp_jax.launch.targets import find_target
@@ -130,6 +131,16 @@ def test_stopping_cancels(world):
     until(lambda: advance(record, target, QUICK) and world.runs)
     record.stop_request.touch()
     assert world.run(record, target).phase == "stopped"
+    assert left(world) == []
+
+
+def test_stopping_waits_for_what_is_completing(world, capsys):
+    record, target = world.record("slurm", {})
+    world.trouble("training", {"sleep": 60})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    world.trouble("completing", 4)
+    assert jobs(["stop", "job"]) == 0
+    assert capsys.readouterr().out == "job: stopped: as asked\n"
     assert left(world) == []
 
 

@@ -7,6 +7,7 @@ from clp_jax.launch import supervisor
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import may_restart, verdict
 from clp_jax.launch.job import Job, JobRecord
+from clp_jax.launch.jobs import jobs
 from clp_jax.launch.supervisor import Patience, advance, describe, ends_without_progress, retry, supervise
 from clp_jax.launch.target import Status, Target, Unavailable, Unreachable
 
@@ -162,6 +163,18 @@ def test_restarts_have_a_limit_even_with_progress(record):
     assert record.state.detail.startswith("5 restarts are all that --max_restarts allows; the last: exit code 134")
 
 
+@pytest.mark.parametrize(
+    ("run_dir", "options"),
+    [("gs://bucket/run", {}), ("s3://bucket/run", {}), ("/absent/disk/run", {"shared_disk": "/absent/disk"})],
+)
+def test_what_nobody_can_see_is_no_crash_loop_and_has_an_end(tmp_path, monkeypatch, run_dir, options):
+    monkeypatch.setenv("PATH", str(tmp_path))  # No gcloud.
+    job = Job("job", ("x",), "place", options, run_dir=run_dir, max_failures=3, max_restarts=5)
+    record, place = JobRecord.create(tmp_path / "jobs", job), Place()
+    assert [fail(record, place).phase for _ in range(6)] == ["broken"] * 5 + ["failed"]
+    assert record.state.detail.startswith("5 restarts are all that --max_restarts allows")
+
+
 def test_preemptions_between_failures_are_no_progress():
     from clp_jax.launch.job import State
 
@@ -198,6 +211,21 @@ def test_no_room_is_asked_again_and_refusals_are_final(record):
     advance(record, place, NOW)
     assert advance(record, place, NOW).phase == "failed"
     assert record.state.detail == "quota"
+
+
+def test_a_start_that_is_refused_again_and_again_gives_back_what_is_rented(record):
+    place = Place()
+    for _ in range(2):
+        advance(record, place, NOW)
+    for _ in range(2):
+        place.raises["start"] = LaunchError("permission denied")
+        with pytest.raises(LaunchError, match="permission denied"):
+            move(record, place, "starting")
+    place.raises["start"] = LaunchError("permission denied")
+    assert move(record, place, "starting").phase == "failed"
+    assert record.state.detail == "the command could not be begun, 3 times: permission denied"
+    advance(record, place, NOW)
+    assert place.there == {} and place.done[-1] == ("delete", "job-1")
 
 
 def test_silence_changes_nothing(record):
@@ -298,3 +326,17 @@ def test_the_exit_codes_of_all_workers_together(codes, phase, code):
 def test_which_codes_may_do_better():
     assert [may_restart(code) for code in (75, 134, 137, 143, None)] == [True] * 5
     assert [may_restart(code) for code in (1, 2, 126, 127, 130)] == [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["logs", "x", "--lines=-1"], "--lines is -1: expected at least 0."),
+        (["watch", "--look=-1"], "--look is -1: expected seconds, more than 0."),
+        (["watch", "--look=nan"], "--look is nan: expected seconds, more than 0."),
+    ],
+)
+def test_numbers_are_checked_before_anything(words, message):
+    with pytest.raises(LaunchError) as error:
+        jobs(words)
+    assert str(error.value) == message

@@ -145,6 +145,21 @@ def test_the_output_of_all_slices_is_followed_at_once(world):
     assert world.run(record, target).phase == "succeeded"
 
 
+def test_output_is_followed_from_the_setup_to_the_end(world):
+    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    world.trouble("training", {"until": "go"})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    (state,) = world.path.glob("nodes/job-1/w-0/clp/job-1/state")
+    # As while the environment is made.
+    (state / "log").rename(state / "later")
+    (state / "setup.log").write_text("installing\n")
+    lines = target.logs(record, follow=True)
+    assert next(lines) == "[job-1-w-0] installing"
+    (state / "later").rename(state / "log")
+    (world.path / "go").touch()
+    assert list(lines) == ["[job-1-w-0] training ['a']", "[job-1-w-0] the last line"]
+
+
 def test_quota_is_refused_for_good(world):
     record, target = world.record("tpu-vm", SPOT)
     world.trouble("create", "quota")

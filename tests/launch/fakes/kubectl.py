@@ -154,9 +154,10 @@ def get(kind, words):
             print(json.dumps({"items": list(pods(name, found)) if found else []}))
 
 
-def delete(kind, name):
+def delete(kind, name, words):
     with world() as state:
-        if kind == "jobset" and state.get("jobsets", {}).pop(name, None):
+        # Otherwise the pods have their grace after the object is gone.
+        if kind == "jobset" and state.get("jobsets", {}).pop(name, None) and "--cascade=foreground" in words:
             end(name)
 
 
@@ -174,7 +175,7 @@ def main():
     elif action == "get":
         get(words[1], words[2:])
     elif action == "delete":
-        delete(words[1], words[2])
+        delete(words[1], words[2], words)
     elif action == "logs":
         name = flag(words, "selector").partition("=")[2]
         for home in sorted(WORLD.glob(f"pods/{name}-slice-*")):

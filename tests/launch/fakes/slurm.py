@@ -3,7 +3,7 @@
 some looks.
 
 Troubles: ``sbatch`` (refused, timeout_before, timeout_after), ``pending`` (more looks), ``preempt``, ``node_fail`` and ``requeue``
-(at the next look, of a job that runs), ``no_accounts``.
+(at the next look, of a job that runs), ``completing`` (looks at what is cancelled before it is gone), ``no_accounts``.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from state import WORLD, fail, flag, hang, log_call, trouble, world
 
-PENDING, RUNNING = "PENDING", "RUNNING"
+PENDING, RUNNING, COMPLETING = "PENDING", "RUNNING", "COMPLETING"
 
 
 def identity(job):
@@ -52,6 +52,9 @@ def kill(job):
 def look(job, jobs):
     """What the controller would have done since the last look."""
     job["looks"] -= 1
+    if job["state"] == COMPLETING:
+        job["completing"] -= 1
+        job["state"] = COMPLETING if job["completing"] > 0 else "CANCELLED by 1000"
     at_once = len([other for other in jobs if other["array"] == job["array"] and other["state"] == RUNNING])
     if job["state"] == PENDING and job["looks"] <= 0 and at_once < job["most"]:
         job["state"] = RUNNING
@@ -118,7 +121,7 @@ def squeue(jobs, words):
     found = [job for job in jobs if job["name"] == flag(words, "name")]
     for job in found:
         look(job, jobs)
-    waiting = [job for job in found if job["state"] in (PENDING, RUNNING)]
+    waiting = [job for job in found if job["state"] in (PENDING, RUNNING, COMPLETING)]
     lines = [f"{identity(job)}|{job['state']}" for job in waiting]
     if "--array" not in words:
         # As the real one: what is pending of an array is one line.
@@ -157,7 +160,8 @@ def main():
                 for job in jobs:
                     if identity(job) in words and job["state"] in (PENDING, RUNNING):
                         kill(job)
-                        job["state"] = "CANCELLED by 1000"
+                        job["completing"] = trouble("completing") or 0
+                    job["state"] = COMPLETING if job["completing"] else "CANCELLED by 1000"
 
 
 main()
