@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
@@ -90,7 +91,7 @@ class Reader:
             return main(words[1:])
         else:
             assert shutil.which(words[0]), f"there is no {words[0]}"
-            assert os.spawnvp(os.P_WAIT, words[0], words) == 0, line
+            assert subprocess.run(words, check=False).returncode == 0, line
         return 0
 
 

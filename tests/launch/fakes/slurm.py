@@ -161,7 +161,7 @@ def main():
                     if identity(job) in words and job["state"] in (PENDING, RUNNING):
                         kill(job)
                         job["completing"] = trouble("completing") or 0
-                    job["state"] = COMPLETING if job["completing"] else "CANCELLED by 1000"
+                        job["state"] = COMPLETING if job["completing"] else "CANCELLED by 1000"
 
 
 main()
