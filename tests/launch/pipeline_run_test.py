@@ -209,7 +209,7 @@ def test_a_call_that_fails_is_made_again_and_another_launcher_is_waited_for(capf
     target = find_target("local", {})
     stage = Stage("one", (sys.executable, str(PROGRAM), "out/one", "a.txt", "--until=go"), ("out/one",))
     job = stage_job("toy", dataclasses.replace(stage, target=("local",)), "made")
-    patience = Patience(look=0.01)
+    patience = Patience(look=1e-9)
     first = StageJob(job, target, patience)
     for _ in range(2):
         assert first.poll() is None
