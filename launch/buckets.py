@@ -5,7 +5,9 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+from clp_jax.launch.calls import call
 from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.target import Run
 
 _MOUNT = re.compile(r"([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])=(/.*[^/])")
 _PACKAGES, _KEY = "https://packages.cloud.google.com/apt", "/usr/share/keyrings/cloud.google.asc"
@@ -37,6 +39,19 @@ def read_mounts(words: Sequence[str]) -> list[Mount]:
             raise LaunchError(f"--mounts has {word!r}: expected BUCKET=/FOLDER, as in my-bucket=/mnt/my-bucket.")
         found.append(Mount(match[1], match[2]))
     return found
+
+
+def check_buckets(mounts: Sequence[Mount], paths: Sequence[str | None]) -> None:
+    """Raises `LaunchError` for a bucket that is not there, or that who launches may not see.
+
+    Args:
+        mounts: of the workers.
+        paths: other places, some of them in buckets (``gs://``).
+    """
+    given = [f"gs://{mount.bucket}" for mount in mounts]
+    given += ["/".join(path.split("/")[:3]) for path in paths if path is not None and path.startswith("gs://")]
+    for bucket in dict.fromkeys(given):
+        call(Run(("gcloud", "storage", "buckets", "describe", bucket, "--format=value(name)"), attempts=2))
 
 
 def seen_from_here(run_dir: str | None, options: Mapping[str, str]) -> str | None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,9 +100,15 @@ def begin(words: Sequence[str], output: Path) -> None:
 
 
 def stream(*runs: Run) -> Iterator[str]:
-    """The lines that commands write at the same time, as they come; they are ended when nobody wants more."""
+    """The lines that commands write at the same time, as they come; they are ended when nobody wants more.
+
+    Raises:
+        LaunchError: at the end, when one of them failed and none had anything to say.
+    """
     lines: queue.Queue[str | None] = queue.Queue()
-    processes = [_open(run, subprocess.DEVNULL) for run in runs]
+    is_silent = True
+    processes = [_open(run, subprocess.PIPE) for run in runs]
+    complaints = [deque[str](maxlen=20) for _ in processes]
 
     def read(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -109,16 +116,30 @@ def stream(*runs: Run) -> Iterator[str]:
             lines.put(line.rstrip("\n"))
         lines.put(None)
 
+    def listen(process: subprocess.Popen[str], said: deque[str]) -> None:
+        assert process.stderr is not None
+        said.extend(process.stderr)
+
     readers = [threading.Thread(target=read, args=(process,), daemon=True) for process in processes]
+    readers += [
+        threading.Thread(target=listen, args=pair, daemon=True) for pair in zip(processes, complaints, strict=True)
+    ]
     for reader in readers:
         reader.start()
     try:
         for _ in processes:
-            yield from iter(lines.get, None)
+            for line in iter(lines.get, None):
+                is_silent = False
+                yield line
+        for run, process, said in zip(runs, processes, complaints, strict=True):
+            if process.wait() and is_silent:
+                raise LaunchError(f"{_short(run)} refused: {_reason(Called(process.returncode, '', ''.join(said)))}")
     finally:
-        for reader, process in zip(readers, processes, strict=True):
+        for process in processes:
             _signal(process, signal.SIGTERM)
+        for reader in readers:
             reader.join()
+        for process in processes:
             process.communicate()
 
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 import tarfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from clp_jax.launch.errors import LaunchError
@@ -21,6 +21,7 @@ _FOLDERS = {
     "launch": "clp_jax/launch",
 }
 _SUFFIXES = (".py", ".gin", ".yaml")
+_CONSTRAINTS = "constraints.txt"
 _HERE = Path(__file__).resolve().parent
 
 
@@ -78,36 +79,36 @@ def requirements(extra: str | None) -> list[str]:
     return needed + (list(extras[extra]) if extra is not None else [])
 
 
-def archive(files: Mapping[str, bytes], extra: str | None) -> bytes:
+def archive(files: Mapping[str, bytes], extra: str | None, executable: Collection[str] = ()) -> bytes:
     """The code as a tar archive, the same bytes for the same content.
 
     Args:
         files: of the user, found in ``work/``, where the command runs.
         extra: of the package that workers need.
+        executable: names of those files that are programs.
 
     Returns:
-        ``clp_jax/`` with its version in ``VERSION``, ``work/``, ``requirements.txt`` and, from a checkout, ``constraints.txt``.
+        ``clp_jax/`` with its version in ``VERSION``, ``work/``, ``requirements.txt`` and ``constraints.txt``.
     """
     content = source_files() | {f"work/{name}": data for name, data in files.items()}
     content["requirements.txt"] = "".join(f"{line}\n" for line in requirements(extra)).encode()
-    root = checkout()
-    constraints = b"" if root is None else (root / "constraints.txt").read_bytes()
-    content["constraints.txt"] = constraints
+    constraints = content[_CONSTRAINTS] = content[f"clp_jax/launch/{_CONSTRAINTS}"]
     content["VERSION"] = f"{code_version()}\n".encode()
     content["ENVIRONMENT"] = _digest({"r": content["requirements.txt"], "c": constraints}).encode()
+    programs = {f"work/{name}" for name in executable}
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
         for name in sorted(content):
             member = tarfile.TarInfo(name)
             member.size = len(content[name])
-            member.mode = 0o644
+            member.mode = 0o755 if name in programs else 0o644
             tar.addfile(member, io.BytesIO(content[name]))
     return buffer.getvalue()
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES and path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    paths = (path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES or path.name == _CONSTRAINTS)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def _digest(files: Mapping[str, bytes]) -> str:

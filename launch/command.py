@@ -20,15 +20,16 @@ from clp_jax.launch.calls import begin, call_once, show
 from clp_jax.launch.code import archive, code_version
 from clp_jax.launch.command_words import run_dir_of
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.gin_files import files_of
 from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.options import build, describe, option, split
+from clp_jax.launch.remote_code import left_behind, needed_files
+from clp_jax.launch.secret_values import holds_private_key, secrets_of
 from clp_jax.launch.supervisor import Patience, supervise
 from clp_jax.launch.target import Note, Run, Step, Target, Write
 from clp_jax.launch.targets import TARGETS, find_target
+from clp_jax.launch.user_files import UserFiles
 
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
 # An archive, as text.
 _LONG = re.compile(r"[A-Za-z0-9+/=]{2000,}")
 _COMPILING_SECONDS = 3600.0
@@ -42,8 +43,8 @@ class LaunchOptions:
 
     name: str | None = option("of the job; by default from the command, so that the same command is the same job", None)
     run_dir: str | None = option("where the run writes, if the configuration does not say it in run_dir", None)
-    max_restarts: int = option("attempts after failures; preemptions do not count", 20)
-    max_failures: int = option("failures in a row without a new checkpoint that end the job", 3)
+    max_restarts: int = option("attempts after failures; preemptions do not count", Job.max_restarts)
+    max_failures: int = option("failures in a row without a new checkpoint that end the job", Job.max_failures)
     dry_run: bool = option("print the exact files and commands, and do nothing", False)
     force: bool = option("launch what clp compile says does not fit, or what it can't look at", False)
     detach: bool = option("look after the job in the background", False)
@@ -71,6 +72,7 @@ def launch(words: Sequence[str], commands: Collection[str]) -> int:
         raise LaunchError(f"what is {places[1]!r}? Options are --NAME=VALUE; the command comes after --.")
     ours = {field.name for field in dataclasses.fields(LaunchOptions)}
     options = build(LaunchOptions, {k: v for k, v in given.items() if k in ours}, "clp launch")
+    patience = Patience(look=options.look)
     target_options = {k: v for k, v in given.items() if k not in ours}
     target = find_target(places[0], target_options)
     job = make_job(places[0], target_options, options, command, commands)
@@ -83,7 +85,7 @@ def launch(words: Sequence[str], commands: Collection[str]) -> int:
     if record is None:
         check_before_creating(target, job, commands, options.force)
         record = create(jobs, job, target)
-    return look_after([record], detach=options.detach, patience=Patience(look=options.look))
+    return look_after([record], detach=options.detach, patience=patience)
 
 
 def check_before_creating(target: Target, job: Job, commands: Collection[str], force: bool) -> None:
@@ -101,6 +103,8 @@ def check_before_creating(target: Target, job: Job, commands: Collection[str], f
     refuse_secrets_of(job)
     target.check(job)
     target.check_access(job)
+    for line in left_behind(job) if target.ships_code is not None else ():
+        show(line)
     if not force:
         check_that_it_fits(target, job, commands)
 
@@ -108,8 +112,13 @@ def check_before_creating(target: Target, job: Job, commands: Collection[str], f
 def create(jobs: Path, job: Job, target: Target) -> JobRecord:
     """Writes the record of a job, with the code where its target has to bring it to the workers."""
     files = refuse_secrets_of(job)
+    return JobRecord.create(jobs, job, files.contents, archive_of(files, target))
+
+
+def archive_of(files: UserFiles, target: Target) -> bytes | None:
+    """The code and the files that a target brings to the workers; None where they have them."""
     extra = target.ships_code
-    return JobRecord.create(jobs, job, files, None if extra is None else archive(files, extra or None))
+    return None if extra is None else archive(files.contents, extra or None, files.executable)
 
 
 def target_of(record: JobRecord, job: Job, target: Target) -> Target:
@@ -170,16 +179,22 @@ def _refuse_slips(words: Sequence[str], commands: Collection[str]) -> None:
         raise LaunchError(f"there is no command {words[0]!r} (did you mean {close[0]}?).")
 
 
-def refuse_secrets_of(job: Job) -> dict[str, bytes]:
+def refuse_secrets_of(job: Job) -> UserFiles:
     """Refuses a job whose command or whose files hold a secret of the environment; returns the files.
 
     Raises:
-        LaunchError: which names the variable, not the value.
+        LaunchError: which names the variable, not the value; or a file that is a private key.
     """
     refuse_secrets([*job.command, *job.options.values(), *job.parameters.values()], os.environ)
-    files = files_of(job.command, Path(job.directory))
-    for name, content in files.items():
-        refuse_secrets([content.decode(errors="replace")], os.environ, name)
+    files = needed_files(job)
+    for name, content in files.contents.items():
+        text = content.decode(errors="replace")
+        refuse_secrets([text], os.environ, name)
+        if holds_private_key(text):
+            raise LaunchError(
+                f"{name} holds a private key, and the files of a command are stored and sent along: leave it out, and give it "
+                "to the workers as docs/launching.md says under secrets."
+            )
     return files
 
 
@@ -194,8 +209,8 @@ def refuse_secrets(words: Sequence[str], environment: Mapping[str, str], where: 
     Raises:
         LaunchError: which names the variable, not the value.
     """
-    for name, value in environment.items():
-        if _SECRET.search(name) and len(value) >= 8 and any(value in word for word in words):
+    for name, value in secrets_of(environment).items():
+        if any(value in word for word in words):
             raise LaunchError(
                 f"the value of ${name} stands in {where}, which is stored and shown: leave it out, and give it to the "
                 "workers as docs/launching.md says under secrets."
@@ -262,6 +277,8 @@ def print_plan(
         jobs: the directory of their records.
         plan: the steps of jobs that are written down.
     """
+    for line in dict.fromkeys(line for job in planned for line in files_lines(job, target)):
+        print(f"# {line}")
     with tempfile.TemporaryDirectory() as folder:
         for step in plan([create(Path(folder), job, target) for job in planned]):
             if isinstance(step, Write):
@@ -271,6 +288,14 @@ def print_plan(
             else:
                 text = f"$ {shlex.join(step.words)}\n"
             print(_LONG.sub(_cut, text.replace(folder, str(jobs))))
+
+
+def files_lines(job: Job, target: Target) -> list[str]:
+    """What a dry run tells of the user's files: those that go to the workers, and what does not."""
+    if target.ships_code is None:
+        return []
+    sizes = [f"{name} ({len(content)} bytes)" for name, content in needed_files(job).contents.items()]
+    return [f"with the command goes: {', '.join(sizes) or 'no file of yours'}", *left_behind(job)]
 
 
 def look_after(records: Sequence[JobRecord], detach: bool, patience: Patience) -> int:
@@ -331,8 +356,8 @@ def _existing(jobs: Path, job: Job) -> JobRecord | None:
     if record.is_over:
         assert record.state is not None
         raise LaunchError(
-            f"this job is there already, and {record.state.phase}: clp jobs retry {job.name} goes on with it, another "
-            "--name=NAME begins a new one."
+            f"this job is there already, and {record.state.phase}: clp jobs retry {job.name} goes on with it (with "
+            "the files and the code of now), another --name=NAME begins a new one."
         )
     show(f"going on with {job.name}, as it was written down, with the code of then ({record.job.code_version}).")
     return record

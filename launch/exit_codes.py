@@ -8,9 +8,11 @@ from clp_jax.launch.target import Status
 RESTARTABLE = 75
 # What a worker counts as that ended without an exit code: as if it had got SIGKILL.
 KILLED = 137
+# What a shell says of a command that it can't run; here also of one that was never begun, as nothing would change by itself.
+NOT_BEGUN = 126
 # A failure that somebody must mend (a full disk, a bug), a mistake of the user, a command that can't be run, one that is not
 # there: they fail again; and a person's Ctrl-C.
-FINAL = (1, 2, 126, 127, 130)
+FINAL = (1, 2, NOT_BEGUN, 127, 130)
 
 
 def may_restart(code: int | None) -> bool:

@@ -3,19 +3,31 @@
 import dataclasses
 import json
 import shlex
+import shutil
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from clp_jax.launch.buckets import read_mounts
+from clp_jax.launch.buckets import check_buckets, read_mounts
 from clp_jax.launch.calls import call, carry_out, stream
+from clp_jax.launch.code import archive
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.exit_codes import verdict
+from clp_jax.launch.exit_codes import NOT_BEGUN
 from clp_jax.launch.job import Job, JobRecord
-from clp_jax.launch.jobset import CONTAINER, Pods, coordinator, manifest
+from clp_jax.launch.jobset import CONTAINER, Pods, check_size, coordinator, manifest
 from clp_jax.launch.options import option
-from clp_jax.launch.remote_code import check_run_directory, check_secrets, environment, remote_command, unpack
+from clp_jax.launch.pods import failure, hopeless, refusal, waiting
+from clp_jax.launch.remote_code import (
+    check_files,
+    check_run_directory,
+    check_secrets,
+    environment,
+    needed_files,
+    remote_command,
+    unpack,
+)
 from clp_jax.launch.slices import Slice
-from clp_jax.launch.target import Note, Run, Status, Step, Write
+from clp_jax.launch.target import Note, Run, Status, Step, Unreachable, Write
 from clp_jax.launch.worker_script import worker_script
 
 
@@ -58,7 +70,9 @@ class Gke:
         return (f"--topology={Slice.parse(self.topology).name}", f"--num_slices={self.num_slices}")
 
     def check(self, job: Job) -> None:
-        """Raises `LaunchError` for a run directory that pods do not share."""
+        """Raises `LaunchError` for files that can't be brought, and a run directory that pods do not share."""
+        check_files(job)
+        check_size(archive(needed_files(job).contents, self.ships_code))
         check_run_directory(
             job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on such a disk"
         )
@@ -71,6 +85,8 @@ class Gke:
             raise LaunchError(f"kubectl may not create JobSets in this cluster: {reason}. See docs/launching.md.")
         if self._get("jobset", f"{job.name}-1") is not None:
             raise LaunchError(f"there is a JobSet {job.name}-1 already: give another --name.")
+        if shutil.which("gcloud") is not None:  # Who has kubectl alone finds out from the pods.
+            check_buckets(read_mounts(self.mounts), [job.run_dir])
 
     def submit(self, record: JobRecord) -> None:
         """Applies the manifest; the same one twice changes nothing."""
@@ -87,13 +103,18 @@ class Gke:
         conditions = {c["type"]: c for c in found.get("status", {}).get("conditions", []) if c.get("status") == "True"}
         if "Completed" in conditions:
             return Status("succeeded")
-        pods = (self._get("pods", "--selector", _selector(record)) or {"items": []})["items"]
+        pods = self._items("pods", "--selector", _selector(record))
         if "Failed" in conditions:
-            return _failure(pods, conditions["Failed"].get("message", ""))
+            return failure(pods, conditions["Failed"].get("message", ""))
         phases = [pod.get("status", {}).get("phase") for pod in pods]
-        expected = Slice.parse(self.topology).hosts * self.num_slices
-        if len(pods) < expected or "Pending" in phases:
-            return Status("queued", detail=_waiting(pods))
+        if len(pods) < Slice.parse(self.topology).hosts * self.num_slices:
+            return Status("queued", detail=refusal(self._events("FailedCreate"), record.resource))
+        if "Pending" in phases:
+            unmounted = refusal(self._events("FailedMount"), record.resource)
+            reason = hopeless(pods, time.time(), unmounted)
+            if reason is not None:
+                return Status("failed", NOT_BEGUN, reason)
+            return Status("queued", detail=waiting(pods) or unmounted)
         return Status("running")
 
     def logs(self, record: JobRecord, lines: int | None = None, follow: bool = False) -> Iterator[str]:
@@ -120,7 +141,8 @@ class Gke:
 
     def _steps(self, record: JobRecord) -> list[Step]:
         path = record.attempt_directory / "manifest.json"
-        apply = ("apply", "--filename", str(path))
+        # By the server: what `kubectl` would keep of the files beside them is limited to 256 KiB.
+        apply = ("apply", "--server-side", "--filename", str(path))
         return [
             Write(path, manifest(self._pods(record), self._script(record), record.code)),
             # The cluster's own schemas: nothing is created.
@@ -173,9 +195,18 @@ class Gke:
             keeps_log=False,
         )
 
+    def _events(self, reason: str) -> list[dict[str, Any]]:
+        return self._items("events", f"--field-selector=reason={reason}")
+
+    def _items(self, kind: str, *words: str) -> list[dict[str, Any]]:
+        return (self._get(kind, *words) or {"items": []})["items"]
+
     def _get(self, kind: str, *words: str) -> Any:
         called = call(self._kubectl("get", kind, *words, "--ignore-not-found", "--output=json"))
-        return json.loads(called.output) if called.output.strip() else None
+        try:
+            return json.loads(called.output) if called.output.strip() else None
+        except ValueError:
+            raise Unreachable(f"kubectl get {kind} gave no JSON: {called.output.strip()[:200]}") from None
 
     def _kubectl(self, *words: str) -> Run:
         context = () if self.context is None else (f"--context={self.context}",)
@@ -198,30 +229,3 @@ def _selector(record: JobRecord) -> str:
 def _secret(word: str) -> tuple[str, str]:
     name, _, key = word.partition("/")
     return name, key
-
-
-def _failure(pods: Sequence[dict[str, Any]], message: str) -> Status:
-    """Why a JobSet failed: its pods' exit codes, or that they were taken away."""
-    codes: list[int | None] = []
-    for pod in pods:
-        status = pod.get("status", {})
-        if any(c.get("type") == "DisruptionTarget" and c.get("status") == "True" for c in status.get("conditions", [])):
-            return Status("preempted", detail=f"{pod['metadata']['name']} was evicted")
-        for container in status.get("containerStatuses", []):
-            if container.get("name") != CONTAINER:
-                continue  # What GKE puts beside it, to mount buckets for one.
-            code = container.get("state", {}).get("terminated", {}).get("exitCode")
-            codes.append(code)
-    if not any(codes):
-        # Nobody ended badly by himself: a node went away with what ran on it.
-        return Status("preempted", detail=message or "its pods are gone")
-    return verdict(codes)
-
-
-def _waiting(pods: Sequence[dict[str, Any]]) -> str:
-    """Why pods are not scheduled, in the scheduler's words."""
-    for pod in pods:
-        for condition in pod.get("status", {}).get("conditions", []):
-            if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-                return condition.get("message", "")
-    return ""

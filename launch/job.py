@@ -3,7 +3,7 @@
 NAME/job.json      what is asked: written once
 NAME/states.jsonl  what happened: one line for each change of state
 NAME/lock          held by the one launcher that looks after the job
-NAME/gin_files/    the gin files that the command names, as they were
+NAME/files/        the user's files that the command names, as they were: gin files, what they import
 NAME/attempts/N/   what the target keeps of the Nth attempt: scripts, exit codes, logs
 """
 
@@ -15,12 +15,13 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.lock import hold, is_held
+from clp_jax.launch.secret_values import redact
 
 # Of an attempt that goes on: asked for; there, its command not begun; running.
 Under = Literal["queued", "starting", "running"]
@@ -54,6 +55,7 @@ class Job:
         max_restarts: attempts after the first; preemptions count apart and have no limit of their own.
         max_failures: attempts that may fail in a row without a new checkpoint, before the job is a crash loop.
         parameters: of a trial: what it tries, as typed, by name.
+        inputs: files that it needs besides those that the command names.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Job:
     max_restarts: int = 20
     max_failures: int = 3
     parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -93,6 +96,7 @@ class State:
         detail: what a person may want to know: an exit code, a reason.
         step: the newest checkpoint then; None where there is none or nobody knows.
         is_seen: whether the run directory could be looked at: otherwise no step does not mean no checkpoint.
+        is_asked: whether the command asked to be started again.
     """
 
     phase: Phase
@@ -101,6 +105,7 @@ class State:
     detail: str = ""
     step: int | None = None
     is_seen: bool = True
+    is_asked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +122,14 @@ class JobRecord:
 
     @classmethod
     def create(
-        cls, jobs: Path, job: Job, gin_files: Mapping[str, bytes] | None = None, code: bytes | None = None
+        cls, jobs: Path, job: Job, files: Mapping[str, bytes] | None = None, code: bytes | None = None
     ) -> "JobRecord":
         """Writes the record of a new job, whole or not at all.
 
         Args:
             jobs: the directory of all jobs.
             job: what is asked.
-            gin_files: contents by name.
+            files: contents by name, relative or absolute.
             code: the archive that workers get, where the target brings it to them.
 
         Raises:
@@ -134,8 +139,8 @@ class JobRecord:
         partial = Path(tempfile.mkdtemp(prefix=f".{job.name}-", dir=jobs))
         try:
             (partial / "job.json").write_text(json.dumps(dataclasses.asdict(job), indent=1) + "\n")
-            for name, content in (gin_files or {}).items():
-                file = partial / "gin_files" / name
+            for name, content in (files or {}).items():
+                file = partial / "files" / name.lstrip("/")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
             if code is not None:
@@ -161,7 +166,8 @@ class JobRecord:
         """
         try:
             stored = json.loads((path / "job.json").read_text())
-            return cls(path, Job(**{**stored, "command": tuple(stored["command"])}))
+            inputs = tuple(dict(stored).get("inputs", ()))
+            return cls(path, Job(**{**stored, "command": tuple(stored["command"]), "inputs": inputs}))
         except FileNotFoundError as error:
             raise LaunchError(f"there is no job {path.name!r} in {path.parent}: see clp jobs list.") from error
         except (ValueError, TypeError, KeyError) as error:
@@ -223,9 +229,11 @@ class JobRecord:
         detail: str = "",
         step: int | None = None,
         is_seen: bool = True,
+        is_asked: bool = False,
     ) -> State:
         """Adds a state, on disk before this returns."""
-        state = State(phase, self.attempt if attempt is None else attempt, time.time(), detail, step, is_seen)
+        detail = redact(detail, os.environ)
+        state = State(phase, self.attempt if attempt is None else attempt, time.time(), detail, step, is_seen, is_asked)
         path = self.path / "states.jsonl"
         whole = path.read_bytes() if path.is_file() else b""
         with open(path, "ab") as file:
@@ -244,7 +252,10 @@ class JobRecord:
     def kept(self, name: str) -> Any:
         """What `keep` stored in this attempt, or None."""
         path = self.attempt_directory / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as error:
+            raise LaunchError(f"{path} is damaged: {error}. Remove it, or put back what it held.") from error
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Holds the job: one launcher at a time looks after it; the lock ends with the process.
@@ -273,11 +284,31 @@ def write(path: Path, text: str) -> None:
 
 
 def jobs_directory() -> Path:
-    """Where records are: ``CLP_JOBS_DIR``, or ``~/.clp/jobs``."""
-    return Path(os.environ.get(_DIRECTORY_VARIABLE) or _DIRECTORY).expanduser()
+    """Where records are: ``CLP_JOBS_DIR``, or ``~/.clp/jobs``.
+
+    Raises:
+        LaunchError: when that is a file.
+    """
+    path = Path(os.environ.get(_DIRECTORY_VARIABLE) or _DIRECTORY).expanduser()
+    if path.exists() and not path.is_dir():
+        raise LaunchError(f"{path} is a file: expected the directory of records: ${_DIRECTORY_VARIABLE} says which.")
+    return path
 
 
-def all_records(jobs: Path) -> list[JobRecord]:
-    """The records in a directory, by name."""
-    found = sorted(jobs.iterdir()) if jobs.is_dir() else []
-    return [JobRecord.load(path) for path in found if (path / "job.json").is_file() and not path.name.startswith(".")]
+def all_records(jobs: Path, tell: Callable[[str], None]) -> list[JobRecord]:
+    """The records in a directory, by name.
+
+    Args:
+        jobs: the directory.
+        tell: is told of each that is damaged, which hides no other.
+    """
+    found = []
+    for path in sorted(jobs.glob("[!.]*/job.json")):
+        try:
+            record = JobRecord.load(path.parent)
+            _ = record.states
+        except LaunchError as error:
+            tell(str(error))
+        else:
+            found.append(record)
+    return found

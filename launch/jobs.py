@@ -1,6 +1,5 @@
 """`clp jobs list|status|logs|stop|retry|watch`: what is known of jobs, and what a person may ask of them."""
 
-import contextlib
 import dataclasses
 import shlex
 import time
@@ -11,7 +10,8 @@ from clp_jax.launch.command import look_after
 from clp_jax.launch.errors import Held, LaunchError
 from clp_jax.launch.job import JobRecord, all_records, jobs_directory
 from clp_jax.launch.options import build, describe, option, split, suggest
-from clp_jax.launch.supervisor import Patience, advance, retry
+from clp_jax.launch.renewal import begin_again, earlier_versions
+from clp_jax.launch.supervisor import Patience, advance
 from clp_jax.launch.supervisor import describe as describe_job
 from clp_jax.launch.target import Unreachable
 from clp_jax.launch.targets import find_target
@@ -98,6 +98,8 @@ def _status(records: Sequence[JobRecord], options: JobsOptions) -> int:
             print(f"  tries: {' '.join(f'{name}={value}' for name, value in job.parameters.items())}")
         print(f"  target: {job.target} {' '.join(f'--{k}={v}' for k, v in job.options.items())}".rstrip())
         print(f"  code: {job.code_version}\n  run directory: {job.run_dir or 'not known'}\n  record: {record.path}")
+        for attempt, version in earlier_versions(record).items():
+            print(f"  code until attempt {attempt}: {version}")
         if not (record.is_over and record.kept("deleted")):
             print(f"  looked after: {'yes' if record.is_held else 'no: clp jobs watch ' + job.name}")
         for state in record.states:
@@ -111,9 +113,13 @@ def _logs(records: Sequence[JobRecord], options: JobsOptions) -> int:
     for record in records:
         target = find_target(record.job.target, record.job.options)
         is_silent = True
-        for line in target.logs(record, options.lines, options.follow):
-            print(line, flush=True)
-            is_silent = False
+        try:
+            for line in target.logs(record, options.lines, options.follow):
+                print(line, flush=True)
+                is_silent = False
+        except LaunchError:
+            if not record.kept("deleted"):
+                raise
         if is_silent and record.kept("deleted"):
             name = record.job.name
             show(
@@ -128,27 +134,40 @@ def _stop(records: Sequence[JobRecord], options: JobsOptions) -> int:
             print(describe_job(record))
             continue
         record.stop_request.touch()
+        show(f"{record.job.name} is asked to save and end; its target is given back then.")
         target = find_target(record.job.target, record.job.options)
+        told = ""
         while not (record.is_over and record.kept("deleted")):
-            # What does not answer, or is not gone yet, is asked again.
-            with contextlib.suppress(Held, Unreachable), record.lock():
-                while not (record.is_over and record.kept("deleted")):
-                    advance(record, target)
+            try:
+                with record.lock():
+                    while not (record.is_over and record.kept("deleted")):
+                        advance(record, target)
+            except Held:
+                reason = f"another launcher looks after {record.job.name}, and was told."
+            except Unreachable as error:
+                # It does not answer, or is not gone yet.
+                reason = f"{error} Asking again."
+            else:
+                break
+            if reason != told:
+                told = reason
+                show(reason)
             time.sleep(0.2)
         print(describe_job(record))
     return 0
 
 
 def _retry(records: Sequence[JobRecord], options: JobsOptions) -> int:
+    renewed = []
     for record in records:
         with record.lock():
-            retry(record)
-    return look_after(records, options.detach, Patience(look=options.look))
+            renewed.append(begin_again(record, find_target(record.job.target, record.job.options)))
+    return look_after(renewed, options.detach, Patience(look=options.look))
 
 
 def _watch(records: Sequence[JobRecord], options: JobsOptions) -> int:
     if not records:
-        unfinished = [r for r in all_records(jobs_directory()) if not (r.is_over and r.kept("deleted"))]
+        unfinished = [r for r in all_records(jobs_directory(), show) if not (r.is_over and r.kept("deleted"))]
         records = [record for record in unfinished if not record.is_held]
     return look_after(records, options.detach, Patience(look=options.look))
 

@@ -74,14 +74,24 @@ def manifest(pods: Pods, script: str, code: bytes) -> str:
         "data": {"run.sh": script},
         "binaryData": {"code.tar.gz": base64.b64encode(code).decode()},
     }
-    size = len(json.dumps(files))
-    if size > _LARGEST_BYTES:
-        raise LaunchError(
-            f"the code and gin files are {size} bytes in a ConfigMap, which holds {_LARGEST_BYTES}: leave large files out of "
-            "the directory's modules and gin files, or put them into the image."
-        )
+    check_size(code, len(script))
     items = {"apiVersion": "v1", "kind": "List", "items": [files, jobset(pods)]}
     return json.dumps(items, indent=1) + "\n"
+
+
+def check_size(code: bytes, script: int = 0) -> None:
+    """Raises `LaunchError` for code that a ConfigMap does not hold.
+
+    Args:
+        code: the archive, a third longer in the ConfigMap.
+        script: bytes of what stands beside it.
+    """
+    size = (len(code) + 2) // 3 * 4 + script
+    if size > _LARGEST_BYTES:
+        raise LaunchError(
+            f"the code and your files are {size} bytes in a ConfigMap, which holds {_LARGEST_BYTES}: give large files by a "
+            "path in a bucket (--mounts), or put them into the image."
+        )
 
 
 def coordinator(resource: str) -> str:
@@ -91,14 +101,13 @@ def coordinator(resource: str) -> str:
 
 def jobset(pods: Pods) -> dict[str, Any]:
     """The JobSet alone."""
+    # A slice of several hosts is a node pool: its pods share one, and no other job's. Hosts that are slices share a pool.
+    pool = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    exclusive: dict[str, Any] = {"annotations": pool} if pods.hosts > 1 else {}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {
-            **_metadata(pods),
-            # A slice is a node pool: its pods share one, and no other job's.
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
-        },
+        "metadata": _metadata(pods) | exclusive,
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": pods.resource, "publishNotReadyAddresses": True},
             # Who looks after the job begins it again, and knows whether it gets on.

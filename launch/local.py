@@ -13,7 +13,7 @@ from clp_jax.launch.calls import begin, call
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import verdict
 from clp_jax.launch.job import Job, JobRecord, write
-from clp_jax.launch.local_worker import SCRIPT, end, exit_code, forbid
+from clp_jax.launch.local_worker import SCRIPT, check_machine, end, exit_code, forbid, note_machine
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.namespaces import Namespaces, check_namespaces
 from clp_jax.launch.options import option
@@ -63,6 +63,7 @@ class Local:
 
     def submit(self, record: JobRecord) -> None:
         """Starts the processes, in a session of their own."""
+        note_machine(record)
         if record.kept("port") is None:
             record.keep("port", _free_port())
         for step in self.dry_run(record):
@@ -81,6 +82,7 @@ class Local:
 
     def status(self, record: JobRecord) -> Status:
         """Looks at exit codes and processes."""
+        check_machine(record)
         workers = [self._directory(record, i) for i in range(self.processes)]
         if not any(path.is_dir() for path in workers):
             return Status("gone")
@@ -93,6 +95,7 @@ class Local:
 
     def stop(self, record: JobRecord) -> None:
         """Asks the processes to end; after `grace`, ends them."""
+        check_machine(record)
         workers = [self._directory(record, i) for i in range(self.processes)]
         end(workers, self.grace)
 

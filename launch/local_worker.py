@@ -2,13 +2,17 @@
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED
+from clp_jax.launch.job import JobRecord
+from clp_jax.launch.target import Unreachable
 from clp_jax.launch.worker_script import CLAIM, EXIT, PID
 
 SCRIPT = "run.sh"
@@ -30,7 +34,39 @@ def exit_code(here: Path) -> int | None:
         # It may have ended between the two looks.
         if not is_over:
             return None
-    return int((here / EXIT).read_text()) if (here / EXIT).is_file() else KILLED
+    return read_exit(here / EXIT) if (here / EXIT).is_file() else KILLED
+
+
+def read_exit(path: Path) -> int:
+    """The exit code that a worker has left.
+
+    Raises:
+        LaunchError: when the file holds something else.
+    """
+    text = path.read_text().strip()
+    if not text.isdecimal():
+        raise LaunchError(
+            f"{path} holds {text[:40]!r}: expected an exit code. Write the one that the worker ended with."
+        )
+    return int(text)
+
+
+def note_machine(record: JobRecord) -> None:
+    """Keeps which machine an attempt is on: a directory of records may be that of several."""
+    record.keep("machine", _machine())
+
+
+def check_machine(record: JobRecord) -> None:
+    """Raises `Unreachable` where an attempt is on another machine, whose processes can't be seen from here."""
+    noted, own = record.kept("machine"), _machine()
+    # One that got another name, or began anew, is still itself.
+    if noted is not None and noted["name"] != own["name"] and noted["boot"] != own["boot"]:
+        raise Unreachable(f"{record.resource} was begun on {noted['name']}: look after it there.")
+
+
+def _machine() -> dict[str, str]:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {"name": platform.node(), "boot": boot.read_text().strip() if boot.is_file() else ""}
 
 
 def end(workers: Sequence[Path], grace: float) -> None:
@@ -51,7 +87,7 @@ def forbid(here: Path) -> None:
 
 
 def _is_young(path: Path) -> bool:
-    return path.exists() and time.time() - path.stat().st_mtime < _STARTUP
+    return path.exists() and 0 <= time.time() - path.stat().st_mtime < _STARTUP
 
 
 def _processes(here: Path) -> tuple[bool, bool]:

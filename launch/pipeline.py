@@ -7,8 +7,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.command_words import command_words, program_words
 from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.fingerprint import is_remote
+from clp_jax.launch.options import split
 from clp_jax.launch.yaml_files import check_keys, read_yaml
 
 _NAME = re.compile(r"[a-z]([a-z0-9_-]{0,28}[a-z0-9])?")
@@ -33,6 +36,10 @@ class Stage:
     needs: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     target: tuple[str, ...] = ()
+
+    def is_elsewhere(self, path: str) -> bool:
+        """Whether a path of this stage is in a bucket: as it is written, or where the target's workers have it."""
+        return is_remote(seen_from_here(path, split(self.target)[1]) or path)
 
 
 @dataclasses.dataclass(frozen=True)

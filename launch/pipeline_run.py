@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from clp_jax.launch.calls import show
-from clp_jax.launch.command import check_before_creating, refuse_secrets, refuse_secrets_of
+from clp_jax.launch.command import check_before_creating, files_lines, refuse_secrets, refuse_secrets_of
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.fingerprint import is_remote
 from clp_jax.launch.lock import hold
 from clp_jax.launch.pipeline import Pipeline, Stage
 from clp_jax.launch.stage_job import StageJob, patience_for, stage_job, stage_target
 from clp_jax.launch.stage_process import StageProcess
-from clp_jax.launch.stage_state import Made, StageStates, config_of, made_of, missing_outputs, move_away
+from clp_jax.launch.stage_state import Made, StageStates, check_movable, config_of, made_of, missing_outputs, move_away
+from clp_jax.launch.target import Target
 
 _LOOK = 0.1
 
@@ -75,7 +75,7 @@ def run_pipeline(
     for stage in pipeline.stages.values():
         refuse_secrets([*stage.command, *stage.target], os.environ)
         if stage.target:
-            stage_target(stage)
+            _check_outputs(stage)
             refuse_secrets_of(stage_job(pipeline.name, stage, ""))
     configs = _configs(pipeline)
     # Nobody is asked about what is done.
@@ -91,7 +91,7 @@ def print_plan(pipeline: Pipeline, directory: Path) -> None:
     """Prints what would be done about each stage, and the commands."""
     for stage in pipeline.stages.values():
         if stage.target:
-            stage_target(stage).check(stage_job(pipeline.name, stage, ""))
+            _check_outputs(stage).check(stage_job(pipeline.name, stage, ""))
     for name, reason in _reasons(pipeline, _configs(pipeline), StageStates(directory)).items():
         stage = pipeline.stages[name]
         if reason is None:
@@ -99,6 +99,9 @@ def print_plan(pipeline: Pipeline, directory: Path) -> None:
             continue
         launch = f"clp launch {shlex.join(stage.target)} -- " if stage.target else ""
         print(f"{name}: would run: {reason}\n  $ {launch}{shlex.join(stage.command)}")
+        if stage.target:
+            for line in files_lines(stage_job(pipeline.name, stage, ""), stage_target(stage)):
+                print(f"  # {line}")
 
 
 def plan_of(pipeline: Pipeline, stage: Stage, configs: Mapping[str, str], states: StageStates) -> Plan:
@@ -119,29 +122,48 @@ def plan_of(pipeline: Pipeline, stage: Stage, configs: Mapping[str, str], states
     return Plan(f"{', '.join(missing)} is not there" if missing else None, made)
 
 
+def _check_outputs(stage: Stage) -> Target:
+    """The target of a stage; refuses one that would leave outputs on workers, which end with the job."""
+    target = stage_target(stage)
+    for output in stage.outputs if target.ships_code is not None else ():
+        if not stage.is_elsewhere(output):
+            raise LaunchError(
+                f"stage {stage.name}: its output {output} would be on workers that end with the job: name one in a bucket "
+                "(gs://BUCKET/NAME; or mounted, --mounts=BUCKET=/mnt/BUCKET)."
+            )
+    return target
+
+
 def _reasons(pipeline: Pipeline, configs: Mapping[str, str], states: StageStates) -> dict[str, str | None]:
     """Why each stage would run; None where nothing is to be done.
 
     Raises:
-        LaunchError: for an input that is not there and that no stage makes.
+        LaunchError: for an input that is not there and that no stage makes, and outputs in a bucket that are of an earlier
+            making.
     """
     outputs = [Path(os.path.abspath(output)) for stage in pipeline.stages.values() for output in stage.outputs]
     for stage in pipeline.stages.values():
         for name in stage.inputs:
             path = Path(os.path.abspath(name))
             is_made = any(path in (output, *output.parents) or output in path.parents for output in outputs)
-            if not (is_remote(name) or is_made or path.exists()):
+            if not (stage.is_elsewhere(name) or is_made or path.exists()):
                 raise LaunchError(f"stage {stage.name}: its input {name} is not there.")
     found: dict[str, str | None] = {}
     for stage in pipeline.stages.values():
         changed = [need for need in stage.needs if found[need] is not None]
         try:
-            reason = f"{', '.join(changed)} would run" if changed else plan_of(pipeline, stage, configs, states).reason
+            plan = (
+                Plan(f"{', '.join(changed)} would run", None) if changed else plan_of(pipeline, stage, configs, states)
+            )
+            reason = plan.reason
         except LaunchError:
             # An input that a stage makes which this one does not say that it needs.
             if not any(found.values()):
                 raise
             reason = "an input is not there yet"
+        else:
+            if plan.is_new:
+                check_movable(stage, states)
         found[stage.name] = reason
     return found
 
@@ -196,7 +218,7 @@ class _Run:
             self._done.add(stage.name)
             return
         assert plan.made is not None
-        moved = move_away(stage) if plan.is_new else []
+        moved = move_away(stage, self._states) if plan.is_new else []
         show(f"{stage.name}: {plan.reason}: {shlex.join(stage.command)}")
         for path in moved:
             show(f"{stage.name}: what it had made before is in {path}")

@@ -3,11 +3,12 @@
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
+from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import STORES, Job
-
-_LIBTPU = "https://storage.googleapis.com/jax-releases/libtpu_releases.html"
+from clp_jax.launch.user_files import UserFiles, user_files
 
 
 def unpack(archive: str, folder: str) -> list[str]:
@@ -46,7 +47,7 @@ def environment(environments: str) -> list[str]:
         '    python3 -m uv venv --quiet --seed --python 3.11 "$environment" || finish 75',
         "  fi",
         '  "$environment/bin/pip" install --quiet --constraint code/constraints.txt --requirement code/requirements.txt \\',
-        f"    --find-links {_LIBTPU} || finish 75",
+        "    || finish 75",
         '  touch "$environment/ready"',
         "fi",
         'export PATH="$environment/bin:$PATH"',
@@ -57,6 +58,38 @@ def remote_command(command: Sequence[str]) -> tuple[str, ...]:
     """The words that run a command where the code was brought to: ``clp`` is the package."""
     first, *rest = command
     return ("python3", "-P", "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
+
+
+def check_files(job: Job) -> None:
+    """Raises `LaunchError` for a file of the user that could not have the same name where the code is brought to."""
+    files = needed_files(job)
+    for name, reason in files.misplaced.items():
+        if not _is_mounted(name, job):
+            raise LaunchError(reason)
+    for name in files.paths:
+        if name.startswith("/"):
+            raise LaunchError(
+                f"{name} is not below {job.directory}: a worker would not find it. Launch from a directory that it is in."
+            )
+
+
+def needed_files(job: Job) -> UserFiles:
+    """The files of this machine that a job needs."""
+    return user_files((*job.command, *job.inputs), Path(job.directory))
+
+
+def left_behind(job: Job) -> list[str]:
+    """A line for each thing of this machine that a command names and that is not brought to the workers."""
+    return [
+        f"{name} {reason}: it does not go with the command, and a worker finds it only on a disk that it shares."
+        for name, reason in needed_files(job).left.items()
+        if not _is_mounted(name, job)
+    ]
+
+
+def _is_mounted(name: str, job: Job) -> bool:
+    """Whether the workers have a path in a bucket."""
+    return seen_from_here(name, job.options) != name
 
 
 def check_run_directory(job: Job, shared: Sequence[str], advice: str) -> None:

@@ -2,23 +2,28 @@
 
 import dataclasses
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clp_jax.launch.arrays import ArrayTask
 from clp_jax.launch.calls import carry_out
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.exit_codes import KILLED, verdict
+from clp_jax.launch.exit_codes import KILLED, RESTARTABLE, verdict
 from clp_jax.launch.job import STORES, Job, JobRecord, jobs_directory
 from clp_jax.launch.local import local_command
+from clp_jax.launch.local_worker import read_exit
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.options import option
 from clp_jax.launch.slurm_queue import Entry, Look, accounted, cancel, queued
 from clp_jax.launch.target import Run, Status, Step, Unreachable, Write
 from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, worker_script
 
+_LOOK = 0.2
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
-_TAKEN = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "REVOKED", "DEADLINE")
+_TAKEN = ("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED")
+# At a limit of time, before which it was asked to save: as good as its own word, if there is a newer checkpoint.
+_LATE = ("TIMEOUT", "DEADLINE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,9 @@ class Slurm:
         waiting = entries_of(record, queue)
         if waiting:
             pending = all(entry.state in _PENDING for entry in waiting)
-            return Status("queued", detail=waiting[0].state) if pending else Status("running")
+            first = waiting[0]
+            why = f"{first.state}: {first.reason}" if first.reason else first.state
+            return Status("queued", detail=why) if pending else Status("running")
         codes = self._exit_codes(record)
         if len(codes) == self.nodes and all(code == 0 for code in codes):
             return Status("succeeded")
@@ -101,6 +108,8 @@ class Slurm:
             return verdict(codes)
         if told.state == "COMPLETED":
             return Status("succeeded")
+        if told.state in _LATE:
+            return Status("failed", RESTARTABLE, f"SLURM says {told.state}")
         code = KILLED if told.state == "OUT_OF_MEMORY" else told.code
         return Status("failed", code, f"SLURM says {told.state}, exit code {told.code}")
 
@@ -121,7 +130,11 @@ class Slurm:
         )
 
     def stop(self, record: JobRecord) -> None:
-        """Cancels the job: SLURM sends SIGTERM, and SIGKILL after its own KillWait."""
+        """Asks the tasks to save and end, for `grace` seconds; SLURM itself would give them its KillWait, often 30."""
+        cancel(_running(record), signal="TERM")
+        until = time.monotonic() + self.grace
+        while _running(record) and time.monotonic() < until:
+            time.sleep(_LOOK)
         self.delete(record)
 
     def delete(self, record: JobRecord) -> None:
@@ -192,7 +205,9 @@ class Slurm:
                 'export CLP_COORDINATOR_ADDRESS="$first:$((20000 + SLURM_JOB_ID % 20000))" CLP_NUM_PROCESSES="$SLURM_NTASKS"',
             ]
         # One that fails ends the others: they would wait for it.
-        lines.append(f"srun --kill-on-bad-exit=1 bash {task}")
+        # From version 22.05 on srun does not take it from sbatch.
+        cores = "" if self.cpus_per_task is None else f" --cpus-per-task={self.cpus_per_task}"
+        lines.append(f"srun --kill-on-bad-exit=1{cores} bash {task}")
         return "\n".join(lines) + "\n"
 
     def task_file(self, record: JobRecord) -> Path:
@@ -219,7 +234,11 @@ class Slurm:
         """Of the tasks that have begun; None of one that left no code."""
         restarts = self._restarts(record)
         files = [path.with_name(EXIT) for path in sorted(restarts[-1].glob(f"task-*/{CLAIM}"))] if restarts else []
-        return [int(path.read_text()) if path.is_file() else None for path in files]
+        return [read_exit(path) if path.is_file() else None for path in files]
+
+
+def _running(record: JobRecord) -> list[Entry]:
+    return [entry for entry in entries_of(record, queued) if entry.state not in _PENDING]
 
 
 def _check_shared(what: str, path: Path) -> None:

@@ -16,11 +16,13 @@ class Entry:
         identity: as `scancel` takes it: ``123``, or ``123_4`` of an array.
         state: in SLURM's word.
         code: its exit code, where it is over and that is known.
+        reason: why it waits, in SLURM's words; empty where it does not.
     """
 
     identity: str
     state: str
     code: int | None = None
+    reason: str = ""
 
     @property
     def index(self) -> int | None:
@@ -34,9 +36,9 @@ Look = Callable[[str], Sequence[Entry]]
 
 def queued(name: str) -> list[Entry]:
     """What is in the queue under a name."""
-    words = ("squeue", "--me", "--array", f"--name={name}", "--noheader", "--format=%i|%T")
-    lines = call(Run(words, attempts=3)).output.split()
-    return [Entry(*line.split("|")) for line in lines]
+    words = ("squeue", "--me", "--array", f"--name={name}", "--noheader", "--format=%i|%T|%r")
+    lines = [line.strip().split("|", 2) for line in call(Run(words, attempts=3)).output.splitlines() if "|" in line]
+    return [Entry(name, state, reason="" if why == "None" else why) for name, state, why in lines]
 
 
 def accounted(name: str) -> list[Entry]:
@@ -54,7 +56,13 @@ def accounted(name: str) -> list[Entry]:
     return found
 
 
-def cancel(entries: Sequence[Entry]) -> None:
-    """Asks SLURM to end them: SIGTERM, and SIGKILL after its own KillWait."""
+def cancel(entries: Sequence[Entry], signal: str | None = None) -> None:
+    """Asks SLURM to end them: SIGTERM, and SIGKILL after its own KillWait.
+
+    Args:
+        entries: jobs and tasks.
+        signal: is all that their tasks get, where it is given.
+    """
+    words = () if signal is None else (f"--signal={signal}",)
     if entries:
-        call(Run(("scancel", *(entry.identity for entry in entries)), attempts=3))
+        call(Run(("scancel", *words, *(entry.identity for entry in entries)), attempts=3))

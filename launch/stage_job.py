@@ -15,11 +15,20 @@ from clp_jax.launch.command import create, target_of
 from clp_jax.launch.command_words import run_dir_of
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job, JobRecord, jobs_directory
-from clp_jax.launch.options import split
+from clp_jax.launch.options import build, option, split
 from clp_jax.launch.pipeline import Stage
-from clp_jax.launch.supervisor import Patience, advance, describe
+from clp_jax.launch.renewal import renew
+from clp_jax.launch.supervisor import Patience, advance, describe, standing, told_of
 from clp_jax.launch.target import Target
 from clp_jax.launch.targets import find_target
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a stage's target says besides the target's own options."""
+
+    max_restarts: int = option("attempts after failures; preemptions do not count", Job.max_restarts)
+    max_failures: int = option("failures in a row without a new checkpoint that end the stage", Job.max_failures)
 
 
 def stage_target(stage: Stage) -> Target:
@@ -28,12 +37,10 @@ def stage_target(stage: Stage) -> Target:
     Raises:
         LaunchError: for an unknown one, or a wrong option.
     """
-    places, options, command = split(stage.target)
-    if len(places) != 1 or command:
-        raise LaunchError(f"stage {stage.name}: target: expected its name and its options, as in local --processes=2.")
     try:
-        return find_target(places[0], options)
-    except LaunchError as error:
+        place, options, _ = _parts(stage)
+        return find_target(place, options)
+    except Exception as error:
         raise LaunchError(f"stage {stage.name}: {error}") from None
 
 
@@ -47,15 +54,18 @@ def stage_job(pipeline: str, stage: Stage, made: str) -> Job:
     """
     digest = hashlib.sha256(f"{Path.cwd()} {made}".encode()).hexdigest()[:8]
     name = re.sub("[^a-z0-9]+", "-", f"{pipeline[:14]}-{stage.name[:14]}-{digest}")
-    places, options, _ = split(stage.target)
+    place, options, limits = _parts(stage)
     return Job(
         name=name,
         command=stage.command,
-        target=places[0],
+        target=place,
         options=options,
         run_dir=seen_from_here(run_dir_of(stage.command), options),
         code_version=code_version(),
         directory=str(Path.cwd()),
+        max_restarts=limits.max_restarts,
+        max_failures=limits.max_failures,
+        inputs=stage.inputs,
     )
 
 
@@ -80,6 +90,8 @@ class StageJob:
             self._hold()
             if self._record.is_over:
                 # Its outputs are gone, or it failed and is tried again.
+                limits = {"max_restarts": job.max_restarts, "max_failures": job.max_failures}
+                self._record = renew(self._record, self._target, dataclasses.replace(self._record.job, **limits))
                 self._record.append("retried")
 
     def poll(self) -> str | None:
@@ -93,14 +105,13 @@ class StageJob:
             self._hold()
             advance(self._record, self._target, self._patience)
             text = describe(self._record)
-        except LaunchError as error:
-            # A pipeline that gave up here would leave what was rented alone.
-            text = f"{self._record.job.name}: {error} Asking again."
+            state, is_done = standing(self._record)
+        except Exception as error:  # A pipeline that gave up here would leave what was rented alone.
+            text, state, is_done = f"{self._record.job.name}: {told_of(error)} Asking again.", None, False
         if text != self._told:
             self._told = text
             show(text)
-        state = self._record.state
-        if not self._is_mine or state is None or not (self._record.is_over and self._record.kept("deleted")):
+        if state is None or not is_done:
             return None
         self._locks.close()
         return "" if state.phase == "succeeded" else f"{state.phase}: clp jobs logs {self._record.job.name}"
@@ -114,6 +125,16 @@ class StageJob:
         if not self._is_mine:
             self._locks.enter_context(self._record.lock())
             self._is_mine = True
+
+
+def _parts(stage: Stage) -> tuple[str, dict[str, str], Limits]:
+    """The name of a stage's target, its options, and the limits."""
+    places, given, command = split(stage.target)
+    if len(places) != 1 or command:
+        raise LaunchError("target: expected its name and its options, as in local --processes=2.")
+    ours = {field.name for field in dataclasses.fields(Limits)}
+    limits = build(Limits, {name: value for name, value in given.items() if name in ours}, "target")
+    return places[0], {name: value for name, value in given.items() if name not in ours}, limits
 
 
 def _record_of(job: Job, target: Target) -> JobRecord:

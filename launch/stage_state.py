@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ class StageStates:
         self._stored: dict[str, Any] = {}
         if self._path.is_file():
             try:
-                self._stored = json.loads(self._path.read_text())
-            except ValueError:
+                self._stored = _checked(json.loads(self._path.read_text()))
+            except (ValueError, KeyError):
                 raise LaunchError(
                     f"{self._path} is damaged: remove it, and every stage looks at what is there."
                 ) from None
@@ -72,15 +72,21 @@ class StageStates:
         """Whether its command has ended well since."""
         return bool(self._stored.get(stage.name, {}).get("done"))
 
+    def outputs(self, stage: Stage) -> Sequence[str]:
+        """What its command, as it last began, was to leave."""
+        return self._stored.get(stage.name, {}).get("outputs", stage.outputs)
+
     def identity(self, stage: Stage) -> str:
         """What stands for outputs in a bucket: what they were made of."""
-        stored = {key: value for key, value in self._stored.get(stage.name, {}).items() if key != "done"}
+        stored = {
+            key: value for key, value in self._stored.get(stage.name, {}).items() if key not in ("done", "outputs")
+        }
         return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
     def write(self, stage: Stage, made: Made, done: bool) -> None:
         """Remembers a stage."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._stored[stage.name] = dataclasses.asdict(made) | {"done": done}
+        self._stored[stage.name] = dataclasses.asdict(made) | {"outputs": stage.outputs, "done": done}
         write(self._path, json.dumps(self._stored, indent=1) + "\n")
 
 
@@ -106,13 +112,16 @@ def made_of(pipeline: Pipeline, stage: Stage, config: str, states: StageStates) 
         LaunchError: for an input that is not there.
     """
     # What other stages leave below a path is theirs: an evaluation writes into the run directory it reads.
-    owned = {Path(output) for other in pipeline.stages.values() for output in other.outputs if not is_remote(output)}
+    owned = {
+        Path(output) for other in pipeline.stages.values() for output in other.outputs if not other.is_elsewhere(output)
+    }
     inputs: dict[str, str] = {}
     for need in stage.needs:
-        for output in pipeline.stages[need].outputs:
-            inputs[output] = states.identity(pipeline.stages[need]) if is_remote(output) else _of(output, owned, stage)
+        other = pipeline.stages[need]
+        for output in other.outputs:
+            inputs[output] = states.identity(other) if other.is_elsewhere(output) else _of(output, owned, stage)
     for path in stage.inputs:
-        inputs[path] = "" if is_remote(path) else _of(path, owned, stage)
+        inputs[path] = "" if stage.is_elsewhere(path) else _of(path, owned, stage)
     for path in _named_files(stage):
         inputs.setdefault(path, _of(path, owned, stage))
     return Made(stage.command, config, inputs)
@@ -120,27 +129,42 @@ def made_of(pipeline: Pipeline, stage: Stage, config: str, states: StageStates) 
 
 def missing_outputs(stage: Stage) -> list[str]:
     """The outputs that are not there; those in a bucket are trusted."""
-    return [output for output in stage.outputs if not is_remote(output) and not os.path.lexists(output)]
+    return [output for output in stage.outputs if not stage.is_elsewhere(output) and not os.path.lexists(output)]
 
 
-def move_away(stage: Stage) -> list[str]:
+def check_movable(stage: Stage, states: StageStates) -> None:
+    """Raises `LaunchError` for outputs of earlier in a bucket: nobody moves those aside."""
+    for output in stage.outputs:
+        if stage.is_elsewhere(output) and output in states.outputs(stage):
+            raise LaunchError(f"stage {stage.name}: {output} was made of other things: give it another path.")
+
+
+def move_away(stage: Stage, states: StageStates) -> list[str]:
     """Moves the outputs of a stage aside, so that its command makes them anew; returns where they are now.
 
     Raises:
-        LaunchError: for outputs in a bucket, which are the user's to move.
+        LaunchError: for outputs in a bucket.
     """
+    check_movable(stage, states)
     moved = []
     for output in stage.outputs:
-        if is_remote(output):
-            raise LaunchError(
-                f"stage {stage.name}: {output} was made of other things: move it away, or give another path."
-            )
+        if stage.is_elsewhere(output):
+            continue
         path = Path(output)
         if os.path.lexists(path):
             number = next(n for n in range(1, 10**6) if not os.path.lexists(f"{path}.old-{n}"))
             path.rename(f"{path}.old-{number}")
             moved.append(f"{path}.old-{number}")
     return moved
+
+
+def _checked(stored: Any) -> dict[str, Any]:
+    """What was stored, where it is what `StageStates.write` wrote."""
+    kinds = {"command": list, "config": str, "inputs": dict}
+    for state in stored.values() if isinstance(stored, dict) else [None]:
+        if not isinstance(state, dict) or not all(isinstance(state[name], kind) for name, kind in kinds.items()):
+            raise ValueError
+    return stored
 
 
 def _of(path: str, owned: set[Path], stage: Stage) -> str:

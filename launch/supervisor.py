@@ -5,20 +5,23 @@ launcher go on wherever this one dies. Nothing is begun whose beginning was not 
 attempt has: asked twice, it is there once.
 """
 
+import contextlib
 import dataclasses
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.exit_codes import may_restart
+from clp_jax.launch.exit_codes import RESTARTABLE, may_restart
 from clp_jax.launch.job import BETWEEN, FINAL, JobRecord, Phase, State
 from clp_jax.launch.run_directory import Unseen, newest_step
 from clp_jax.launch.target import Status, Target, Unavailable, Unreachable
 
 LAST_LINES = 20
+_SEVERAL = re.compile(r"\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,8 @@ def advance(record: JobRecord, target: Target, patience: Patience | None = None)
             return state
         if record.stop_request.exists():
             return record.append("stopped", detail="as asked")
-        if time.time() < state.time + _wait(record.states, patience):
+        # A clock that went back is not waited for.
+        if 0 <= time.time() - state.time < _wait(record.states, patience):
             return state
         return record.append("queued", attempt=state.attempt + 1)
     if record.stop_request.exists():
@@ -93,22 +97,36 @@ def supervise(records: Sequence[JobRecord], targets: Sequence[Target], patience:
     patience = patience or Patience()
     told: dict[str, str] = {}
     while True:
-        before = [record.state for record in records]
+        before = [standing(record) for record in records]
         for record, target in zip(records, targets, strict=True):
             try:
                 advance(record, target, patience)
                 text = describe(record)
-            except LaunchError as error:
-                # A launcher that gave up here would leave what was rented alone.
-                text = f"{record.job.name}: {error} Trying again."
+            except (
+                Exception
+            ) as error:  # A launcher that gave up here would leave what was rented, and the others, alone.
+                text = f"{record.job.name}: {told_of(error)} Trying again."
             if told.get(record.job.name) != text:
                 told[record.job.name] = text
                 show(text)
-        states = [record.state for record in records]
-        if all(record.is_over and record.kept("deleted") for record in records):
-            return [state for state in states if state is not None]
-        if states == before:
+        now = [standing(record) for record in records]
+        if all(is_done for _, is_done in now):
+            return [state for state, _ in now if state is not None]
+        if now == before:
             time.sleep(patience.look)
+
+
+def standing(record: JobRecord) -> tuple[State | None, bool]:
+    """A job's last state, and whether nothing more is to be done for it; of a damaged record None, and that something is."""
+    try:
+        return record.state, record.is_over and bool(record.kept("deleted"))
+    except LaunchError:
+        return None, False
+
+
+def told_of(error: Exception) -> str:
+    """An error that a launcher goes on after, in a line: of what it did not expect, the kind too."""
+    return str(error) if isinstance(error, LaunchError) else f"{type(error).__name__}: {error}."
 
 
 def describe(record: JobRecord) -> str:
@@ -185,8 +203,12 @@ def _look(record: JobRecord, target: Target, state: State) -> State:
 
 
 def _note(record: JobRecord, state: State, status: Status) -> State:
-    """Writes a phase down where it is a new one; how an attempt ends is for the next look."""
-    if status.phase not in ("queued", "starting", "running", "succeeded") or status.phase == state.phase:
+    """Writes a phase down where it, or why it lasts, is new; how an attempt ends is for the next look."""
+    if status.phase not in ("queued", "starting", "running", "succeeded"):
+        return state
+    # "0/7 nodes are available" is no news after "0/5".
+    is_told = not status.detail or _SEVERAL.sub("", status.detail) == _SEVERAL.sub("", state.detail)
+    if status.phase == state.phase and is_told:
         return state
     if status.phase == "succeeded":
         return _append_end(record, "succeeded", status.detail)
@@ -196,19 +218,24 @@ def _note(record: JobRecord, state: State, status: Status) -> State:
 def _failed(record: JobRecord, target: Target, status: Status) -> State:
     step, is_seen = _newest_step(record)
     detail = status.detail or f"exit code {status.code}"
+    is_asked = status.code == RESTARTABLE
     if may_restart(status.code):
-        broken = State("broken", record.attempt, time.time(), detail, step, is_seen)
+        # Of a run that nobody knows, its own word counts.
+        is_seen = is_seen and not (is_asked and record.job.run_dir is None)
+        broken = State("broken", record.attempt, time.time(), detail, step, is_seen, is_asked)
         # Where nobody can look, a failure may have saved: --max_restarts is the limit then.
         known = [state for state in (*record.states, broken) if state.is_seen]
         failures = ends_without_progress(known, ("broken",))
         restarts = _restarts(record.states)
         if failures < record.job.max_failures and restarts < record.job.max_restarts:
-            return record.append("broken", detail=detail, step=step, is_seen=is_seen)
+            return record.append("broken", detail=detail, step=step, is_seen=is_seen, is_asked=is_asked)
         if failures >= record.job.max_failures:
             detail = f"{failures} failures without a new checkpoint, the last: {detail}"
         else:
             detail = f"{restarts} restarts are all that --max_restarts allows; the last: {detail}"
-    lines = list(deque(target.logs(record, lines=LAST_LINES), LAST_LINES))
+    lines: deque[str] = deque(maxlen=LAST_LINES)
+    with contextlib.suppress(LaunchError):  # The code is known; its last lines need not be.
+        lines.extend(target.logs(record, lines=LAST_LINES))
     return record.append(
         "failed",
         detail="\n".join([f"{detail}. The last lines:" if lines else detail, *lines]),
@@ -218,10 +245,14 @@ def _failed(record: JobRecord, target: Target, status: Status) -> State:
 
 
 def _restarts(states: Sequence[State]) -> int:
-    """Attempts after failures, since the last retry."""
-    count = 0
+    """Attempts after failures, since the last retry; not after ends that were asked for and left a newer checkpoint."""
+    newest, count = -1, 0
     for state in states:
-        count = 0 if state.phase == "retried" else count + (state.phase == "broken")
+        if state.phase == "retried":
+            count = 0
+        step = -1 if state.step is None else state.step
+        count += state.phase == "broken" and not (state.is_asked and step > newest)
+        newest = max(newest, step)
     return count
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from clp_jax.launch.calls import show
 from clp_jax.launch.command import print_plan
 from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.job import Job
 from clp_jax.launch.options import build, describe, option, split
 from clp_jax.launch.stage_job import patience_for
 from clp_jax.launch.sweep import GOALS, read_sweep
@@ -16,7 +17,7 @@ from clp_jax.launch.sweep_run import Settings, SweepDirectory, batch_of, jobs_of
 from clp_jax.launch.sweep_table import Row, columns, over_seeds, shown_metrics, to_csv, to_markdown
 from clp_jax.launch.targets import TARGETS, find_target
 
-_VALUED = ("--file", "--dir", "--max_concurrent", "--metrics")
+_VALUED = ("--file", "--dir", "--max_concurrent", "--max_restarts", "--max_failures", "--metrics")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class SweepOptions:
     file: str | None = option("sweep.yaml, or sweep.py that defines sweep", None)
     dir: str | None = option("where the sweep goes; by default runs/sweeps/ and the name of the file", None)
     max_concurrent: int = option("trials at once", 1)
+    max_restarts: int = option("attempts of a trial after failures; preemptions do not count", Job.max_restarts)
+    max_failures: int = option("failures of a trial in a row without a new checkpoint that end it", Job.max_failures)
     retry_failed: bool = option("try trials that failed again", False)
     force: bool = option("run what clp compile says does not fit, or what it can't look at", False)
     look: float | None = option("seconds between two looks at the trials; by default the target's", None)
@@ -74,7 +77,15 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
     if options.look is not None:
         patience = dataclasses.replace(patience, look=options.look)
     settings = Settings(
-        target, target_options, commands, options.max_concurrent, options.retry_failed, options.force, patience
+        target,
+        target_options,
+        commands,
+        options.max_concurrent,
+        options.retry_failed,
+        options.force,
+        patience,
+        max_restarts=options.max_restarts,
+        max_failures=options.max_failures,
     )
     if options.dry_run:
         trials, directory = preview(found, path, settings)

@@ -29,11 +29,12 @@ from clp_jax.launch.command_words import program_words
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job, JobRecord, jobs_directory, write
 from clp_jax.launch.lock import hold
-from clp_jax.launch.supervisor import Patience, advance, retry
+from clp_jax.launch.renewal import begin_again
+from clp_jax.launch.supervisor import Patience, advance, told_of
 from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines, gin_text
 from clp_jax.launch.sweep_table import Row, add_trial, read_metrics, read_trials, shown_metrics, to_csv, to_markdown
 from clp_jax.launch.target import Batch, Target
-from clp_jax.launch.targets import find_batch
+from clp_jax.launch.targets import find_batch, find_target
 
 SWEEP_FILE, TRIALS, ARRAYS = "sweep.json", "trials", "arrays"
 # Trials that are looked after at once where the target itself keeps the cap: each holds a file open.
@@ -112,10 +113,15 @@ class SweepDirectory:
         return f"{self.name}-{trial.name}" + (f"-{number}" if number else "")
 
     def state(self, trial: Trial) -> str:
-        """``waiting``, or the phase of the job that the trial has come to."""
+        """``waiting``, or the phase of the job that the trial has come to; ``damaged`` where its record can't be read."""
         for number in range(len(self.commands)):
             path = self.jobs / self.job_name(trial, number)
-            state = JobRecord.load(path).state if path.is_dir() else None
+            try:
+                state = JobRecord.load(path).state if path.is_dir() else None
+            except LaunchError as error:
+                # One that is damaged hides no other.
+                show(str(error))
+                return "damaged"
             if state is None or state.phase != "succeeded":
                 return "waiting" if state is None else state.phase
         return "succeeded"
@@ -154,9 +160,8 @@ class _Run:
                 if state is not None and state.phase == "succeeded" and record.kept("deleted"):
                     continue
                 state = advance(record, target, self._patience)
-            except LaunchError as error:
-                # Whoever gave up here would leave all that was rented alone.
-                self._tell(f"{job.name}: {error} Asking again.")
+            except Exception as error:  # Whoever gave up here would leave all that was rented alone.
+                self._tell(f"{job.name}: {told_of(error)} Asking again.")
                 return None
             if not record.is_over or not record.kept("deleted"):
                 return None
@@ -201,6 +206,8 @@ class Settings:
         force: whether what does not fit its slice runs all the same.
         patience: how long to wait between looks.
         code_version: of the code that runs.
+        max_restarts: of each trial's jobs.
+        max_failures: of each trial's jobs.
     """
 
     target: Target
@@ -211,10 +218,17 @@ class Settings:
     force: bool = False
     patience: Patience = dataclasses.field(default_factory=Patience)
     code_version: str = dataclasses.field(default_factory=code_version)
+    max_restarts: int = Job.max_restarts
+    max_failures: int = Job.max_failures
 
     def __post_init__(self) -> None:
         if self.max_concurrent < 1:
             raise LaunchError(f"--max_concurrent is {self.max_concurrent}: expected at least 1.")
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What a trial's jobs say of their restarts."""
+        return {"max_restarts": self.max_restarts, "max_failures": self.max_failures}
 
 
 def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
@@ -250,7 +264,7 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
     with hold(path / ".lock", f"another launcher runs the sweep in {path}: wait for it."):
         directory.write()
         if settings.retry_failed:
-            _retry_failed(directory)
+            _retry_failed(directory, settings)
         if sweep.search is None:
             trials = sweep.trials()
             for trial in trials:
@@ -321,6 +335,7 @@ def jobs_of(directory: SweepDirectory, trial: Trial, settings: Settings) -> list
             code_version=settings.code_version,
             directory=str(Path.cwd()),
             parameters=trial.parameters,
+            **settings.limits,
         )
         for number, words in enumerate(lines)
     ]
@@ -363,15 +378,16 @@ def _refuse_secrets(sweep: Sweep, directory: SweepDirectory, settings: Settings)
             refuse_secrets_of(job)
 
 
-def _retry_failed(directory: SweepDirectory) -> None:
+def _retry_failed(directory: SweepDirectory, settings: Settings) -> None:
     for trial in read_trials(directory.path):
         if directory.state(trial) in ("failed", "stopped"):
             for number in range(len(directory.commands)):
                 path = directory.jobs / directory.job_name(trial, number)
                 record = JobRecord.load(path) if path.is_dir() else None
                 if record is not None and record.is_over and record.state and record.state.phase != "succeeded":
+                    job = dataclasses.replace(record.job, **settings.limits)
                     with record.lock():
-                        retry(record)
+                        begin_again(record, find_target(job.target, job.options), job)
 
 
 def _examples(sweep: Sweep) -> Iterator[Trial]:

@@ -172,12 +172,13 @@ def columns(trials: Iterable[Trial]) -> list[str]:
 
 def value_of(text: str | None) -> float | str:
     """A binding's value as a number where it is one, for axes."""
+    name = text or ""
     try:
-        value = literal_eval(text or "")
-    except (ValueError, SyntaxError):
-        value = None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else (text or "")  # type: ignore[arg-type]
+        found = literal_eval(name)
+        value = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
+    except (ValueError, SyntaxError, OverflowError):
+        return name
+    return value if math.isfinite(value) else name
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -246,4 +247,7 @@ def _numbers(content: Any, path: str = "") -> Iterator[tuple[str, float]]:
     elif content is None:
         yield path, math.nan
     elif isinstance(content, int | float) and not isinstance(content, bool):
-        yield path, float(content)
+        try:
+            yield path, float(content)
+        except OverflowError:  # An integer beyond all floats.
+            yield path, math.inf if content > 0 else -math.inf

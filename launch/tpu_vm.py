@@ -7,15 +7,17 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from clp_jax.launch.buckets import mount_lines, read_mounts
+from clp_jax.launch.buckets import check_buckets, mount_lines, read_mounts
 from clp_jax.launch.calls import at_once, call, carry_out, stream
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.exit_codes import KILLED, verdict
+from clp_jax.launch.exit_codes import KILLED, NOT_BEGUN, verdict
 from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.options import option
 from clp_jax.launch.remote_code import (
+    check_files,
     check_run_directory,
     check_secrets,
     environment,
@@ -29,11 +31,13 @@ from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, PID, worker_script
 
 _NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|no more capacity|stockout|out of stock|not enough resources", re.IGNORECASE)
 _QUOTA = re.compile(r"quota", re.IGNORECASE)
+_REFUSED = re.compile(r"quota|permission|denied|invalid|not ?found|does not exist|unsupported", re.IGNORECASE)
 _NOT_THERE = re.compile(r"NOT_FOUND|was not found|notFound", re.IGNORECASE)
 _IS_THERE = re.compile(r"ALREADY_EXISTS|already exists", re.IGNORECASE)
 _WAITING = ("CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES", "STATE_UNSPECIFIED")
 _TAKEN = ("SUSPENDING", "SUSPENDED", "DELETING")
 _SCRIPT = "run.sh"
+_KEY = "~/.ssh/google_compute_engine"
 _SSH_SECONDS, _COPY_SECONDS, _STOP_SECONDS = 300.0, 900.0, 120
 
 
@@ -92,7 +96,8 @@ class TpuVm:
         return (f"--topology={self.slice.name}", f"--num_slices={self.num_slices}")
 
     def check(self, job: Job) -> None:
-        """Raises `LaunchError` for a run directory that workers do not share."""
+        """Raises `LaunchError` for files that can't be brought, and a run directory that workers do not share."""
+        check_files(job)
         check_run_directory(
             job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on such a disk"
         )
@@ -106,10 +111,9 @@ class TpuVm:
             raise LaunchError("gcloud has no credentials: run gcloud auth login.")
         if self._describe(f"{job.name}-1") is not None:
             raise LaunchError(f"there is a queued resource {job.name}-1 in {self.zone} already: give another --name.")
-        mounted = [f"gs://{mount.bucket}" for mount in read_mounts(self.mounts)]
-        given = [path for path in (self.bucket, job.run_dir) if path is not None and path.startswith("gs://")]
-        for bucket in dict.fromkeys([*mounted, *("/".join(path.split("/")[:3]) for path in given)]):
-            call(Run(("gcloud", "storage", "buckets", "describe", bucket, "--format=value(name)"), attempts=2))
+        check_buckets(read_mounts(self.mounts), [self.bucket, job.run_dir])
+        if self.slice.hosts > 1:
+            _check_agent()
 
     def submit(self, record: JobRecord) -> None:
         """Asks for the queued resource."""
@@ -137,7 +141,11 @@ class TpuVm:
         if state in _TAKEN:
             return Status("preempted", detail=f"the queued resource is {state}")
         if state == "FAILED":
-            return Status("preempted", detail=f"the queued resource FAILED{_why(found)}")
+            why = _why(found)
+            if _NO_ROOM.search(why) and not _QUOTA.search(why):
+                return Status("preempted", detail=f"the queued resource FAILED{why}")
+            # A quota, a right, an argument: the same request fails again. Of other reasons some do.
+            return Status("failed", NOT_BEGUN if _REFUSED.search(why) else None, f"the queued resource FAILED{why}")
         if state in _WAITING:
             return Status("queued", detail=state)
         return self._workers(record)
@@ -154,10 +162,7 @@ class TpuVm:
         else:
             show, files = f'tail {how} "$1"', f"set -- {here}/{LOG}; [ -f {here}/{LOG} ] || set -- {here}/setup.log"
         command = f'{files}; {show} | sed -u "s/^/[$(hostname)] /"'
-        try:
-            yield from stream(*(self._ssh(node, command) for node in self._nodes(record)))
-        except LaunchError:
-            return
+        return stream(*(self._ssh(node, command) for node in self._nodes(record)))
 
     def stop(self, record: JobRecord) -> None:
         """Asks the workers to end, and waits for them to save."""
@@ -178,6 +183,9 @@ class TpuVm:
             raise Unreachable(f"{record.resource} is not deleted: {' '.join(called.error.split())}")
         if self._describe(record.resource) is not None:
             raise Unreachable(f"{record.resource} is being deleted.")
+        if self.bucket is not None:
+            # The next attempt brings it again. It may never have been brought.
+            call(Run(("gcloud", "storage", "rm", self._archive(record)), attempts=2), may_fail=True)
 
     def dry_run(self, record: JobRecord) -> Sequence[Step]:
         """The queued resource, and what follows when it is there."""
@@ -214,7 +222,7 @@ class TpuVm:
         steps: list[Step] = [Write(script, self._script(record))]
         folder = f"clp/{record.resource}"
         if self.bucket is not None:
-            words = ("gcloud", "storage", "cp", str(code), f"{self.bucket.rstrip('/')}/{record.job.name}/code.tar.gz")
+            words = ("gcloud", "storage", "cp", str(code), self._archive(record))
             steps.append(Run(words, timeout=_COPY_SECONDS, attempts=3))
         groups = [steps]
         for node in self._nodes(record):
@@ -236,8 +244,7 @@ class TpuVm:
         folder = f'"$HOME/clp/{record.resource}"'
         fetch = []
         if self.bucket is not None:
-            source = shlex.quote(f"{self.bucket.rstrip('/')}/{record.job.name}/code.tar.gz")
-            fetch = [f"gcloud storage cp {source} {folder}/code.tar.gz || finish 75"]
+            fetch = [f"gcloud storage cp {shlex.quote(self._archive(record))} {folder}/code.tar.gz || finish 75"]
         return worker_script(
             remote_command(record.job.command),
             directory=f'"$HOME/clp/{record.resource}/code/work"',
@@ -297,7 +304,7 @@ class TpuVm:
         called = call(Run(words, attempts=2), may_fail=True)
         if called.code:
             return f"{node} is gone" if _NOT_THERE.search(called.error) else None
-        state = json.loads(called.output).get("state", "")
+        state = _parsed(called.output).get("state", "")
         return f"{node} is {state}" if state in ("PREEMPTED", "TERMINATED", "STOPPED", "DELETING") else None
 
     def _describe(self, resource: str) -> dict[str, Any] | None:
@@ -305,7 +312,7 @@ class TpuVm:
             Run(self._gcloud("queued-resources", "describe", resource, "--format=json"), attempts=2), may_fail=True
         )
         if called.code == 0:
-            return json.loads(called.output)
+            return _parsed(called.output)
         if _NOT_THERE.search(called.error):
             return None
         raise LaunchError(f"gcloud can't describe {resource}: {' '.join(called.error.split())}")
@@ -328,6 +335,10 @@ class TpuVm:
         project = () if self.project is None else (f"--project={self.project}",)
         return ("gcloud", "compute", "tpus", group, *words, f"--zone={self.zone}", *project)
 
+    def _archive(self, record: JobRecord) -> str:
+        assert self.bucket is not None
+        return f"{self.bucket.rstrip('/')}/{record.resource}/code.tar.gz"
+
     def _here(self, record: JobRecord) -> str:
         return f"clp/{record.resource}/state"
 
@@ -338,6 +349,29 @@ def _lives(here: str) -> str:
     A killed process keeps its number until its parent takes notice, without its words; another may get the number later.
     """
     return f'ps -ww -o args= -p "$(cat {here}/{PID} 2>/dev/null)" 2>/dev/null | grep -qF {_SCRIPT}'
+
+
+def _parsed(output: str) -> dict[str, Any]:
+    try:
+        found = json.loads(output)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Unreachable(f"gcloud describe gave no JSON: {output.strip()[:200]}")
+    return found
+
+
+def _check_agent() -> None:
+    """Raises `LaunchError` where `gcloud` would not copy to several workers: it asks for its key in an agent."""
+    key = str(Path(_KEY).expanduser())
+    made = call(Run(("ssh-keygen", "-lf", key)), may_fail=True)
+    if made.code:
+        raise LaunchError(f"gcloud has no key for SSH yet: ssh-keygen -t rsa -f {_KEY}, and then ssh-add {_KEY}.")
+    held = call(Run(("ssh-add", "-l")), may_fail=True)
+    if made.output.split()[1] not in held.output:
+        raise LaunchError(
+            f"gcloud copies to several workers only with its key in a running ssh-agent: eval $(ssh-agent), ssh-add {_KEY}."
+        )
 
 
 def _why(found: dict[str, Any]) -> str:

@@ -16,13 +16,12 @@ from clp_jax.launch.arrays import Array, ArrayTask
 from clp_jax.launch.calls import begin, call, carry_out
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
-from clp_jax.launch.gin_files import files_of
 from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.local import local_command
-from clp_jax.launch.local_worker import SCRIPT, end, exit_code, forbid
+from clp_jax.launch.local_worker import SCRIPT, end, exit_code, forbid, read_exit
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.options import option
-from clp_jax.launch.remote_code import check_run_directory
+from clp_jax.launch.remote_code import check_run_directory, needed_files
 from clp_jax.launch.target import Run, Status, Step, Write
 from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, worker_script
 
@@ -63,7 +62,7 @@ class XManager:
     def check(self, job: Job) -> None:
         """Raises `LaunchError` for a run directory that Vertex would lose, and for files that it would not have."""
         if self.executor == "vertex":
-            files = files_of(job.command, Path(job.directory))
+            files = needed_files(job).paths
             if files:
                 raise LaunchError(
                     f"Vertex has no {', '.join(files)} of this directory: use a gin file of the package with "
@@ -100,7 +99,7 @@ class XManager:
         if self.executor == "local" and (unit / CLAIM).is_dir():
             return _ended(exit_code(unit), unit)
         if (unit / EXIT).is_file():
-            return _ended(int((unit / EXIT).read_text()), unit)
+            return _ended(read_exit(unit / EXIT), unit)
         if script is None:
             running = (unit / CLAIM).is_dir()
             return Status("running" if running else "queued", detail=_told(unit))

@@ -9,7 +9,6 @@ import tarfile
 import pytest
 from clp_jax.launch import code
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.gin_files import files_of
 
 
 def unpack(data):
@@ -49,6 +48,11 @@ def test_the_same_content_is_the_same_archive_and_the_same_environment():
     assert found[0] == found[1] != found[2]
 
 
+def test_programs_may_be_run_and_other_files_not():
+    with tarfile.open(fileobj=io.BytesIO(code.archive({"run.sh": b"", "a": b""}, None, {"run.sh"}))) as tar:
+        assert [tar.getmember(name).mode for name in ("work/run.sh", "work/a")] == [0o755, 0o644]
+
+
 def test_an_extra_that_there_is_not():
     with pytest.raises(LaunchError, match="there is no extra 'gpu': there are aot, cuda"):
         code.requirements("gpu")
@@ -63,13 +67,3 @@ def test_an_installation_says_its_version_and_requirements(monkeypatch):
     assert code.code_version().startswith("1.2+")
     assert code.requirements("tpu") == ["jax>=0.10", "jax[tpu]>=0.10"]
     assert code.requirements(None) == ["jax>=0.10"]
-
-
-def test_files_that_come_with_the_package_stay_there(tmp_path):
-    assert files_of(("clp", "train", "--gin_file=examples/pydoc_sft.gin"), tmp_path) == {}
-
-
-def test_includes_go_round_once(tmp_path):
-    (tmp_path / "a.gin").write_text("include 'b.gin'\n")
-    (tmp_path / "b.gin").write_text("include 'a.gin'\n")
-    assert sorted(files_of(("clp", "train", "--gin_file=a.gin"), tmp_path)) == ["a.gin", "b.gin"]

@@ -4,39 +4,25 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 from clp_jax.launch import command as launching
 from clp_jax.launch.command_words import run_dir_of
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.job import JobRecord, jobs_directory
+from clp_jax.launch.job import jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.targets import find_target
 
 from clp_jax import main as cli
 
-from .conftest import AWKWARD, FAKES, phases, until
+from .conftest import AWKWARD, TRAINING, clp, phases, until
+from .conftest import typed as record
 
-TRAINING = ("python3", str(FAKES / "training.py"))
-
-
-@pytest.fixture(autouse=True)
-def here(world, monkeypatch):
-    monkeypatch.chdir(world.path / "here")
-    return world.path / "here"
-
-
-def clp(*words):
-    """The exit code of a command line."""
-    return cli.main(list(words))
-
-
-def record(name="job"):
-    return JobRecord.load(jobs_directory() / name)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_a_job_is_launched_shown_and_found_again(world, capsys):
@@ -111,7 +97,9 @@ def test_stopping_a_job_that_another_launcher_looks_after(world, capsys):
     until(lambda: world.runs)
     assert record().is_held
     assert clp("jobs", "stop", "job") == 0
-    assert capsys.readouterr().out == "job: stopped: as asked\n"
+    found = capsys.readouterr()
+    assert found.out == "job: stopped: as asked\n"
+    assert "job is asked to save and end; its target is given back then." in found.err.splitlines()
     assert list(record().attempt_directory.glob("worker-0/exit"))
     assert clp("jobs", "stop", "job") == 0
 
@@ -214,38 +202,6 @@ def test_a_dry_run_needs_no_tools_and_leaves_nothing(world, capsys, monkeypatch,
     assert "$ " in out and str(jobs_directory() / "job" / "attempts" / "1") in out
     assert len(out) < 40_000
     assert not jobs_directory().exists() and world.calls() == []
-
-
-def test_a_secret_in_the_command_is_refused(capsys, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    assert clp("launch", "local", "--", "true", "--key=0123456789abcdef") == 2
-    told = capsys.readouterr().err
-    assert "the value of $WANDB_API_KEY stands in the command" in told and "0123456789abcdef" not in told
-    assert not jobs_directory().exists()
-
-
-@pytest.mark.parametrize(
-    ("target", "options"),
-    [
-        ("local", []),
-        ("slurm", []),
-        ("gke", ["--topology=v5e:2x2"]),
-        ("tpu-vm", ["--topology=v5e:2x2", "--zone=us-west4-a"]),
-    ],
-)
-def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, target, options):
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    # Nodes have no /tmp together.
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        monkeypatch.setenv("CLP_JOBS_DIR", folder)
-        assert clp("launch", target, *options, "--name=job", "--look=0.05", "--", *TRAINING) == 0
-        files = [path for path in jobs_directory().rglob("*") if path.is_file()]
-        assert files and not [path for path in files if b"0123456789abcdef" in path.read_bytes()]
-    assert "0123456789abcdef" not in (world.path / "calls.jsonl").read_text() if world.calls() else target == "local"
-    # A cluster's nodes and this machine have the variable; what is elsewhere has it only where it is asked for.
-    assert [run.get("WANDB_API_KEY") for run in world.runs] == [
-        "0123456789abcdef" if target in ("local", "slurm") else None
-    ]
 
 
 def test_a_commands_own_mistake_comes_before_anything(world, capsys):
@@ -401,7 +357,7 @@ def test_gin_files_and_modules_are_in_the_record(world, here):
     (here / "rewards").mkdir()
     (here / "rewards" / "short.py").write_text("def short(): return 1\n")
     assert clp("launch", "local", "--name=job", "--look=0.05", "--", *TRAINING, "--gin_file", "mine/a.gin") == 0
-    kept = record().path / "gin_files"
+    kept = record().path / "files"
     assert sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*.*")) == [
         "mine/a.gin",
         "mine/b.gin",
@@ -411,10 +367,31 @@ def test_gin_files_and_modules_are_in_the_record(world, here):
     assert stored["command"] == [*TRAINING, "--gin_file", "mine/a.gin"] and stored["directory"] == str(here)
 
 
-def test_gin_files_elsewhere_are_refused(tmp_path, capsys):
-    (tmp_path / "x.gin").write_text("")
-    assert clp("launch", "local", "--", "true", f"--gin_file={tmp_path / 'x.gin'}") == 2
-    assert "a worker would not find it" in capsys.readouterr().err
+def test_who_has_read_enough_is_no_error(world):
+    for name in ("one", "two"):
+        world.record("local", {}, name=name, words=["word"] * 20_000)
+    words = (sys.executable, "-m", "clp_jax.main", "jobs", "status", "one", "two")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"one\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("words", [["jobs", "list"], ["launch", "local", "--", "true"]])
+def test_a_directory_of_records_that_is_a_file(capsys, tmp_path, monkeypatch, words):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path / "file"))
+    assert clp(*words) == 2
+    assert capsys.readouterr().err == (
+        f"clp {words[0]}: error: {tmp_path}/file is a file: expected the directory of records: $CLP_JOBS_DIR says which.\n"
+    )
+
+
+def test_a_wrong_look_leaves_nothing(capsys):
+    assert clp("launch", "local", "--look=-1", "--", "true") == 2
+    assert "--look is -1: expected seconds, more than 0." in capsys.readouterr().err
     assert not jobs_directory().exists()
 
 

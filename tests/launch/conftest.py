@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -14,14 +15,18 @@ from pathlib import Path
 import pytest
 from clp_jax.launch import calls
 from clp_jax.launch.code import archive
-from clp_jax.launch.job import Job, JobRecord
+from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.supervisor import Patience, supervise
 from clp_jax.launch.targets import find_target
 
+from clp_jax.main import main
+
 FAKES = Path(__file__).parent / "fakes"
+TRAINING = ("python3", str(FAKES / "training.py"))
 TOOLS = {"gcloud": "gcloud", "kubectl": "kubectl"} | dict.fromkeys(
     ("sbatch", "squeue", "sacct", "scancel", "srun", "scontrol"), "slurm"
 )
+TOOLS |= dict.fromkeys(("ssh-add", "ssh-keygen"), "agent")
 MOUNTING = ("sudo", "mountpoint", "gcsfuse")
 QUICK = Patience(look=0.05, first_wait=0.05, longest_wait=0.2)
 # Whatever a shell could make of a word.
@@ -86,8 +91,8 @@ def _archive(extra):
 
 
 def phases(record):
-    """The phases of a job, in order."""
-    return [state.phase for state in record.states]
+    """The phases of a job, in order; one that is told of again with another reason counts once."""
+    return [phase for phase, _ in itertools.groupby(state.phase for state in record.states)]
 
 
 def until(condition, seconds=60.0):
@@ -106,6 +111,23 @@ def are_gone(pids):
             # The name, in parentheses, may hold anything.
             states.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
     return all(state in "ZX" for state in states)
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    """Where commands are typed."""
+    monkeypatch.chdir(world.path / "here")
+    return world.path / "here"
+
+
+def clp(*words):
+    """The exit code of a command line."""
+    return main(list(words))
+
+
+def typed(name="job"):
+    """The record of a job that a command line made."""
+    return JobRecord.load(jobs_directory() / name)
 
 
 @pytest.fixture

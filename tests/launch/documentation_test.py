@@ -133,7 +133,7 @@ def launch(reader, line):
     launcher.start()
 
     def record():
-        return next(iter(all_records(jobs_directory())), None)
+        return next(iter(all_records(jobs_directory(), pytest.fail)), None)
 
     until(lambda: codes or (record() and record().state and record().state.phase == "running"), seconds=120)
     assert not codes, "it ended before it ran"

@@ -1,10 +1,13 @@
 """GKE, against a `kubectl` whose pods are processes here; and the manifest against the fields that Kubernetes has."""
 
 import base64
+import dataclasses
+import datetime
 import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
 from clp_jax.launch import calls
 from clp_jax.launch.errors import LaunchError
@@ -120,6 +123,70 @@ def test_a_pod_is_evicted(world):
     assert world.state["created"] == ["job-1", "job-2"] and world.state["jobsets"] == {}
 
 
+@pytest.mark.parametrize(
+    ("reason", "seconds_ago"),
+    [("InvalidImageName", 0), ("ImagePullBackOff", 3600), ("CreateContainerConfigError", 3600)],
+)
+def test_pods_that_never_begin_end_the_job_with_the_reason(world, reason, seconds_ago):
+    since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
+    world.trouble("waiting", [reason, since.strftime("%Y-%m-%dT%H:%M:%SZ")])
+    record, target = world.record("gke", ONE_HOST)
+    end = world.run(record, target)
+    assert end.phase == "failed" and end.detail == f"job-1-slice-0-0 can't begin: {reason}: as the node says"
+    assert world.state["created"] == ["job-1"] and world.state["jobsets"] == {}
+
+
+@pytest.mark.parametrize("reason", ["ImagePullBackOff", "CreateContainerConfigError"])
+def test_what_may_go_away_is_waited_for_and_told(world, reason):
+    world.trouble("waiting", [reason, datetime.datetime.now(datetime.UTC).isoformat()])
+    record, target = world.record("gke", ONE_HOST)
+    for _ in range(5):
+        state = advance(record, target, QUICK)
+    assert (state.phase, state.detail) == ("queued", f"job-1-slice-0-0: {reason}: as the node says")
+    assert [state.phase for state in record.states] == ["queued", "queued"]
+
+
+@pytest.mark.parametrize("seconds_ago", [0, 3600])
+def test_a_bucket_that_can_not_be_mounted_is_told(world, seconds_ago):
+    since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
+    world.trouble("waiting", ["ContainerCreating", since.isoformat()])
+    world.trouble("no_mount", "bucket b does not exist")
+    record, target = world.record("gke", ONE_HOST)
+    for _ in range(4):
+        state = advance(record, target, QUICK)
+    if seconds_ago:
+        assert state.phase == "failed"
+        assert state.detail == "job-1-slice-0-0 can't begin: FailedMount: bucket b does not exist"
+    else:
+        assert (state.phase, state.detail) == ("queued", "bucket b does not exist")
+
+
+def test_a_large_image_may_take_its_time(world):
+    world.trouble("waiting", ["ContainerCreating", "2026-01-01T00:00:00Z"])
+    record, target = world.record("gke", ONE_HOST)
+    for _ in range(4):
+        state = advance(record, target, QUICK)
+    assert state.phase == "queued"
+
+
+def test_a_job_set_without_pods_says_why(world):
+    message = 'pods "job-1-slice-0-0-" is forbidden: error looking up service account default/trainer: not found'
+    world.trouble("no_pods", message)
+    record, target = world.record("gke", ONE_HOST)
+    for _ in range(3):
+        state = advance(record, target, QUICK)
+    assert (state.phase, state.detail) == ("queued", message)
+
+
+def test_the_scheduler_is_quoted_once_whatever_its_numbers(world):
+    for words in ("0/5 nodes are available", "0/6 nodes are available", "0/6 nodes are available", "no node at all"):
+        world.trouble("unschedulable", words)
+    record, target = world.record("gke", ONE_HOST)
+    assert world.run(record, target).phase == "succeeded"
+    told = [state.detail for state in record.states if state.phase == "queued"]
+    assert told == ["", "0/5 nodes are available", "no node at all"]
+
+
 def test_a_users_mistake_ends_the_job_with_the_last_lines(world):
     record, target = world.record("gke", ONE_HOST)
     world.trouble("training", {"code": 2})
@@ -195,6 +262,9 @@ def test_access_is_checked_before_anything_is_created(world):
     world.trouble("rights")
     with pytest.raises(LaunchError, match="kubectl may not create JobSets in this cluster: no"):
         target.check_access(record.job)
+    _, mounting = world.record("gke", {**ONE_HOST, "mounts": "absent=/mnt/a"}, name="mounting")
+    with pytest.raises(LaunchError, match="gs://absent not found: 404"):
+        mounting.check_access(record.job)
     record.append("queued", attempt=1)
     target.submit(record)
     with pytest.raises(LaunchError, match="there is a JobSet job-1 already"):
@@ -205,3 +275,12 @@ def test_files_too_large_for_a_config_map_are_refused(world):
     record, target = world.record("gke", ONE_HOST)
     with pytest.raises(LaunchError, match="in a ConfigMap, which holds 1000000"):
         manifest(target._pods(record), "", b"\0" * 800_000)
+    (world.path / "here" / "noise.bin").write_bytes(np.random.default_rng(0).bytes(700_000))
+    job = dataclasses.replace(record.job, command=("cat", "noise.bin"), run_dir="gs://b/r")
+    with pytest.raises(LaunchError, match="in a ConfigMap, which holds 1000000"):
+        target.check(job)
+
+
+def test_hosts_that_are_slices_share_a_pool(world):
+    record, target = world.record("gke", ONE_HOST)
+    assert "annotations" not in written(record, target)["items"][1]["metadata"]

@@ -18,7 +18,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     record = JobRecord.create(tmp_path, made, {"a/b.gin": b"X = 1"}, code=b"archive")
     again = JobRecord.load(record.path)
     assert again.job == made and again.code == b"archive"
-    assert (again.path / "gin_files" / "a" / "b.gin").read_bytes() == b"X = 1"
+    assert (again.path / "files" / "a" / "b.gin").read_bytes() == b"X = 1"
     assert [path.name for path in tmp_path.iterdir()] == ["job"]
 
 
@@ -92,8 +92,8 @@ def test_directories_that_are_no_records(tmp_path):
     (tmp_path / "y").mkdir()
     (tmp_path / "x" / "job.json").unlink()
     JobRecord.create(tmp_path, job())
-    assert [record.job.name for record in all_records(tmp_path)] == ["job"]
-    assert all_records(tmp_path / "absent") == []
+    assert [record.job.name for record in all_records(tmp_path, pytest.fail)] == ["job"]
+    assert all_records(tmp_path / "absent", pytest.fail) == []
 
 
 def test_where_records_are(monkeypatch, tmp_path):
@@ -118,6 +118,18 @@ def test_a_damaged_record_hides_no_other(tmp_path, monkeypatch, capsys):
         ["c", "local"],
     ]
     assert "job.json is not the record of a job" in found.err and "states.jsonl is damaged" in found.err
+
+
+def test_a_damaged_record_keeps_nobody_from_looking_after_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLP_JOBS_DIR", str(tmp_path))
+    for name in ("a", "b", "c"):
+        JobRecord.create(tmp_path, Job(name, ("true",), "local", directory=str(tmp_path)))
+    (tmp_path / "a" / "job.json").write_text("{")
+    (tmp_path / "b" / "states.jsonl").write_text("{}\n")
+    assert jobs(["watch", "--look=0.05"]) == 0
+    told = capsys.readouterr().err
+    assert "job.json is not the record of a job" in told and "states.jsonl is damaged" in told
+    assert JobRecord.load(tmp_path / "c").state.phase == "succeeded"
 
 
 @pytest.mark.parametrize(("name", "value", "least"), [("max_failures", 0, 1), ("max_restarts", -1, 0)])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.namespaces import check_namespaces
 from clp_jax.launch.supervisor import advance, describe
+from clp_jax.launch.target import Unreachable
 from clp_jax.launch.targets import find_target
 
 from .conftest import AWKWARD, QUICK, are_gone, phases, until
@@ -234,3 +236,42 @@ def test_namespaces_that_are_not_permitted(world, tmp_path):
     record, target = world.record("local", {"namespaces": "true"})
     with pytest.raises(LaunchError, match="--namespaces needs the rights of root for networks: .*not permitted"):
         target.check_access(record.job)
+
+
+def test_what_runs_on_another_machine_is_not_begun_here(world, monkeypatch):
+    record, target = world.record("local", {})
+    world.trouble("training", {"sleep": 30})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    noted = record.kept("machine")
+    record.keep("machine", {"name": "elsewhere", "boot": "another"})
+    for ask in (target.status, target.stop, target.delete):
+        with pytest.raises(Unreachable, match="job-1 was begun on elsewhere: look after it there."):
+            ask(record)
+    # It got another name, or began anew.
+    for change in ({"name": "elsewhere"}, {"boot": "another"}):
+        record.keep("machine", noted | change)
+        assert target.status(record).phase == "running"
+    target.delete(record)
+    assert len(world.runs) == 1
+
+
+def test_an_exit_code_that_is_none_is_told(world):
+    record, target = world.record("local", {})
+    advance(record, target, QUICK)
+    advance(record, target, QUICK)
+    until(lambda: target.status(record).phase == "succeeded")
+    (code,) = record.attempt_directory.glob("worker-0/exit")
+    code.write_text("abc")
+    with pytest.raises(LaunchError, match="holds 'abc': expected an exit code"):
+        target.status(record)
+
+
+def test_a_worker_that_claimed_in_the_future_is_dead_when_it_is(world):
+    record, target = world.record("local", {})
+    world.trouble("training", {"sleep": 30})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    here = record.attempt_directory / "worker-0"
+    os.killpg(int((here / "pid").read_text()), signal.SIGKILL)
+    ahead = time.time() + 7200
+    os.utime(here / "claimed", (ahead, ahead))
+    until(lambda: target.status(record).phase == "failed", 5.0)

@@ -1,6 +1,7 @@
 """Pipelines of a program without a model, in real processes: what runs again, and what does not."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from clp_jax.launch import pipeline_run, renewal
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import all_records
 from clp_jax.launch.local import Local
@@ -19,7 +21,7 @@ from clp_jax.launch.targets import find_target
 
 from clp_jax.main import main
 
-from .conftest import until
+from .conftest import QUICK, until
 
 PROGRAM = Path(__file__).parents[1] / "fixtures" / "stage_program.py"
 RUN = f"{sys.executable} {PROGRAM}"
@@ -188,6 +190,66 @@ def test_a_stage_on_a_target(capfd):
     Path("b.txt").write_text("c")
 
 
+def test_a_stage_says_how_often_it_may_fail_and_is_tried_again_with_the_code_of_now(monkeypatch):
+    write(ONE.replace("}", ", target: local --max_failures=1 --max_restarts=0}"))
+    Path("broken").write_text("")
+    assert run() == (1, ["one"])
+    (record,) = all_records(Path("jobs"), pytest.fail)
+    assert (record.job.max_restarts, record.job.max_failures, record.job.options) == (0, 1, {})
+    Path("broken").unlink()
+    write(ONE.replace("}", ", target: local --max_failures=2}"))
+    monkeypatch.setattr(renewal, "code_version", lambda: "mended")
+    assert run() == (0, ["one"])
+    (record,) = all_records(Path("jobs"), pytest.fail)
+    assert (record.job.max_failures, record.job.code_version) == (2, "mended")
+
+
+def test_a_stage_elsewhere_leaves_its_outputs_in_a_bucket_and_has_its_inputs(world, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(pipeline_run, "patience_for", lambda target: QUICK)
+    monkeypatch.chdir(world.path / "here")
+    (world.path / "buckets" / "runs").mkdir(parents=True)
+    Path("table.csv").write_text("x")
+    # A word that is not the file's name, and an output that is not seen from here.
+    program = json.dumps("assert open('table' + '.csv').read() == 'x'")
+    target = f"tpu-vm --topology=v5e:2x2 --zone=us-west4-a --mounts=runs={tmp_path}/none"
+    stage = (
+        f"- {{name: far, command: [python3, -c, {program}], inputs: [table.csv], outputs: [{tmp_path}/none/run], "
+        f"target: {target}}}\n"
+    )
+    write(stage)
+    assert main(["pipeline", "p.yaml", "--dry_run"]) == 0
+    assert "  # with the command goes: table.csv (1 bytes)" in capfd.readouterr().out.splitlines()
+    assert main(["pipeline", "p.yaml"]) == 0
+    assert len(world.state["created"]) == 1
+    assert main(["pipeline", "p.yaml"]) == 0
+    assert "far: nothing to do" in capfd.readouterr().err and len(world.state["created"]) == 1
+    # It is known before anything runs, and another path is another output.
+    Path("table.csv").write_text("changed")
+    for words in ([], ["--dry_run"]):
+        assert main(["pipeline", "p.yaml", *words]) == 2
+        assert "none/run was made of other things: give it another path." in capfd.readouterr().err
+    write(stage.replace("none/run", "none/other"))
+    assert main(["pipeline", "p.yaml", "--dry_run"]) == 0
+    assert "far: would run: table.csv has changed" in capfd.readouterr().out
+    assert len(world.state["created"]) == 1
+
+
+def test_outputs_that_would_end_with_their_workers_are_refused(capfd):
+    write(ONE.replace("}", ", target: tpu-vm --topology=v5e:2x2 --zone=us-west4-a}"))
+    for words in ([], ["--dry_run"]):
+        assert run(*words) == (2, [])
+        assert "stage one: its output out/one would be on workers that end with the job" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"a": 3}', "[]", '{"one": {"command": [], "config": ""}}', "{"])
+def test_a_damaged_memory_is_one_line(text, capfd):
+    Path("runs/toy/pipeline").mkdir(parents=True)
+    Path("runs/toy/pipeline/stages.json").write_text(text)
+    assert run() == (2, [])
+    said = capfd.readouterr().err
+    assert "stages.json is damaged: remove it" in said and said.count("\n") == 1
+
+
 def test_a_stage_goes_on_where_it_was_begun(capfd):
     write(ONE.replace("}", ", target: local}"), more="--until=go")
     process = launcher()
@@ -202,7 +264,7 @@ def test_a_stage_goes_on_where_it_was_begun(capfd):
     # What is over is another job on another target.
     Path("out/one").unlink()
     assert run() == (0, ["one"])
-    assert sorted(record.job.options.get("grace", "") for record in all_records(Path("jobs"))) == ["", "9"]
+    assert sorted(record.job.options.get("grace", "") for record in all_records(Path("jobs"), pytest.fail)) == ["", "9"]
 
 
 def test_a_call_that_fails_is_made_again_and_another_launcher_is_waited_for(capfd, monkeypatch):

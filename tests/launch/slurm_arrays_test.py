@@ -51,7 +51,9 @@ def asked(world):
 
 
 def record_of(trial):
-    (found,) = [record for record in all_records(jobs_directory()) if record.path.name.endswith(trial.name)]
+    (found,) = [
+        record for record in all_records(jobs_directory(), pytest.fail) if record.path.name.endswith(trial.name)
+    ]
     return found
 
 
@@ -91,7 +93,7 @@ def test_one_task_is_taken_away_and_the_others_go_on(world, problem):
     assert [row.state for row in rows] == ["succeeded"] * 6
     (twice,) = {name for name in begun() if begun().count(name) > 1}
     assert len(begun()) == 7
-    record = next(record for record in all_records(jobs_directory()) if record.path.name.endswith(twice))
+    record = next(record for record in all_records(jobs_directory(), pytest.fail) if record.path.name.endswith(twice))
     if problem == "requeue":
         # SLURM itself begins the same task again.
         assert arrays(world) == ["0-5%3"] and record.attempt == 1
@@ -123,7 +125,7 @@ def test_a_single_trial_is_shown_stopped_and_retried(world, capsys):
     thread = threading.Thread(target=lambda: rows.extend(run(until_go, "slurm", max_concurrent=2)))
     thread.start()
     until(lambda: len(begun()) == 2)
-    waits = next(record for record in all_records(jobs_directory()) if record.path.name.endswith(third))
+    waits = next(record for record in all_records(jobs_directory(), pytest.fail) if record.path.name.endswith(third))
     assert main(["jobs", "stop", waits.job.name]) == 0
     thread.join()
     assert [row.state for row in rows] == ["succeeded", "succeeded", "stopped"]
@@ -179,7 +181,7 @@ def test_a_launcher_that_dies_while_it_asks_starts_nothing_twice(world, when):
     assert main(words) == 0
     assert len(world.state["created"]) == 1
     assert len(begun()) == len(set(begun())) == 6
-    assert all(record.attempt == 1 for record in all_records(jobs_directory()))
+    assert all(record.attempt == 1 for record in all_records(jobs_directory(), pytest.fail))
 
 
 def test_an_array_that_comes_about_after_all_runs_nothing_twice(world, monkeypatch):

@@ -9,7 +9,7 @@ from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import JobRecord
 from clp_jax.launch.jobs import jobs
 from clp_jax.launch.supervisor import advance
-from clp_jax.launch.target import Run
+from clp_jax.launch.target import Run, Write
 from clp_jax.launch.targets import find_target
 
 from .conftest import AWKWARD, QUICK, phases, until
@@ -162,3 +162,29 @@ def test_bad_input(world):
     target.submit(record)
     with pytest.raises(LaunchError, match="there is a job job-1 in the queue already"):
         target.check_access(record.job)
+
+
+def test_a_time_limit_without_a_checkpoint_is_a_crash_loop(world):
+    record, target = world.record("slurm", {}, run_dir="runs/b", max_failures=2)
+    world.trouble("training", {"sleep": 60}, times=2)
+    world.trouble("time_limit", times=2)
+    end = world.run(record, target)
+    assert end.phase == "failed" and "2 failures without a new checkpoint, the last: SLURM says TIMEOUT" in end.detail
+    assert [state.is_asked for state in record.states if state.phase == "broken"] == [True]
+
+
+def test_why_a_job_waits(world):
+    record, target = world.record("slurm", {})
+    world.trouble("pending", 4)
+    world.trouble("held", times=9)
+    for _ in range(2):
+        state = advance(record, target, QUICK)
+    assert state.detail == "PENDING: launch failed requeued held"
+    target.delete(record)
+
+
+def test_tasks_have_their_cores(world):
+    record, target = world.record("slurm", {"cpus_per_task": "16"})
+    scripts = [step.text for step in target.dry_run(record) if isinstance(step, Write)]
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=16 bash " in scripts[1]
+    assert world.run(record, target).phase == "succeeded"

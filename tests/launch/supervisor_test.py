@@ -340,3 +340,77 @@ def test_numbers_are_checked_before_anything(words, message):
     with pytest.raises(LaunchError) as error:
         jobs(words)
     assert str(error.value) == message
+
+
+def test_a_run_that_saves_and_asks_again_has_no_limit(record):
+    """`max_restarts` is 5."""
+    place = Place()
+    for step in range(1, 9):
+        checkpoint(record, step)
+        assert fail(record, place, code=75).phase == "broken"
+    # It asks, but has nothing new to show.
+    assert [fail(record, place, code=75).phase for _ in range(3)] == ["broken", "broken", "failed"]
+
+
+def test_of_a_run_that_nobody_knows_its_word_counts(tmp_path):
+    unknown = JobRecord.create(tmp_path / "jobs", Job("job", ("x",), "place", max_failures=2, max_restarts=4))
+    place = Place()
+    assert [fail(unknown, place, code=75).phase for _ in range(5)] == ["broken"] * 4 + ["failed"]
+    assert "4 restarts are all that --max_restarts allows" in unknown.state.detail
+
+
+class Odd(Place):
+    """Whose lines can't be had, and which first answers with what nobody expects."""
+
+    def logs(self, record, lines=None, follow=False):
+        raise LaunchError("no lines")
+
+
+def test_nothing_that_goes_wrong_leaves_the_others_alone(record, tmp_path, capsys):
+    other = JobRecord.create(tmp_path / "jobs", Job("other", ("x",), "place"))
+    place, odd = Place(), Odd()
+    for each, where in ((record, place), (other, odd)):
+        advance(each, where, NOW)
+        where.there["job-1" if each is record else "other-1"] = Status("succeeded")
+    odd.raises["status"] = RuntimeError("what nobody expects")
+    place.raises["status"] = OSError(28, "No space left on device")
+    ends = supervise([record, other], [place, odd], NOW)
+    assert [end.phase for end in ends] == ["succeeded", "succeeded"]
+    told = capsys.readouterr().err
+    assert "other: RuntimeError: what nobody expects. Trying again." in told
+    assert "job: OSError: [Errno 28] No space left on device. Trying again." in told
+
+
+def test_a_damaged_record_is_told_and_looked_at_again(record, tmp_path, monkeypatch, capsys):
+    place, other = Place(), JobRecord.create(tmp_path / "jobs", Job("other", ("x",), "place"))
+    for each in (record, other):
+        advance(each, place, NOW)
+        place.there[each.resource] = Status("succeeded")
+    damaged = other.attempt_directory / "deleted.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            damaged.unlink()
+
+    monkeypatch.setattr(supervisor.time, "sleep", nap)
+    assert [end.phase for end in supervise([record, other], [place, place], NOW)] == ["succeeded", "succeeded"]
+    assert f"{damaged} is damaged" in capsys.readouterr().err
+
+
+def test_lines_that_can_not_be_had_keep_no_job_from_ending(record):
+    place = Odd()
+    assert fail(record, place, code=2).phase == "failed" and record.state.detail == "exit code 2"
+
+
+def test_a_clock_that_goes_back_is_not_waited_for(record, monkeypatch):
+    place, patient = Place(), Patience(look=0.01, first_wait=100.0)
+    fail(record, place)
+    advance(record, place, patient)
+    assert advance(record, place, patient).phase == "broken"
+    now = supervisor.time.time()
+    monkeypatch.setattr(supervisor.time, "time", lambda: now - 7200)
+    assert advance(record, place, patient).phase == "queued"

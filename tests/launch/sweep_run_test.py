@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from clp_jax.launch import space
+from clp_jax.launch import renewal, space
 from clp_jax.launch.command import create
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import all_records, jobs_directory
@@ -56,7 +56,7 @@ def test_trials_elsewhere_leave_their_metrics_in_a_bucket(world, tmp_path):
     settings = Settings(find_target("tpu-vm", options), options, ["train"], max_concurrent=2, patience=QUICK)
     rows = run_sweep(Sweep(COMMAND, space.grid({"A": [1, 2]}), metrics=METRICS), tmp_path / "mnt" / "sweep", settings)
     assert [(row.state, row.metrics["loss"]) for row in rows] == [("succeeded", 4), ("succeeded", 1)]
-    assert {record.job.run_dir.rpartition("/")[0] for record in all_records(jobs_directory())} == {
+    assert {record.job.run_dir.rpartition("/")[0] for record in all_records(jobs_directory(), pytest.fail)} == {
         "gs://runs/sweep/trials"
     }
     assert world.state["resources"] == {} and len(world.state["created"]) == 2
@@ -76,6 +76,33 @@ def test_failed_trials_are_listed_and_tried_again_when_asked():
     Path("broken").unlink()
     assert [row.state for row in run(sweep, retry_failed=True)] == ["succeeded"] * 3
     assert len(begun()) == 4
+
+
+def test_trials_have_the_limits_that_are_typed_and_the_code_of_now_when_tried_again(monkeypatch):
+    Path("sweep.yaml").write_text(YAML.replace("0.2", "0").replace("[1, 2, 3]", "[2]").replace("seeds: 2", "seeds: 1"))
+    Path("broken").write_text("2")
+    words = ["sweep", "--file=sweep.yaml", "local", "--max_restarts=0", "--max_failures", "1"]
+    assert main(words) == 1
+    (record,) = all_records(Path("jobs"), pytest.fail)
+    assert (record.job.max_restarts, record.job.max_failures) == (0, 1)
+    Path("broken").unlink()
+    monkeypatch.setattr(renewal, "code_version", lambda: "mended")
+    assert main([*words[:3], "--retry_failed", "--max_restarts=7"]) == 0
+    (record,) = all_records(Path("jobs"), pytest.fail)
+    assert (record.job.max_restarts, record.job.max_failures, record.job.code_version) == (7, 3, "mended")
+
+
+def test_a_damaged_record_hides_no_other_trial(capsys):
+    rows = run(Sweep(COMMAND, space.grid({"A": [1, 2]}), metrics=METRICS))
+    directory = SweepDirectory.load(Path("sweep"))
+    path = jobs_directory() / directory.job_name(rows[0].trial, 0)
+    for file in ("states.jsonl", "job.json"):
+        (path / file).write_text("{\n")
+        capsys.readouterr()
+        assert main(["sweep", "report", "sweep"]) == 0
+        said = capsys.readouterr()
+        assert f"{file} is" in said.err and "1 damaged" in said.err and "| 1 |" in said.out
+        assert said.err.count("\n") == 2
 
 
 def test_commands_after_the_first_wait_for_it_and_are_not_run_without_it():
@@ -100,7 +127,7 @@ def test_a_sweep_goes_on_after_its_launcher_was_killed():
     assert 1 <= before < 6
     assert main(words) == 0
     assert len(begun()) == len(set(begun())) == 6
-    assert all(record.state.attempt == 1 for record in all_records(Path("jobs")))
+    assert all(record.state.attempt == 1 for record in all_records(Path("jobs"), pytest.fail))
 
 
 def begun_before(sweep, options):
@@ -122,7 +149,9 @@ def test_what_was_begun_goes_on_where_it_was_begun(capsys):
     rows = run(sweep, options={"grace": "9"})
     assert [row.state for row in rows] == ["succeeded"] * 2 and len(begun()) == 2
     assert f"{record.job.name} goes on where it was begun: local --processes=1" in capsys.readouterr().err
-    assert [r.job.options for r in all_records(jobs_directory()) if r.path != record.path] == [{"grace": "9"}]
+    assert [r.job.options for r in all_records(jobs_directory(), pytest.fail) if r.path != record.path] == [
+        {"grace": "9"}
+    ]
 
 
 def test_a_call_that_fails_is_made_again_and_ends_nothing(monkeypatch, capsys):

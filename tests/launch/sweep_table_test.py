@@ -20,6 +20,7 @@ from clp_jax.launch.sweep_table import (
     shown_metrics,
     to_csv,
     to_markdown,
+    value_of,
     written_metrics,
 )
 
@@ -58,6 +59,13 @@ def test_a_metric_that_has_diverged_is_none_and_one_that_recovers_is(tmp_path):
     (tmp_path / "results.json").write_text('{"reward": NaN}')
     assert read_metrics(tmp_path) == {"step": 9}
     assert written_metrics(tmp_path) == {"loss", "reward", "step"}
+
+
+def test_numbers_beyond_all_floats_are_none(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"seen": 10**400, "lost": -(10**400), "step": 2}))
+    assert read_metrics(tmp_path) == {"step": 2}
+    given = ["7", "1e-3", str(10**400), "1e999", "True", "@f()", "9" * 5000, None]
+    assert [value_of(text) for text in given] == [7.0, 1e-3, str(10**400), "1e999", "True", "@f()", "9" * 5000, ""]
 
 
 def test_trials_are_kept_once_and_survive_a_line_that_was_cut_off(tmp_path):

@@ -259,7 +259,9 @@ def test_code_comes_through_a_bucket(world):
     assert world.run(record, target).phase == "succeeded"
     assert len(world.runs) == 4
     uploads = [call for call in world.calls("gcloud") if call[1:3] == ["storage", "cp"] and call[4].startswith("gs://")]
-    assert len(uploads) == 1
+    assert [call[4] for call in uploads] == ["gs://b/code/job-1/code.tar.gz"]
+    # Nothing of ours stays there.
+    assert [path for path in (world.path / "buckets").rglob("*") if path.is_file()] == []
 
 
 def test_a_bucket_is_a_folder_of_the_workers(world):
@@ -363,3 +365,49 @@ def test_a_silent_worker_is_no_verdict(world):
     world.trouble("ssh", "refused")
     with pytest.raises(Unreachable):
         target.status(record)
+
+
+@pytest.mark.parametrize(
+    ("why", "attempts"),
+    [("Quota limit 'TPUV5s' has been exceeded. Limit: 0", 1), ("an internal error", 2), ("no more capacity", 3)],
+)
+def test_a_queued_resource_that_failed_is_asked_for_again_only_where_that_helps(world, why, attempts):
+    for _ in range(2):
+        world.trouble("fail", why)
+    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"}, max_failures=2)
+    end = world.run(record, target)
+    assert len(world.state["created"]) == attempts and world.state["resources"] == {}
+    assert end.phase == ("succeeded" if attempts == 3 else "failed") and (attempts == 3 or why in end.detail)
+
+
+def test_an_answer_that_is_none_is_asked_for_again(world):
+    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    world.trouble("odd")
+    assert world.run(record, target).phase == "succeeded" and len(world.state["created"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("trouble", "value", "message"),
+    [
+        ("key", True, "gcloud has no key for SSH yet: ssh-keygen -t rsa -f ~/.ssh/google_compute_engine"),
+        ("agent", "absent", "only with its key in a running ssh-agent"),
+        ("agent", "other", "only with its key in a running ssh-agent"),
+    ],
+)
+def test_the_key_is_asked_for_before_anything_is_rented(world, trouble, value, message):
+    record, target = world.record("tpu-vm", SPOT)
+    world.trouble(trouble, value)
+    with pytest.raises(LaunchError, match=message):
+        target.check_access(record.job)
+    alone, one_host = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"}, name="alone")
+    one_host.check_access(alone.job)
+
+
+def test_logs_say_why_there_are_none(world):
+    record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
+    world.trouble("training", {"sleep": 30})
+    until(lambda: advance(record, target, QUICK) and world.runs)
+    world.trouble("ssh", "refused")
+    with pytest.raises(LaunchError, match="refused: ERROR: .*connection refused"):
+        list(target.logs(record))
+    target.delete(record)

@@ -148,7 +148,9 @@ def test_a_sweep_is_one_experiment_with_a_work_unit_for_each_trial(world, capsys
     ]
     # The tables name the job, and the job its place in the tables.
     record = next(
-        record for record in all_records(jobs_directory()) if record.job.parameters == {"A": "2", "seed": "0"}
+        record
+        for record in all_records(jobs_directory(), pytest.fail)
+        if record.job.parameters == {"A": "2", "seed": "0"}
     )
     assert f'cmd: "{record.job.name}"' in jobs[2][3]
     assert main(["jobs", "status", record.job.name]) == 0
@@ -181,7 +183,7 @@ def test_stopping_one_work_unit_and_killing_the_launcher(world):
     until(begun)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    by_value = {record.job.parameters["A"]: record for record in all_records(jobs_directory())}
+    by_value = {record.job.parameters["A"]: record for record in all_records(jobs_directory(), pytest.fail)}
     assert main(["jobs", "stop", by_value["2"].job.name]) == 0
     assert main(words) == 1
     assert [by_value[value].state.phase for value in "123"] == ["succeeded", "stopped", "succeeded"]

@@ -3,7 +3,7 @@
 
 Queued resources become active after some looks at them. A worker is a folder, its home; SSH runs bash there. Troubles:
 ``create`` (quota, stockout, timeout_before, timeout_after), ``lookups`` (more before it is active), ``ssh`` (timeout, refused),
-``preempt`` (at the next describe), ``delete`` (timeout).
+``preempt`` (at the next describe), ``fail`` (why the next resource does), ``odd`` (no JSON), ``delete`` (timeout).
 """
 
 import contextlib
@@ -60,6 +60,7 @@ def create(name, words):
             "state": "ACCEPTED",
             "nodes": nodes,
             "hosts": hosts,
+            "error": trouble("fail"),
         }
         state["created"] = [*state.get("created", []), name]
     if problem == "timeout_after":
@@ -77,10 +78,13 @@ def describe(name):
             for node in found["nodes"]:
                 for i in range(found["hosts"]):
                     (WORLD / "nodes" / node / f"w-{i}").mkdir(parents=True)
+        if found["error"]:
+            found["state"] = "FAILED"
         if found["state"] == "ACTIVE" and trouble("preempt"):
             found["state"] = "SUSPENDED"
             take_away(found)
-        print(json.dumps({"name": name, "state": {"state": found["state"]}}))
+        data = {"failedData": {"error": {"code": 8, "message": found["error"]}}} if found["error"] else {}
+        print("odd" if trouble("odd") else json.dumps({"name": name, "state": {"state": found["state"], **data}}))
 
 
 def delete(name):
@@ -165,6 +169,10 @@ def storage(words):
         source, target = place(words[1]), place(words[2])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
+    elif words[0] == "rm":
+        if not place(words[1]).is_file():
+            fail(f"ERROR: (gcloud.storage.rm) The following URLs matched no objects or files:\n-  {words[1]}")
+        place(words[1]).unlink()
     elif words[0] == "ls":
         if not place(words[1]).is_dir():
             fail("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")

@@ -1,7 +1,9 @@
 #!/usr/bin/env -S python3 -SE
 """A fake of `kubectl` and the controllers behind it: pods are processes that begin after some looks at them.
 
-Troubles: ``schedule`` (more looks), ``evict`` (at the next look), ``apply`` (quota, timeout), ``rights``.
+Troubles: ``schedule`` (more looks), ``unschedulable`` (messages, one a look), ``evict`` (at the next look), ``apply`` (quota, timeout),
+``rights``, ``waiting`` (reason, and since when pods have their nodes: they never begin), ``no_pods`` and
+``no_mount`` (messages).
 """
 
 import base64
@@ -73,6 +75,12 @@ def end(name):
 def look(name, found):
     """What the controllers would have done since the last look."""
     found["looks"] -= 1
+    found["waiting"] = trouble("waiting") or found.get("waiting")
+    found["no_pods"] = trouble("no_pods") or found.get("no_pods")
+    found["no_mount"] = trouble("no_mount") or found.get("no_mount")
+    found["unschedulable"] = trouble("unschedulable")
+    if found["waiting"] or found["no_pods"] or found["unschedulable"]:
+        return
     if found["phase"] == "Pending" and found["looks"] <= 0:
         found["phase"] = "Running"
         begin(name, found)
@@ -95,6 +103,13 @@ def look(name, found):
 
 
 def pods(name, found):
+    if found["unschedulable"]:
+        condition = {"type": "PodScheduled", "status": "False", "message": found["unschedulable"]}
+        yield pending(name, [condition], {})
+    if found["waiting"]:
+        reason, since = found["waiting"]
+        condition = {"type": "PodScheduled", "status": "True", "lastTransitionTime": since}
+        yield pending(name, [condition], {"waiting": {"reason": reason, "message": "as the node says"}})
     for home in sorted(WORLD.glob(f"pods/{name}-slice-*")):
         state = {"running": {}}
         phase, conditions = "Running", []
@@ -113,6 +128,14 @@ def pods(name, found):
         }
 
 
+def pending(name, conditions, state):
+    statuses = [{"name": "main", "state": state}] if state else []
+    return {
+        "metadata": {"name": f"{name}-slice-0-0"},
+        "status": {"phase": "Pending", "conditions": conditions, "containerStatuses": statuses},
+    }
+
+
 def apply(words):
     problem = trouble("apply")
     if problem == "timeout":
@@ -126,6 +149,11 @@ def apply(words):
         return
     with open(flag(words, "filename")) as file:
         config, jobset = json.load(file)["items"]
+    if "--server-side" not in words and len(json.dumps(config)) > 262144:
+        # What kubectl applied last is an annotation of it.
+        fail(
+            f'The ConfigMap "{config["metadata"]["name"]}" is invalid: metadata.annotations: Too long: must have at most 262144 bytes'
+        )
     if "--dry-run=server" in words:
         return
     name = jobset["metadata"]["name"]
@@ -148,6 +176,14 @@ def get(kind, words):
                 {"type": found["phase"], "status": "True", "message": "jobset failed due to one or more job failures"}
             ]
             print(json.dumps({"status": {"conditions": over if found["phase"] in ("Failed", "Completed") else []}}))
+        elif kind == "events":
+            kind = {"reason=FailedCreate": "no_pods", "reason=FailedMount": "no_mount"}[flag(words, "field-selector")]
+            objects = [
+                {"involvedObject": {"kind": "Job", "name": f"{name}-slice-0"}, "message": found[kind]}
+                for name, found in jobsets.items()
+                if found.get(kind)
+            ]
+            print(json.dumps({"items": objects}))
         else:
             name = flag(words, "selector").partition("=")[2]
             found = jobsets.get(name)

@@ -3,7 +3,7 @@
 some looks.
 
 Troubles: ``sbatch`` (refused, timeout_before, timeout_after), ``pending`` (more looks), ``preempt``, ``node_fail`` and ``requeue``
-(at the next look, of a job that runs), ``completing`` (looks at what is cancelled before it is gone), ``no_accounts``.
+(at the next look, of a job that runs), ``time_limit`` (the same), ``held`` (a reason to wait), ``completing`` (looks at what is cancelled before it is gone), ``no_accounts``.
 """
 
 import contextlib
@@ -49,6 +49,16 @@ def kill(job):
             os.killpg(job["pid"], signal.SIGKILL)
 
 
+def terminate(job):
+    """The scripts of its tasks get SIGTERM: they are beside the job's, which names them where it is an array's."""
+    script = Path(job["script"])
+    tasks = dict(re.findall(r"^ +\[(\d+)\]=(\S+)$", script.read_text(), flags=re.MULTILINE))
+    folder = script.parent if job["index"] is None else Path(tasks[str(job["index"])]).parent
+    for pid in folder.rglob("task-*/pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid.read_text()), signal.SIGTERM)
+
+
 def look(job, jobs):
     """What the controller would have done since the last look."""
     job["looks"] -= 1
@@ -65,7 +75,12 @@ def look(job, jobs):
             job["code"] = int(ended.read_text())
             job["state"] = "FAILED" if job["code"] else "COMPLETED"
             return
-        for problem, state in (("preempt", "PREEMPTED"), ("node_fail", "NODE_FAIL"), ("requeue", PENDING)):
+        for problem, state in (
+            ("preempt", "PREEMPTED"),
+            ("node_fail", "NODE_FAIL"),
+            ("time_limit", "TIMEOUT"),
+            ("requeue", PENDING),
+        ):
             if trouble(problem):
                 kill(job)
                 job["state"] = state
@@ -122,13 +137,15 @@ def squeue(jobs, words):
     for job in found:
         look(job, jobs)
     waiting = [job for job in found if job["state"] in (PENDING, RUNNING, COMPLETING)]
-    lines = [f"{identity(job)}|{job['state']}" for job in waiting]
+    assert flag(words, "format") == "%i|%T|%r"
+    why = {PENDING: "launch failed requeued held" if trouble("held") else "Priority"}
+    lines = [f"{identity(job)}|{job['state']}|{why.get(job['state'], 'None')}" for job in waiting]
     if "--array" not in words:
         # As the real one: what is pending of an array is one line.
         lines = [
             line for line, job in zip(lines, waiting, strict=True) if job["index"] is None or job["state"] == RUNNING
         ]
-        lines += [f"{job['array']}_[...]|{PENDING}" for job in waiting if job["state"] == PENDING][:1]
+        lines += [f"{job['array']}_[...]|{PENDING}|Priority" for job in waiting if job["state"] == PENDING][:1]
     print("\n".join(lines))
 
 
@@ -140,7 +157,7 @@ def main():
     elif tool == "scontrol":
         print("127.0.0.1")
     elif tool == "srun":
-        command = words[1:]
+        command = words[[word.startswith("--") for word in words].index(False) :]
         tasks = [
             subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(i)})
             for i in range(int(os.environ["SLURM_NTASKS"]))
@@ -158,7 +175,9 @@ def main():
                 print("\n".join(f"{identity(job)}|{job['state']}|{job['code']}:0" for job in found))
             elif tool == "scancel":
                 for job in jobs:
-                    if identity(job) in words and job["state"] in (PENDING, RUNNING):
+                    if identity(job) in words and flag(words, "signal") == "TERM":
+                        terminate(job)
+                    elif identity(job) in words and job["state"] in (PENDING, RUNNING):
                         kill(job)
                         job["completing"] = trouble("completing") or 0
                         job["state"] = COMPLETING if job["completing"] else "CANCELLED by 1000"
