@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import jax
@@ -10,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_tokenizers
+from command_lines import clp, lines_of, refuses
 from safetensors.numpy import load_file
+from stored_checkpoints import stored_as
 from tiny_policies import varied_params
 
 from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
 from clp_jax.interop import huggingface, safetensors_files
-from clp_jax.interop.arrays import ArraySpec, copy
 from clp_jax.interop.slots import flatten, unflatten
 from clp_jax.main import main
 from clp_jax.models.conditioning import PREDICATES, ParameterConditioning
@@ -25,12 +25,9 @@ from clp_jax.models.serialization import to_json
 from clp_jax.nn.routing import Dropless, TokenChoice
 from clp_jax.preferences import Preference
 from clp_jax.rewards.normalisation import RewardStatistics
-from clp_jax.training.policies import load_policy
 from clp_jax.training.saved_params import save_params
 from clp_jax.training.streamed_params import open_params, write_params
 
-FIXTURES = Path(__file__).parent / "fixtures"
-RECORD = np.load(FIXTURES / "t5x_policy.npz")
 SIZES = dict(vocab_size=31, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4)
 POLICIES = {
     "t5": T5Config.t5_1_1(**SIZES, num_encoder_layers=1, num_decoder_layers=1),
@@ -53,30 +50,15 @@ FAMILIES = POLICIES | {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A directory with the policies as Hugging Face has them, and T5X's checkpoint."""
+    """A directory with the policies as Hugging Face has them."""
     home = tmp_path_factory.mktemp("convert")
     for name, config in FAMILIES.items():
         huggingface.write(home / name, config, varied_params(Policy(config)))
-    with tarfile.open(FIXTURES / "t5x_nano.tar.xz") as archive:
-        archive.extractall(home / "t5x", filter="data")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         for name in POLICIES:
             assert main(["convert", f"hf:{name}", f"clp:run_{name}"]) == 0
         yield home
-
-
-def clp(*words: str) -> None:
-    assert main(list(words)) == 0
-
-
-def refuses(capfd, *words: str) -> str:
-    assert main(list(words)) == 2
-    return capfd.readouterr().err
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -92,16 +74,6 @@ def test_there_and_back_is_the_same_to_the_bit(home, name):
     )
     card = (home / f"back_{name}" / "README.md").read_text()
     assert f"Hugging Face checkpoint `{name}`" in card and f"clp convert clp:run_{name} hf:back_{name}" in card
-
-
-def stored_as(source: Path, target: Path, dtype_of, told: str) -> None:
-    """A checkpoint whose tensors have types of their own, under a config.json that tells of one."""
-    arrays = safetensors_files.read(source)
-    specs = {name: ArraySpec(array.shape, jnp.dtype(dtype_of(name))) for name, array in arrays.items()}
-    with safetensors_files.open_writer(target, specs) as writer:
-        copy(arrays, writer)
-        values = json.loads((source / "config.json").read_text()) | {"torch_dtype": told}
-        (writer.directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 STORED = {
@@ -224,41 +196,6 @@ def test_scores_and_greedy_samples_are_transformers(home, name):
         assert greedy["tokens"] == written[0, start:].tolist()
 
 
-def legacy(home: Path) -> Path:
-    (found,) = (home / "t5x").rglob("legacy/checkpoint_2")
-    return found
-
-
-def test_t5x_there_and_back_with_its_optimizer(home):
-    source = legacy(home)
-    clp("convert", f"t5x:{source}", "clp:run_t5x", "--optimizer")
-    clp("convert", "clp:run_t5x", "t5x:back_t5x", "--optimizer")
-    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
-    back = home / "back_t5x" / "checkpoint_2"
-    assert files == {path.relative_to(back) for path in back.rglob("*") if path.is_file()}
-    assert (back / "checkpoint").read_bytes() == (source / "checkpoint").read_bytes()
-
-
-def test_scores_are_t5xs(home):
-    clp("convert", f"t5x:{legacy(home)}", "clp:run_scores")
-    tokens, targets = RECORD["batch/encoder_input_tokens"], RECORD["batch/decoder_target_tokens"]
-    weights = RECORD["batch/decoder_loss_weights"]
-    rows = [
-        {"inputs": [int(t) for t in row if t], "targets": [int(t) for t, w in zip(target, weight, strict=True) if w]}
-        for row, target, weight in zip(tokens, targets, weights, strict=True)
-    ]
-    (home / "golden.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    clp("score", "--checkpoint=run_scores", "--input=golden.jsonl", "--output=scored.jsonl")
-    found = lines_of(home / "scored.jsonl")
-    np.testing.assert_allclose([line["total"] for line in found], RECORD["score_batch"], rtol=1e-6)
-    assert [len(line["logprobs"]) for line in found] == [len(row["targets"]) for row in rows]
-    clp(
-        *["sample", "--checkpoint=run_scores", "--input=golden.jsonl", "--output=greedy.jsonl", "--strategy=greedy"],
-        "--max_tokens=16",
-    )
-    assert [line["tokens"] for line in lines_of(home / "greedy.jsonl")] == RECORD["greedy/tokens"].tolist()
-
-
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_is_sampled_scores_as_it_was_sampled(home, name):
     """Lines in any order, of several lengths, with bad ones between them."""
@@ -348,43 +285,6 @@ def test_what_can_not_be_converted(home, words, message, capfd):
         train_vocabulary(tiny_tokenizers.TEXTS, 68, home / "large.model")
     assert message in refuses(capfd, "convert", *words)
     assert not (home / "new").exists()
-
-
-def test_fields_may_be_overridden_and_types_chosen(home):
-    clp(
-        "convert",
-        f"t5x:{legacy(home)}",
-        "clp:run_override",
-        "--overrides=dropout_rate=0.25,remat=full",
-        "--dtype=bfloat16",
-    )
-    config = load_policy("run_override").policy.config
-    assert (config.dropout_rate, config.remat, config.param_dtype) == (0.25, "full", "bfloat16")
-
-
-def test_what_t5xs_directories_do_not_say_is_told(home, capfd):
-    words = ["--overrides=activation=silu,eos_ids=2"]
-    clp("convert", f"t5x:{legacy(home)}", "clp:run_told", *words)
-    assumed = capfd.readouterr().out
-    assert "assumed, as T5X's directories don't say it: norm_eps=1e-06, max_distance=128, dropout_rate=0.0." in assumed
-    clp("convert", "clp:run_told", "t5x:told")
-    line = "T5X's directories don't say activation=silu, eos_ids=2: read it with --overrides activation=silu,eos_ids=2."
-    assert f"t5x:told: {line}" in capfd.readouterr().out and line in (home / "told" / "README.md").read_text()
-    clp("convert", "t5x:told", "clp:run_told_again", *words)
-    assert load_policy("run_told_again").policy.config == load_policy("run_told").policy.config
-
-
-def test_a_gin_file_states_a_t5x_policy(home, capfd):
-    sizes = dict(embed_dim=16, mlp_dim=32, num_heads=2, head_dim=8)
-    gin = ["--gin_file=models/t5_1_1_tiny.gin", "--gin.convert.model=%MODEL", "--gin.DROPOUT_RATE=0.1"]
-    gin += [f"--gin.T5Config.t5_1_1.{name}={value}" for name, value in sizes.items()]
-    assert "'decoder/logits_dense/kernel' has shape (16, 64), expected (16, 2048)" in refuses(
-        capfd, "convert", f"t5x:{legacy(home)}", "clp:new", *gin
-    )
-    clp("convert", f"t5x:{legacy(home)}", "clp:run_stated", *gin, "--gin.VOCAB_SIZE=64")
-    assert "assumed" not in capfd.readouterr().out
-    depth = dict(num_encoder_layers=2, num_decoder_layers=2)
-    assert load_policy("run_stated").policy.config == T5Config(vocab_size=64, **sizes, **depth, dropout_rate=0.1)
 
 
 @pytest.mark.parametrize("subset", ["full", "attention"])

@@ -48,11 +48,13 @@ class LazyArray:
         shape: sizes.
         dtype: of what is read, in the machine's byte order.
         fill: puts a region of the array into an array of that region's shape and of this dtype.
+        stacked: leading axes along which parts are stored by themselves: to read one costs what it has itself.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     fill: Callable[[np.ndarray, Region], None] = dataclasses.field(repr=False, compare=False)
+    stacked: int = 0
 
     @property
     def spec(self) -> ArraySpec:
@@ -118,6 +120,20 @@ class Expected:
             The array on the host, of its own dtype.
 
         Raises:
+            ValueError: as `check`.
+        """
+        self.check(name, tuple(array.shape), array.dtype)
+        return np.asarray(array)
+
+    def check(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Checks what comes, and waits for it no longer.
+
+        Args:
+            name: of the array.
+            shape: of what comes with that name.
+            dtype: of it.
+
+        Raises:
             ValueError: nobody waits for it, or its shape or dtype is another.
         """
         if name not in self._specs:
@@ -125,12 +141,11 @@ class Expected:
         if name not in self._waiting:
             raise ValueError(f"array {name!r} is written a second time: expected each once.")
         spec = self._specs[name]
-        if tuple(array.shape) != spec.shape:
-            raise ValueError(f"array {name!r} has shape {tuple(array.shape)}: expected {spec.shape}.")
-        if array.dtype != spec.dtype and not (is_float(array.dtype) and is_float(spec.dtype)):
-            raise ValueError(f"array {name!r} is {array.dtype}: expected {spec.dtype}; only floats are cast.")
+        if shape != spec.shape:
+            raise ValueError(f"array {name!r} has shape {shape}: expected {spec.shape}.")
+        if dtype != spec.dtype and not (is_float(dtype) and is_float(spec.dtype)):
+            raise ValueError(f"array {name!r} is {dtype}: expected {spec.dtype}; only floats are cast.")
         del self._waiting[name]
-        return np.asarray(array)
 
     def finish(self) -> None:
         """Checks that nothing is missing.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clp_jax.interop.hf_family import Family
+from clp_jax.interop.hf_keys import checked
 from clp_jax.interop.hf_settings import Settings, activation_name, read_rope, unsupported, write_scaling
 from clp_jax.models.config import PaLMConfig
 from clp_jax.nn.rope import Rope
@@ -58,7 +59,7 @@ def read_common(settings: Settings, **more: Any) -> dict[str, Any]:
         "head_dim": settings["head_dim"] or size // heads,
         "num_kv_heads": None if groups == heads else groups,
         "norm_eps": settings["rms_norm_eps"],
-        "tied_head": settings["tie_word_embeddings"],
+        "tied_head": bool(settings["tie_word_embeddings"]),
         "scale_tied_head": False,
         "pad_id": settings.pad_id(),
         "eos_ids": settings.eos_ids(),
@@ -97,9 +98,9 @@ def write_common(config: PaLMConfig) -> dict[str, Any]:
 
 def plain_rope(settings: Settings) -> Rope:
     """The positions of families whose layers all have the same."""
-    key = "rope_parameters" if settings.values.get("rope_parameters") else "rope_scaling"
+    key = "rope_parameters" if settings.given("rope_parameters") else "rope_scaling"
     theta = settings["rope_theta"] or settings.defaults["rope_theta"]
-    return read_rope(settings.values.get(key) or {}, theta, settings, key)
+    return read_rope(settings.given(key) or {}, theta, settings, key)
 
 
 def read_windows(settings: Settings, default: Sequence[bool]) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def read_windows(settings: Settings, default: Sequence[bool]) -> dict[str, Any]:
         settings: with ``sliding_window``, and perhaps ``layer_types``.
         default: of every layer, without ``layer_types``.
     """
-    types = settings.values.get("layer_types")
+    types = settings.given("layer_types")
     local = list(default)
     if types is not None:
         for kind in types:
@@ -194,7 +195,7 @@ def _write_qwen3(config: PaLMConfig) -> dict[str, Any]:
 
 def _gemma(settings: Settings, **more: Any) -> dict[str, Any]:
     """What all Gemmas share."""
-    key = "hidden_activation" if settings.values.get("hidden_activation") else "hidden_act"
+    key = "hidden_activation" if settings.given("hidden_activation") else "hidden_act"
     # The first releases say "gelu" and mean the approximation.
     name = "gelu_pytorch_tanh" if settings[key] == "gelu" else settings[key]
     bias = settings["attention_bias"]
@@ -235,14 +236,15 @@ def _write_gemma2(config: PaLMConfig) -> dict[str, Any]:
 
 def _read_gemma3(settings: Settings) -> PaLMConfig:
     settings.refuse(attn_logit_softcapping=(None,))
-    given = settings.values.get("rope_parameters") or {}
+    given = settings.given("rope_parameters") or {}
     if _GLOBAL in given or _LOCAL in given:
-        everywhere, local = (given.get(kind) or {} for kind in (_GLOBAL, _LOCAL))
+        key = "rope_parameters"
+        everywhere, local = (checked(kind, given.get(kind), key) or {} for kind in (_GLOBAL, _LOCAL))
     else:
-        everywhere, local = settings.values.get("rope_scaling") or given, {}
+        everywhere, local = settings.given("rope_scaling") or given, {}
     theta, near_theta = (settings[k] or settings.defaults[k] for k in ("rope_theta", "rope_local_base_freq"))
     rope, near = read_rope(everywhere, theta, settings), read_rope(local, near_theta, settings)
-    pattern = settings.values.get("sliding_window_pattern") or settings["_sliding_window_pattern"]
+    pattern = settings.given("sliding_window_pattern") or settings["_sliding_window_pattern"]
     return PaLMConfig(**_gemma(settings, qk_norm=True, rope=rope, local_rope=near, **_gemma2(settings, pattern)))
 
 

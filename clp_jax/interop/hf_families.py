@@ -30,7 +30,7 @@ def family_named(model_type: Any) -> Family:
     Raises:
         ValueError: when there is none.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         close = difflib.get_close_matches(str(model_type), list(FAMILIES), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(
@@ -55,6 +55,7 @@ def family_for(config: ModelConfig, model_type: str | None = None) -> Family:
             f"the dense twin has feed-forward blocks of the widths {', '.join(map(str, widths))}: expected one width, as every "
             "Hugging Face family has: keep the policy's own checkpoint."
         )
+    _check_capacity(config)
     known = _ENCODER_DECODERS if isinstance(config, T5Config) else _DECODERS
     families = known if model_type is None else (family_named(model_type),)
     lacking: dict[str, list[str]] = {}
@@ -69,6 +70,24 @@ def family_for(config: ModelConfig, model_type: str | None = None) -> Family:
     which = "no Hugging Face family can" if everywhere and model_type is None else f"model_type {nearest!r} can't"
     asked = ", ".join(f"{name}={value!r}" for name, value in vars(config).items() if name in names) or names[0]
     raise ValueError(f"{which} express {type(config).__name__} with {asked}: keep the policy's own checkpoint.")
+
+
+def _check_capacity(config: ModelConfig) -> None:
+    """Checks an encoder-decoder's router by itself, as a checkpoint of T5X's does not tell of it.
+
+    Raises:
+        ValueError: when experts take a share of the tokens: Switch there gives them a number of rows.
+    """
+    if not isinstance(config, T5Config) or config.moe is None or config.moe.dense:
+        return
+    router, others = config.moe.router, config.moe.extra_mlp or config.moe.decoder_router is not None
+    if isinstance(router, TokenChoice) and router.k == 1 and router.fixed_capacity is None and not others:
+        raise ValueError(
+            f"the router's fixed_capacity is None, and its train_capacity {router.train_capacity}: Hugging Face's Switch gives "
+            "every expert a fixed number of a row's tokens. State it, as 64 for the published ones: from t5x:, with "
+            "--gin_file=models/switch_NAME.gin --gin.convert.model=%MODEL --gin.EXPERT_CAPACITY=64; a run is trained with "
+            "--gin.EXPERT_CAPACITY=64, or keeps its own checkpoint."
+        )
 
 
 def differences(family: Family, config: ModelConfig) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from clp_jax.interop.hf_keys import KINDS, checked
 from clp_jax.nn.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 
 # Names of activations there, and ours.
@@ -60,13 +61,29 @@ class Settings:
         """A key's value, or the family's default.
 
         Raises:
-            ValueError: when there is neither.
+            ValueError: when there is neither, or the value is of another kind than the key's.
         """
-        if key in self.values:
-            return self.values[key]
-        if key in self.defaults:
+        if key not in self.values and key in self.defaults:
             return self.defaults[key]
-        raise ValueError(f"config.json has no {key!r}, which this model_type needs: add it.")
+        if key not in self.values:
+            raise ValueError(f"config.json has no {key!r}, which this model_type needs: add it.")
+        return self.given(key)
+
+    def given(self, key: str) -> Any:
+        """A key's value, or None where it is not there: defaults don't count.
+
+        Raises:
+            ValueError: when the value is of another kind than the key's.
+        """
+        return checked(key, self.values[key]) if key in self.values else None
+
+    def generated(self, key: str) -> Any:
+        """What the generation says, or None.
+
+        Raises:
+            ValueError: when the value is of another kind than the key's.
+        """
+        return checked(key, self.generation.get(key), file="generation_config.json")
 
     def refuse(self, **supported: Collection[Any]) -> None:
         """Checks settings that we have one form of.
@@ -89,7 +106,7 @@ class Settings:
 
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: the generation's, where it says."""
-        value = self.generation.get("eos_token_id")
+        value = self.generated("eos_token_id")
         value = self["eos_token_id"] if value is None else value
         if value is None or value == []:
             raise ValueError(
@@ -127,6 +144,7 @@ def read_rope(given: Mapping[str, Any], theta: float, settings: Settings, key: s
     Raises:
         ValueError: for a kind of scaling that we don't have.
     """
+    given = {name: checked(name, value, key) if name in KINDS else value for name, value in given.items()}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _SCALINGS:
         raise unsupported(f"{key}.rope_type", kind, _SCALINGS)
@@ -153,7 +171,7 @@ def _read_scaling(
     if kind == "linear":
         return LinearScaling(number("factor"))
     longest = settings["max_position_embeddings"]
-    original = settings.values.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+    original = settings.given("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     original = int(original or longest)
     if kind == "llama3":
         return Llama3Scaling(number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)

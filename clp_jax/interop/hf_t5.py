@@ -3,7 +3,7 @@
 from typing import Any
 
 from clp_jax.interop.hf_family import Family
-from clp_jax.interop.hf_settings import Settings, activation_name, unsupported
+from clp_jax.interop.hf_settings import Settings, activation_name
 from clp_jax.models.config import ModelConfig, T5Config
 
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
@@ -36,11 +36,10 @@ def t5_names(mlp: str, *, bias_layer: str) -> dict[str, str]:
 def read_sizes(settings: Settings) -> dict[str, Any]:
     """What encoder-decoders share."""
     layers = settings["num_layers"]
-    deeper = settings.values.get("num_decoder_layers")
-    start = settings.values.get("decoder_start_token_id", settings.generation.get("decoder_start_token_id"))
-    pad, buckets = settings["pad_token_id"], settings["relative_attention_num_buckets"]
-    if buckets < 1:
-        raise unsupported("relative_attention_num_buckets", buckets, ["a number of at least 4"])
+    deeper = settings.given("num_decoder_layers")
+    key = "decoder_start_token_id"
+    start = settings.given(key) if key in settings else settings.generated(key)
+    pad = settings["pad_token_id"]
     return {
         "vocab_size": settings["vocab_size"],
         "embed_dim": settings["d_model"],
@@ -49,7 +48,7 @@ def read_sizes(settings: Settings) -> dict[str, Any]:
         "head_dim": settings["d_kv"],
         "num_encoder_layers": layers,
         "num_decoder_layers": layers if deeper is None else deeper,
-        "num_buckets": buckets,
+        "num_buckets": settings["relative_attention_num_buckets"],
         "max_distance": settings["relative_attention_max_distance"],
         "norm_eps": settings["layer_norm_epsilon"],
         "dropout_rate": float(settings["dropout_rate"]),
@@ -103,7 +102,8 @@ def _written_feed_forward(config: ModelConfig) -> str:
 def _read_t5(settings: Settings) -> T5Config:
     # Version 5 always says that embeddings are tied; what 1.1 meant by saying they are not is in another key.
     tied = settings["tie_word_embeddings"] is not False
-    scaled = settings.values.get("scale_decoder_outputs", tied)
+    said = settings.given("scale_decoder_outputs")
+    scaled = tied if said is None else said
     has_head = settings.tensors is not None and "lm_head.weight" in settings.tensors
     own_head = has_head and not scaled if settings.tensors is not None else not tied
     return T5Config(

@@ -7,19 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from clp_jax.array_types import Params
-from clp_jax.interop import safetensors_files
-from clp_jax.interop.arrays import ArraySpec, LazyArray
+from clp_jax.interop import safetensors_files, stored_types
+from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.hf_decoders import GEMMA3
 from clp_jax.interop.hf_families import config_json, family_for, family_named, same
 from clp_jax.interop.imported import Imported
-from clp_jax.interop.links import Link, check_tree, holds, opened, write_tensors
+from clp_jax.interop.links import check_tree, opened, specs, write_tensors
 from clp_jax.interop.overrides import checked
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
 
+FORMAT = "huggingface"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 
@@ -95,8 +94,8 @@ def open_checkpoint(
         ignored=family.ignored,
         where=str(directory),
     )
-    origin = {"format": "huggingface", "model_type": family.model_type, "config": dict(text)}
-    origin |= _types_of({each.name: str(source[each.name].dtype) for each in links})
+    origin = {"format": FORMAT, "model_type": family.model_type, "config": dict(text)}
+    origin |= stored_types.told({each.name: str(source[each.name].dtype) for each in links})
     if generation:
         origin["generation_config"] = generation
     found = text_files(directory)
@@ -122,31 +121,33 @@ def write(
         directory: new; appears whole at the end.
         config: of the policy.
         params: numpy, JAX or lazy arrays.
-        origin: as `open_checkpoint` gave it, where the policy came from Hugging Face: its family, and settings we don't model.
+        origin: what the policy came from (`Imported.origin`): its tensors' types, and where it was Hugging Face its family, and
+            settings we don't model.
         files: copied as they are, such as `HuggingFaceCheckpoint.text_files`.
-        dtype: of the tensors, ``"float32"``, ``"bfloat16"`` or ``"float16"``. None takes each tensor's in the origin, where
-            all parameters are numbers of these types, and otherwise the parameters': nothing is rounded unasked.
+        dtype: of the tensors, ``"float32"``, ``"bfloat16"`` or ``"float16"``. None takes those of the
+            origin's tensors, where all parameters are numbers of these types, and otherwise the parameters': nothing is rounded
+            unasked (`clp_jax.interop.stored_types.kept`).
         max_shard_bytes: of one file.
         card: text of ``README.md`` (`clp_jax.interop.model_card`); None writes none.
 
     Raises:
         ValueError: when no family can express the policy, the parameters are another's, or the directory exists.
     """
-    origin = origin if origin is not None and origin.get("format") == "huggingface" else None
-    family = family_for(config, None if origin is None else origin["model_type"])
+    theirs = origin if origin is not None and origin.get("format") == FORMAT else None
+    family = family_for(config, None if theirs is None else theirs["model_type"])
     check_tree(Policy(config).abstract(), params)
-    values = None if origin is None else origin["config"]
-    generation = {} if origin is None else origin.get("generation_config", {})
+    values = None if theirs is None else theirs["config"]
+    generation = {} if theirs is None else theirs.get("generation_config", {})
     found = config_json(family, config, values, generation)
     links = family.links(config)
-    types = {} if dtype is not None or origin is None else _types_in(origin, links)
-    if not types or not holds(links, params, types):
-        chosen = dtype or config.param_dtype
+    kept = stored_types.kept(links, params, origin, FORMAT, _DTYPES) if dtype is None else None
+    types = kept or dict.fromkeys((each.name for each in links), dtype or config.param_dtype)
+    if kept is None or theirs is None:
+        (chosen,) = set(types.values())
         if chosen not in _DTYPES:
             raise ValueError(f"dtype is {chosen!r}: expected one of {', '.join(_DTYPES)}.")
-        types = {each.name: chosen for each in links}
         found["dtype" if "dtype" in found else "torch_dtype"] = chosen
-    described = {each.name: ArraySpec(each.shape, jnp.dtype(types[each.name])) for each in links}
+    described = specs(links, types)
     with safetensors_files.open_writer(Path(directory), described, max_shard_bytes=max_shard_bytes) as writer:
         write_tensors(links, params, writer.write)
         _write_json(writer.directory / CONFIG, found)
@@ -183,19 +184,6 @@ def _text_part(source: Mapping[str, LazyArray]) -> tuple[dict[str, LazyArray], l
         else:
             found[re.sub(pattern, prefixes[pattern], name)] = array
     return found, left_out
-
-
-def _types_of(dtypes: Mapping[str, str]) -> dict[str, Any]:
-    """What an origin says of its tensors' types."""
-    most = max(dict.fromkeys(dtypes.values()), key=list(dtypes.values()).count)
-    return {"dtype": most, "dtypes": {name: dtype for name, dtype in dtypes.items() if dtype != most}}
-
-
-def _types_in(origin: Mapping[str, Any], links: Sequence[Link]) -> dict[str, str]:
-    """The types of tensors in an origin; none where it does not say, as those of early versions don't."""
-    if "dtype" not in origin:
-        return {}
-    return {each.name: origin["dtypes"].get(each.name, origin["dtype"]) for each in links}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

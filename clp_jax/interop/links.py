@@ -20,8 +20,6 @@ from clp_jax.models.policy import check_parameters
 
 # Rows of two tensors that are compared at a time.
 _ROWS = 4096
-# Numbers that are rounded and compared at a time.
-_NUMBERS = 1 << 20
 
 HINT = "Is the configuration another model's?"
 
@@ -116,7 +114,12 @@ def opened(
         pieces.setdefault(each.path, {})[each.index] = each
     return unflatten(
         {
-            path: LazyArray(leaf.shape, jnp.dtype(dtype), functools.partial(_fill, pieces[path], source))
+            path: LazyArray(
+                leaf.shape,
+                jnp.dtype(dtype),
+                functools.partial(_fill, pieces[path], source),
+                stacked=len(next(iter(pieces[path]))),
+            )
             for path, leaf in flatten(abstract)
         }
     )
@@ -175,9 +178,9 @@ def check(links: Sequence[Link], source: Source, known: set[str], ignored: str |
             )
 
 
-def specs(links: Sequence[Link], dtype: str) -> dict[str, ArraySpec]:
+def specs(links: Sequence[Link], dtypes: Mapping[str, str]) -> dict[str, ArraySpec]:
     """Shape and type of every foreign tensor."""
-    return {each.name: ArraySpec(each.shape, jnp.dtype(dtype)) for each in links}
+    return {each.name: ArraySpec(each.shape, jnp.dtype(dtypes[each.name])) for each in links}
 
 
 def write_tensors(links: Sequence[Link], params: Params, write: Callable[[str, np.ndarray], None]) -> None:
@@ -192,31 +195,6 @@ def write_tensors(links: Sequence[Link], params: Params, write: Callable[[str, n
     for each in links:
         # Without a name of their own: a tensor that has one is held while the next is read.
         write(each.name, part_of(leaves[each.path], each.index).transpose(each.order or range(len(each.shape))))
-
-
-def holds(links: Sequence[Link], params: Params, dtypes: Mapping[str, str]) -> bool:
-    """Whether foreign tensors of these types hold a policy's parameters without rounding any; one piece is read at a time.
-
-    Args:
-        links: one for each tensor.
-        params: numpy, JAX or lazy arrays.
-        dtypes: of each tensor.
-    """
-    leaves = dict(flatten(params))
-    return all(_fits(leaves[each.path], each.index, jnp.dtype(dtypes[each.name])) for each in links)
-
-
-def _fits(leaf: ArrayLike | LazyArray, index: tuple[int, ...], dtype: np.dtype) -> bool:
-    have = np.dtype(leaf.dtype)
-    if have == dtype or (dtype.itemsize > have.itemsize):
-        return True
-    flat = part_of(leaf, index).reshape(-1)
-    blocks = (flat[start : start + _NUMBERS] for start in range(0, flat.size, _NUMBERS))
-    with np.errstate(over="ignore"):
-        return all(
-            np.array_equal(block.astype(np.float32), block.astype(dtype).astype(np.float32), equal_nan=True)
-            for block in blocks
-        )
 
 
 def part_of(leaf: ArrayLike | LazyArray, index: tuple[int, ...]) -> np.ndarray:

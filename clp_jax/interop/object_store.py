@@ -24,7 +24,16 @@ _T = TypeVar("_T")
 
 
 class StoreError(OSError):
-    """A store can't be used; the message names the place and says what to do."""
+    """A store can't be used; the message names the place and says what to do.
+
+    Args:
+        message: for the user.
+        restartable: whether it may well answer the next time.
+    """
+
+    def __init__(self, message: str, restartable: bool = False):
+        super().__init__(message)
+        self.restartable = restartable
 
 
 def is_address(path: str | os.PathLike) -> bool:
@@ -174,7 +183,7 @@ class StorePath:
         try:
             return ask(_bucket(self.scheme, self.bucket)).result(timeout=seconds)
         except (ValueError, TimeoutError) as error:
-            raise StoreError(f"{self}: {_reason(self, verb, str(error))}") from error
+            raise _failure(self, verb, str(error)) from error
 
 
 def each(function: Callable[[Any], _T], values: Iterable[Any]) -> list[_T]:
@@ -188,17 +197,20 @@ def _below(key: str) -> tuple[str, str]:
     return (f"{key}/", f"{key}0") if key else ("", chr(0x10FFFF))
 
 
-def _reason(place: StorePath, verb: str, text: str) -> str:
+def _failure(place: StorePath, verb: str, text: str) -> StoreError:
     own = {"gs": "gcloud auth application-default login", "s3": "aws configure"}[place.scheme]
     missing = "NoSuchBucket" in text or "bucket does not exist" in text.lower()
     if missing or ("NOT_FOUND" in text and verb in ("write", "list")):
-        return f"there is no bucket {place.scheme}://{place.bucket}. Make it, or correct its name."
+        return StoreError(f"{place}: there is no bucket {place.scheme}://{place.bucket}. Make it, or correct its name.")
     if any(word in text for word in ("PERMISSION_DENIED", "UNAUTHENTICATED", "'401'", "'403'", "redentials")):
-        return (
-            f"the store does not let these credentials {verb} there, or found none. Log in ({own}), or give the machine's "
-            f"account the right to the bucket. ({_first_line(text)})"
+        return StoreError(
+            f"{place}: the store does not let these credentials {verb} there, or found none. Log in ({own}), or give the "
+            f"machine's account the right to the bucket. ({_first_line(text)})"
         )
-    return f"could not {verb} it ({_first_line(text)}). Try again, or look whether the store can be reached."
+    return StoreError(
+        f"{place}: could not {verb} it ({_first_line(text)}). Try again, or look whether the store can be reached.",
+        restartable=True,
+    )
 
 
 def _first_line(text: str) -> str:

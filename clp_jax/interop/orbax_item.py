@@ -1,21 +1,25 @@
 """One item of an Orbax checkpoint: a tree of arrays in an OCDBT store, named by files of JSON.
 
 The store is TensorStore's; the files around it are written here as Orbax writes them, so that Orbax and T5X restore them. Orbax
-itself copies all arrays of an item before it writes them; here one is held at a time, and of the store one chunk.
+itself copies all arrays of an item before it writes them; here one is held at a time, or a part of one, and of the store one
+chunk.
 """
 
 import base64
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clp_jax.array_types import ArrayLike
 from clp_jax.interop import tensorstore_files, zarr_files
 from clp_jax.interop.arrays import ArraySpec, Expected, LazyArray
 from clp_jax.interop.object_store import StorePath
-from clp_jax.interop.regions import CheckpointFileError
+from clp_jax.interop.regions import CheckpointFileError, Region, parts_of, size_of
 
 METADATA_FILE = "_METADATA"
 # TensorStore holds a chunk some times over beside the array, so that a chunk is a small part of the largest array.
@@ -107,6 +111,7 @@ class ItemWriter:
     Attributes:
         directory: where the files go.
         specs: of all arrays by path.
+        stacked: leading axes of those that are read part by part.
         chunk_bytes: of a chunk, at most.
         store: of the arrays.
         expected: which arrays did not come yet.
@@ -114,19 +119,22 @@ class ItemWriter:
 
     directory: Path
     specs: Mapping[str, ArraySpec]
+    stacked: Mapping[str, int]
     chunk_bytes: int
     store: tensorstore_files.ArrayStore
     expected: Expected
 
-    def write(self, name: str, array: ArrayLike) -> None:
-        """Stores one array.
+    def write(self, name: str, array: ArrayLike | LazyArray) -> None:
+        """Stores one array; a lazy one is read part by part where it is stacked, and one part is held at a time.
 
         Args:
             name: its path.
             array: of the shape given.
         """
-        spec = self.specs[name]
-        self.store.write(name.replace("/", "."), self.expected.take(name, array), spec.dtype, self._chunks(spec))
+        self.expected.check(name, tuple(array.shape), np.dtype(array.dtype))
+        read = array.read if isinstance(array, LazyArray) else functools.partial(_part_of, np.asarray(array))
+        spec, stacked = self.specs[name], self.stacked.get(name, 0)
+        self.store.write(name.replace("/", "."), spec, self._chunks(name), parts_of(spec.shape, stacked), read)
 
     def finish(self) -> None:
         """Writes the files that name the arrays.
@@ -136,31 +144,45 @@ class ItemWriter:
         """
         self.expected.finish()
         self.store.commit()
-        chunks = {name: self._chunks(spec) for name, spec in self.specs.items()}
+        chunks = {name: self._chunks(name) for name in self.specs}
         (self.directory / "array_metadatas").mkdir()
         for name, text in description(self.specs, chunks, in_ocdbt=True).items():
             (self.directory / name).write_text(text, "utf-8")
 
-    def _chunks(self, spec: ArraySpec) -> tuple[int, ...]:
-        return zarr_files.chunk_shape(spec.shape, spec.dtype.itemsize, self.chunk_bytes)
+    def _chunks(self, name: str) -> tuple[int, ...]:
+        spec, stacked = self.specs[name], self.stacked.get(name, 0)
+        inner = zarr_files.chunk_shape(spec.shape[stacked:], spec.dtype.itemsize, self.chunk_bytes)
+        return (*[1] * stacked, *inner)
 
 
-def writer(directory: Path, specs: Mapping[str, ArraySpec], chunk_bytes: int | None = None) -> ItemWriter:
+def _part_of(array: np.ndarray, region: Region) -> np.ndarray:
+    # Of a scalar, what stands at () is no array.
+    return np.asarray(array[region])
+
+
+def writer(
+    directory: Path,
+    specs: Mapping[str, ArraySpec],
+    chunk_bytes: int | None = None,
+    stacked: Mapping[str, int] | None = None,
+) -> ItemWriter:
     """Begins an item.
 
     Args:
         directory: that does not exist.
         specs: of all arrays by path.
-        chunk_bytes: of a chunk, at most; None goes by the largest array.
+        chunk_bytes: of a chunk, at most; None goes by the largest part that is written at once.
+        stacked: leading axes of those that are read part by part.
 
     Returns:
         What takes the arrays.
     """
     directory.mkdir()
-    largest = max((spec.nbytes for spec in specs.values()), default=0)
+    axes = stacked or {}
+    largest = max((spec.nbytes // size_of(spec.shape[: axes.get(name, 0)]) for name, spec in specs.items()), default=0)
     chunk_bytes = chunk_bytes or min(max(largest // _CHUNKS_OF_LARGEST, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
     store = tensorstore_files.ArrayStore(directory, max(chunk_bytes, _LEAST_CHUNK_BYTES))
-    return ItemWriter(directory, specs, chunk_bytes, store, Expected(specs))
+    return ItemWriter(directory, specs, axes, chunk_bytes, store, Expected(specs))
 
 
 def description(

@@ -83,6 +83,20 @@ def whole(shape: tuple[int, ...]) -> Region:
     return tuple(slice(0, n) for n in shape)
 
 
+def parts_of(shape: tuple[int, ...], stacked: int) -> Iterator[Region]:
+    """Cuts an array along its first axes.
+
+    Args:
+        shape: of the array.
+        stacked: how many axes; with none, the array is one part.
+
+    Yields:
+        Regions of size 1 along those axes, whole along the others, in C order.
+    """
+    for index in np.ndindex(*shape[:stacked]):
+        yield (*(slice(i, i + 1) for i in index), *whole(shape[stacked:]))
+
+
 def overlap(a: Region, b: Region) -> Region | None:
     """What two regions of one array share.
 

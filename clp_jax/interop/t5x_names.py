@@ -65,12 +65,14 @@ def links(config: T5Config, scan_axis: int | None) -> list[Link]:
     if config.bias_per_layer != (scan_axis is not None) and config.num_buckets:
         raise ValueError(
             f"T5Config.bias_per_layer is {config.bias_per_layer}: T5X's scanned layers have a table of positions each, and "
-            "others share one; choose the layout that goes with it."
+            f"others share one; such a policy is written {'with' if config.bias_per_layer else 'without'} --scanned."
         )
     if scan_axis is None:
         return link(pieces, names(scanned=False), (), "T5X")
     if any(slot.path[1] == "rest" or slot.path[2].startswith("layer_") for slot in pieces if slot.layer is not None):
-        raise ValueError("T5X's scanned layout has layers of one kind only: write single layers, with scan_axis=None.")
+        raise ValueError(
+            "T5X's scanned layers are all of one kind, and experts in every n-th have two: write it without --scanned."
+        )
     return [_scanned(slot, pieces, scan_axis) for slot in pieces if not any(slot.index)]
 
 
@@ -86,6 +88,36 @@ def _scanned(slot: Slot, pieces: Sequence[Slot], axis: int) -> Link:
     order = (*range(1, axis + 1), 0, *range(axis + 1, len(slot.shape) + 1))
     shape = (*slot.shape[:axis], depth, *slot.shape[axis:])
     return Link(table[slot.name], slot.path, (), order, shape)
+
+
+def scan_axis_of(shapes: Mapping[str, tuple[int, ...]], stated: int | None) -> int | None:
+    """Where a checkpoint has its layers.
+
+    Args:
+        shapes: of the tensors, by T5X's names.
+        stated: where they are; None finds it by the width of the model, and takes 1 where both axes have it.
+
+    Returns:
+        0 or 1; None where layers are single.
+
+    Raises:
+        ValueError: when they are not there.
+    """
+    if not is_scanned(shapes):
+        if stated is not None:
+            raise ValueError(f"scan_axis is {stated}: the checkpoint's layers are not scanned, leave it out.")
+        return None
+    name = "encoder/encoder/pre_mlp_layer_norm/scale"
+    shape, width = _get(shapes, name), _get(shapes, "token_embedder/embedding")[-1]
+    fits = [axis for axis in (1, 0) if len(shape) == 2 and shape[1 - axis] == width]
+    axis = stated if stated is not None else next(iter(fits), None)
+    if axis not in fits:
+        hint = f"--scan_axis={fits[0]}" if fits else "is the checkpoint whole?"
+        raise ValueError(
+            f"{name!r} has shape {shape}: expected layers along axis {1 if axis is None else axis}, and the model's width "
+            f"{width} along the other; {hint}"
+        )
+    return axis
 
 
 def is_scanned(found: Iterable[str]) -> bool:

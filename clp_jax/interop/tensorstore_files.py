@@ -6,16 +6,17 @@ chunks that are small parts of an array; one that was saved as a single chunk ta
 
 import collections
 import functools
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.arrays import ArraySpec, LazyArray
 from clp_jax.interop.object_store import StorePath
-from clp_jax.interop.regions import CheckpointFileError, Region, shape_of, whole, within
+from clp_jax.interop.regions import CheckpointFileError, Region, shape_of, within
 
 MANIFEST_FILE = "manifest.ocdbt"
 _COMPRESSOR = {"id": "zstd", "level": 1}
@@ -47,7 +48,8 @@ def open_array(
     chunk = tuple(store.chunk_layout.read_chunk.shape or ())  # None for a scalar.
 
     fill = functools.partial(_fill, store, chunk, where, _AT_ONCE_IN_STORES if in_store else 1)
-    return LazyArray(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), fill)
+    stacked = sum(1 for _ in itertools.takewhile(lambda size: size == 1, chunk))
+    return LazyArray(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), fill, stacked)
 
 
 def _fill(
@@ -123,36 +125,59 @@ class ArrayStore:
         self._transaction = ts.Transaction()
         self._pending = 0
 
-    def write(self, name: str, array: np.ndarray, dtype: np.dtype, chunks: tuple[int, ...]) -> None:
+    def write(
+        self,
+        name: str,
+        spec: ArraySpec,
+        chunks: tuple[int, ...],
+        parts: Iterable[Region],
+        read: Callable[[Region], np.ndarray],
+    ) -> None:
         """Writes an array as Orbax does.
 
         Args:
             name: of the array.
-            array: any view.
-            dtype: of what is written.
+            spec: of what is written.
             chunks: sizes of a chunk, each 1 or more.
+            parts: regions that cover the array once, and no chunk in part.
+            read: gives what is in a part, as any view; one is held at a time.
         """
         where = f"{self._directory}: array {name!r}"
-        spec = {
+        described = {
             "driver": "zarr",
             "kvstore": place_in_store(self._directory, name),
-            "metadata": {"shape": list(array.shape), "chunks": list(chunks), "compressor": _COMPRESSOR},
-            "dtype": dtype.name,
+            "metadata": {"shape": list(spec.shape), "chunks": list(chunks), "compressor": _COMPRESSOR},
+            "dtype": spec.dtype.name,
             "store_data_equal_to_fill_value": True,
         }
+        for region in parts:
+            # The part without a name of its own here: one that has one is held while the next is read.
+            self._write_part(described, where, region, chunks, read(region), spec.dtype)
+        if 0 in spec.shape:
+            _wait(self._opened(described), where)
+
+    def _write_part(
+        self,
+        described: Mapping[str, Any],
+        where: str,
+        region: Region,
+        chunks: tuple[int, ...],
+        part: np.ndarray,
+        dtype: np.dtype,
+    ) -> None:
         store = None
-        for place in _chunks(whole(array.shape), chunks):
+        for place in _chunks(region, chunks):
             if store is None:
-                opened = ts.open(spec, open=True, create=True, context=self._context, transaction=self._transaction)
-                store = _wait(opened, where)
-            part = np.ascontiguousarray(array[place], dtype).reshape(shape_of(place))
-            _wait(store[place].write(part), where)
-            self._pending += part.nbytes
+                store = _wait(self._opened(described), where)
+            chunk = np.ascontiguousarray(part[within(place, region)], dtype).reshape(shape_of(place))
+            _wait(store[place].write(chunk), where)
+            self._pending += chunk.nbytes
             if self._pending >= self._limit:
                 self.commit()
                 store = None
-        if 0 in array.shape:
-            _wait(ts.open(spec, create=True, context=self._context, transaction=self._transaction), where)
+
+    def _opened(self, described: Mapping[str, Any]) -> Any:
+        return ts.open(dict(described), open=True, create=True, context=self._context, transaction=self._transaction)
 
     def commit(self) -> None:
         """Puts what is pending into files."""

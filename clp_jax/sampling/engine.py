@@ -8,6 +8,7 @@ makes for the same seed (`request_keys`), whenever it arrives and whoever shares
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
@@ -34,7 +35,8 @@ class EngineConfig:
         slots: prompts at once.
         num_samples: rows of a slot; a request with more samples takes several slots.
         chunk: steps between two visits of the host; 1 hands out every token at once.
-        prefill: prompts that are read together, where they come one after the other and share a bucket.
+        prefill: prompts that are read together, where they share a bucket. The program reads as many whatever there are, so
+            that a completion does not depend on who came with it.
     """
 
     sampling: SamplingConfig
@@ -198,11 +200,17 @@ class Engine:
         self._waiting.extend(_Ticket(request, rows[i : i + n]) for i in range(0, len(rows), n))
         return number
 
-    def cancel(self, number: int) -> None:
-        """Ends a request's samples as they are; its result comes with the next step. One that is done stays done."""
+    def cancel(self, number: int, sample: int | None = None) -> None:
+        """Ends a request's samples as they are, or one of them; the result comes with a step. One that is done stays done.
+
+        Args:
+            number: of the request.
+            sample: its number among the samples; None for all.
+        """
         for row in self._requests[number][1] if number in self._requests else ():
-            row.reason = row.reason or "cancelled"
-            self._ended.add(number)
+            if sample in (None, row.sample):
+                row.reason = row.reason or "cancelled"
+                self._ended.add(number)
 
     @property
     def is_idle(self) -> bool:
@@ -234,12 +242,12 @@ class Engine:
         self._waiting = collections.deque(ticket for ticket in self._waiting if ticket.is_active)
         free = collections.deque(slot for slot, ticket in enumerate(self._slots) if ticket is None)
         while free and self._waiting:
+            # The first that waits comes in now, with those behind it that can be read along.
             bucket = self._bucket(self._waiting[0])
-            tickets: list[_Ticket] = []
-            while self._waiting and len(tickets) < min(len(free), self.config.prefill):
-                if self._bucket(self._waiting[0]) != bucket:
-                    break
-                tickets.append(self._waiting.popleft())
+            alike = (ticket for ticket in self._waiting if self._bucket(ticket) == bucket)
+            tickets = list(itertools.islice(alike, min(len(free), self.config.prefill)))
+            for ticket in tickets:
+                self._waiting.remove(ticket)
             slots = [free.popleft() for _ in tickets]
             for slot, ticket in zip(slots, tickets, strict=True):
                 self._slots[slot] = ticket

@@ -78,9 +78,9 @@ class RolloutWorker:
         config: maximum length and strategy; temperature 1 samples the policy itself.
         num_samples: completions of each prompt, ``n``.
         num_groups: preferences in a batch; each is mixed once and serves ``B / num_groups`` prompts.
-        rules: where arrays live in the meantime, on the mesh of training; None leaves parameters where they are. A loop over
-            tokens reads every parameter for each token: gathered before it, or split so that each device reads its own part,
-            they do not travel for each of them.
+        rules: where arrays live in the meantime, on the mesh of training; None leaves parameters where they are. The reference
+            scores by them, too. A loop over tokens reads every parameter for each token: gathered before it, or split so that
+            each device reads its own part, they do not travel for each of them.
     """
 
     policy: Policy
@@ -127,7 +127,7 @@ class RolloutWorker:
 
         with use_rules(self.rules):
             out = over_groups(one_group, self.num_groups, (inputs, per_prompt, keys), params, reference)
-        reference_log_probs = score(self.policy.bind(reference), inputs, out.tokens)
+            reference_log_probs = score(self.policy.bind(reference), inputs, out.tokens)
         return Rollout(
             inputs=inputs,
             tokens=out.tokens,

@@ -1,28 +1,34 @@
 """A policy at one preference, serving prompts: continuous batching for samples, search for beams."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.array_types import Params
+from clp_jax.array_types import Array, Params
 from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.models.conditioning import Conditioning
-from clp_jax.models.policy import Policy
 from clp_jax.preferences import Preference
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
-from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.engine import Engine, EngineConfig, Request, Sample
+from clp_jax.sampling.ensemble import Ensemble
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.json_lines import pad_rows
+from clp_jax.sampling.memory import explained, size_of
+from clp_jax.sampling.slots import SlotDecoder, empty_slots
 from clp_jax.sampling.stop_strings import truncate_at
 from clp_jax.sampling.text import Completion, alike, bucket
 
 # Gets the number of a prompt, of its sample, and the tokens that were just written.
 OnTokens = Callable[[int, int, tuple[int, ...]], None]
+
+# Prompts that are read together. Slots become free a few at a time, and a program reads as many whatever there are.
+PREFILL = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,7 @@ class ServingConfig:
         generation: samples, or a search.
         num_samples: completions of each prompt.
         best: whether only the most probable one of the samples is returned.
-        stop: texts that end a completion, and are left out of it.
+        stop: texts that end a sample, and are left out of it; a search ranks tokens before there is a text.
         max_prompt: tokens of a prompt at most.
         slots: prompts at once.
         int8: whether keys and values are kept in eight bits.
@@ -47,12 +53,18 @@ class ServingConfig:
     slots: int = 32
     int8: bool = False
 
+    def __post_init__(self):
+        if self.stop and isinstance(self.generation, BeamConfig):
+            raise ValueError(
+                f"ServingConfig.stop is {self.stop!r} for a search: expected sequences in BeamConfig.stop."
+            )
+
 
 class Server:
     """Completes prompts; what it compiled serves every preference.
 
     Args:
-        policy: the policy's shape.
+        ensemble: the policy's shape, and those of policies that decode along.
         conditioning: how a preference enters.
         vocabulary: turns tokens into text.
         config: how prompts are served.
@@ -61,26 +73,31 @@ class Server:
 
     def __init__(
         self,
-        policy: Policy,
+        ensemble: Ensemble,
         conditioning: Conditioning,
         vocabulary: Vocabulary | TokenIds,
         config: ServingConfig,
         on_tokens: OnTokens = lambda prompt, sample, tokens: None,
     ):
         self.config = config
-        self._policy, self._conditioning, self._vocabulary = policy, conditioning, vocabulary
+        self._ensemble, self._conditioning, self._vocabulary = ensemble, conditioning, vocabulary
         self._on_tokens = on_tokens
         self._engine: Engine | None = None
+        # Bytes of what decoding remembers, by the longest prompt.
+        self._sizes: dict[int, int] = {}
 
     def complete(
-        self, params: Params, preference: Preference, prompts: Sequence[tuple[tuple[int, ...], int]]
+        self, params: tuple[Params, ...], preference: Preference, prompts: Sequence[tuple[tuple[int, ...], int]]
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Completes prompts, and yields each one's number and completions as soon as they are there.
 
         Args:
-            params: ordinary parameters, mixed at the preference.
+            params: ordinary parameters of each policy, mixed at the preference.
             preference: what conditioning writes into prompts, where it does.
             prompts: token ids, and the seed of each.
+
+        Raises:
+            ValueError: where keys and values do not fit into memory.
         """
         conditioned = [(self._condition(tokens, preference), seed) for tokens, seed in prompts]
         if isinstance(self.config.generation, BeamConfig):
@@ -89,61 +106,85 @@ class Server:
             yield from self._sample(params, self.config.generation, conditioned)
 
     def _sample(
-        self, params: Params, sampling: SamplingConfig, prompts: Sequence[tuple[tuple[int, ...], int]]
+        self, params: tuple[Params, ...], sampling: SamplingConfig, prompts: Sequence[tuple[tuple[int, ...], int]]
     ) -> Iterator[tuple[int, list[Completion]]]:
         engine = self._prepared(params, sampling, max((len(tokens) for tokens, _ in prompts), default=1))
+        # Where this does not come to its end, nothing can go on with the engine's requests and arrays.
+        self._engine = None
         numbers: dict[int, int] = {}
-        written: dict[int, list[int]] = {}
+        written: dict[tuple[int, int], list[int]] = {}
 
         def on_tokens(number: int, sample: int, tokens: tuple[int, ...]) -> None:
             self._on_tokens(numbers[number], sample, tokens)
-            if self.config.stop and self.config.num_samples == 1:
-                written.setdefault(number, []).extend(tokens)
-                text = self._text(tuple(written[number]))
+            if self.config.stop:
+                so_far = written.setdefault((number, sample), [])
+                so_far.extend(tokens)
+                text = self._text(tuple(so_far))
                 if any(stop in text for stop in self.config.stop):
-                    engine.cancel(number)
+                    engine.cancel(number, sample)
 
         engine.on_tokens = on_tokens
         for index, (tokens, seed) in enumerate(prompts):
             numbers[engine.submit(Request(tokens, seed=seed, num_samples=self.config.num_samples))] = index
-        for result in engine.run():
-            completions = [self._completion(sample) for sample in result.samples]
-            if self.config.best:
-                completions = [max(completions, key=lambda c: float(np.sum(c.log_probs, dtype=np.float64)))]
-            yield numbers[result.number], completions
+        with self._fitting(engine.config.buckets[-1]):
+            for result in engine.run():
+                completions = [self._completion(sample) for sample in result.samples]
+                if self.config.best:
+                    completions = [max(completions, key=lambda c: float(np.sum(c.log_probs, dtype=np.float64)))]
+                yield numbers[result.number], completions
+        self._engine = engine
 
-    def _prepared(self, params: Params, sampling: SamplingConfig, longest: int) -> Engine:
+    def _prepared(self, params: tuple[Params, ...], sampling: SamplingConfig, longest: int) -> Engine:
         """The engine, made anew where a prompt is longer than all before it."""
         engine = self._engine
         if engine is None or engine.config.buckets[-1] < longest:
+            slots, num_samples = self.config.slots, self.config.num_samples
             last = bucket(max(longest, min(self.config.max_prompt, 512)))
             buckets = tuple(2**i for i in range(5, last.bit_length()))
             # One prompt is somebody's who looks on: every token is shown as it comes.
-            chunk = 1 if self.config.slots == 1 else 8
-            config = EngineConfig(
-                sampling, buckets, slots=self.config.slots, num_samples=self.config.num_samples, chunk=chunk
-            )
-            engine = Engine(lambda p: CachedDecoder(self._policy.bind(p), self.config.int8), params, config)
-            self._engine = engine
+            chunk = 1 if slots == 1 else 8
+            config = EngineConfig(sampling, buckets, slots, num_samples, chunk, prefill=min(slots, PREFILL))
+            shapes = jax.eval_shape(lambda p: empty_slots(self._bind(p), slots, last, sampling, num_samples), params)
+            self._sizes[last] = size_of(shapes)
+            with self._fitting(last):
+                engine = Engine(self._bind, params, config)
         engine.params = params
         return engine
+
+    def _bind(self, params: tuple[Params, ...]) -> SlotDecoder:
+        return self._ensemble.bind(params, self.config.int8)
+
+    def _fitting(self, longest: int) -> contextlib.AbstractContextManager[None]:
+        config, generation = self.config, self.config.generation
+        rows = generation.num_beams if isinstance(generation, BeamConfig) else config.num_samples
+        what = "num_beams" if isinstance(generation, BeamConfig) else "num_samples"
+        return explained(
+            self._sizes[longest],
+            f"max_tokens is {generation.max_length}, prompts have up to {longest} tokens (max_prompt), batch_size is "
+            f"{config.slots}, {what} {rows}: give smaller ones{'' if config.int8 else ', or int8'}.",
+        )
 
     @functools.cached_property
     def _beams(self):
         @functools.partial(jax.jit, static_argnames="config")
         def run(params, inputs, config):
-            return beam_search(CachedDecoder(self._policy.bind(params), self.config.int8), inputs, config)
+            return beam_search(self._bind(params), inputs, config)
 
         return run
 
     def _search(
-        self, params: Params, config: BeamConfig, prompts: Sequence[tuple[int, ...]]
+        self, params: tuple[Params, ...], config: BeamConfig, prompts: Sequence[tuple[int, ...]]
     ) -> Iterator[tuple[int, list[Completion]]]:
         for part in alike([(len(tokens),) for tokens in prompts], self.config.slots):
             # A last batch is filled up: fewer rows would be summed in another order, and a line depend on its neighbours.
-            inputs = pad_rows([prompts[i] for i in part], self.config.slots, self._policy.config.pad_id)
-            found = self._beams(params, inputs, config).completions
-            arrays = [np.asarray(x) for x in (found.tokens, found.log_probs, found.mask)]
+            inputs = pad_rows([prompts[i] for i in part], self.config.slots, self._ensemble.pad_id)
+            longest = inputs.shape[1]
+            if longest not in self._sizes:
+                start = functools.partial(self._start, config)
+                self._sizes[longest] = size_of(jax.eval_shape(start, params, inputs))
+            with self._fitting(longest):
+                found = self._beams(params, inputs, config).completions
+                arrays = [np.asarray(x) for x in (found.tokens, found.log_probs, found.mask)]
             for row, index in enumerate(part):
                 rows = range(row * config.num_returned, (row + 1) * config.num_returned)
                 lengths = [int(arrays[2][r].sum()) for r in rows]
@@ -153,6 +194,9 @@ class Server:
                 ]
                 yield index, [self._completion(sample) for sample in samples]
 
+    def _start(self, config: BeamConfig, params: tuple[Params, ...], inputs: Array) -> Any:
+        return self._bind(params).start(inputs, config.max_length, config.num_beams)
+
     def _condition(self, tokens: tuple[int, ...], preference: Preference) -> tuple[int, ...]:
         rows = jax.tree.map(lambda x: jnp.asarray(x)[None], preference)
         found = self._conditioning.condition_inputs(jnp.asarray([tokens], jnp.int32), rows)
@@ -161,7 +205,8 @@ class Server:
     def _completion(self, sample: Sample) -> Completion:
         """The text before the first stop, and the tokens up to the one that completes the stop."""
         tokens = sample.tokens
-        whole = self._text(tokens)
+        stops = (stop for stop in self.config.generation.stop if tokens[-len(stop) :] == stop)
+        whole = self._text(tokens[: len(tokens) - len(next(stops, ()))])
         text = truncate_at(whole, self.config.stop)
         if len(text) < len(whole):
             ends = (

@@ -297,7 +297,7 @@ def test_positions_in_older_and_newer_keys(scaling, theta, expected):
         (T5_SMALL | {"feed_forward_proj": "swiglu"}, "feed_forward_proj is 'swiglu', which is not supported"),
         (
             T5_SMALL | {"relative_attention_num_buckets": 0},
-            "relative_attention_num_buckets is 0, which is not supported",
+            "relative_attention_num_buckets is 0: expected an even number of at least 4",
         ),
         (
             T5_SMALL | {"feed_forward_proj": "half-gelu"},

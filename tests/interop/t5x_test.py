@@ -69,15 +69,14 @@ def test_what_t5x_wrote_is_the_policy_that_it_trained(nano, form):
 
 @pytest.mark.parametrize("form", ["legacy", "legacy_bf16", "legacy_chunked", "orbax"])
 def test_written_back_it_is_what_it_was(nano, tmp_path, form):
-    dtype = "bfloat16" if form == "legacy_bf16" else "float32"
-    imported = t5x.open_checkpoint(nano / form, dtype=dtype, optimizer=True).loaded()
+    imported = t5x.open_checkpoint(nano / form, optimizer=True).loaded()
     written = t5x.write(
         tmp_path,
         imported.config,
         imported.params,
         step=imported.step,
         slots=imported.slots,
-        layout="orbax" if form == "orbax" else "legacy",
+        origin=imported.origin,
     )
     assert written == tmp_path / "checkpoint_2"
     assert_equal(arrays(nano / form), arrays(tmp_path))
@@ -142,8 +141,8 @@ def test_slots_of_stacked_parameters_are_t5xs(tmp_path, changes, scan_axis, leas
     kinds = [jax.tree.map(mean, moments, getattr(state, kind)) for kind in ("v_row", "v_col", "v")]
     slots = t5x.AdafactorSlots(1, *kinds)
     params, scanned = varied_params(policy), scan_axis is not None
-    t5x.write(tmp_path, config, params, step=1, slots=slots, scanned=scanned, scan_axis=scan_axis or 0)
-    again = t5x.open_checkpoint(tmp_path, scan_axis=1 if scan_axis is None else scan_axis, optimizer=True).loaded()
+    t5x.write(tmp_path, config, params, step=1, slots=slots, layout=t5x.Layout(scan_axis=scan_axis))
+    again = t5x.open_checkpoint(tmp_path, scan_axis=scan_axis, optimizer=True).loaded()
     for kind, expected in zip(("v_row", "v_col", "v"), kinds, strict=True):
         jax.tree.map(np.testing.assert_array_equal, getattr(again.slots, kind), expected)
     # The row is the model's dimension, the column the other one, of each layer or expert by itself.
@@ -186,12 +185,12 @@ def test_slots_of_stacked_parameters_are_t5xs(tmp_path, changes, scan_axis, leas
 def test_every_layout_comes_back(tmp_path, changes, scan_axis):
     config = T5Config(**SIZES | changes)
     params = jax.tree.map(np.asarray, varied_params(Policy(config)))
-    t5x.write(
-        tmp_path, config, params, step=3, scanned=scan_axis is not None, scan_axis=scan_axis or 0, card="# Card\n"
-    )
-    again = t5x.open_checkpoint(tmp_path, scan_axis=1 if scan_axis is None else scan_axis).loaded()
+    t5x.write(tmp_path, config, params, step=3, layout=t5x.Layout(scan_axis=scan_axis), card="# Card\n")
+    # The axis is found by the model's width.
+    again = t5x.open_checkpoint(tmp_path).loaded()
     assert again.config == config
-    assert again.origin == {"format": "t5x", "form": "legacy", "step": 3, "scan_axis": scan_axis}
+    types = {"dtype": "float32", "dtypes": {}}
+    assert again.origin == {"format": "t5x", "form": "legacy", "step": 3, "scan_axis": scan_axis} | types
     assert_equal(dict(flatten_names(again.params)), dict(flatten_names(params)))
     assert (tmp_path / "README.md").read_text() == "# Card\n"
     # Names and shapes as T5X has them.
@@ -337,7 +336,7 @@ def test_what_can_not_be(nano, tmp_path):
     config = T5Config(**SIZES)
     params = varied_params(Policy(config))
     with pytest.raises(ValueError, match="bias_per_layer is False: T5X's scanned layers"):
-        t5x.write(tmp_path, config, params, step=0, scanned=True)
+        t5x.write(tmp_path, config, params, step=0, layout=t5x.Layout(scan_axis=1))
     with pytest.raises(ValueError, match="hold encoder-decoders, not PaLMConfig"):
         t5x.write(
             tmp_path,
