@@ -60,6 +60,11 @@ class Chaos:
         """Kills so far."""
         return sum(len(run.kills) for run in self.runs)
 
+    @property
+    def outcomes(self) -> list["Outcome"]:
+        """Of the runs that are complete."""
+        return [Outcome.of(run) for run in self.runs if run.compared]
+
     def is_over(self) -> bool:
         """Whether nothing more is killed."""
         return self.killed >= self._kills or time.monotonic() - self._since > self._seconds
@@ -226,6 +231,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def write(outcomes: Sequence[Outcome], arguments: argparse.Namespace) -> None:
+    """What ``--json`` asks for, of the runs so far."""
+    if arguments.json:
+        found = {"arguments": vars(arguments), "runs": [dataclasses.asdict(outcome) for outcome in outcomes]}
+        Path(arguments.json).write_text(json.dumps(found, indent=1, default=str))
+
+
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -279,11 +291,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 for course in courses:
                     if not chaos.is_over():
                         chaos.disturb(course)
-        outcomes = [Outcome.of(run) for run in chaos.runs if run.compared]
+                        write(chaos.outcomes, arguments)
+        outcomes = chaos.outcomes
+    write(outcomes, arguments)
     print(f"\n{table(outcomes)}")
-    if arguments.json:
-        found = {"arguments": vars(arguments), "runs": [dataclasses.asdict(outcome) for outcome in outcomes]}
-        Path(arguments.json).write_text(json.dumps(found, indent=1, default=str))
     return int(any(outcome.failures for outcome in outcomes))
 
 

@@ -78,6 +78,7 @@ class Kill:
         others_ended: seconds until those that were not killed had ended.
         went_on_with: processes of the next start.
         went_on_from: its first step.
+        failure: what those that were not killed did instead of ending well; None where they did.
     """
 
     course: str
@@ -90,6 +91,7 @@ class Kill:
     others_ended: float
     went_on_with: int | None = None
     went_on_from: int | None = None
+    failure: str | None = None
 
     @property
     def again(self) -> int:
@@ -127,6 +129,8 @@ class Life:
             num_processes=count,
             devices=course.devices(count),
             CLP_HEARTBEAT_SECONDS="6",
+            # One that is killed before it has joined is, for the others, one that was never started.
+            CLP_STARTUP_SECONDS=str(int(0.75 * OTHERS_END)),
         )
         self.notes = [directory / f"life{number}.notes.{count}.{i}" for i in range(count)]
 
@@ -176,12 +180,12 @@ class Life:
             lives = lives and self.wait_until(
                 lambda: len(self.begun()) >= min(more, self.course.steps - self.begun()[0])
             )
-            if lives and aim == "rollout":
-                lives = self.wait_until(lambda: self.draws(victims[0]))
-            elif lives and aim == "save":
-                lives = self.wait_until(self.saves)
+            pause = rng.uniform(0, {"step": 0.15, "rollout": 0.02, "save": 0.1}[aim])
+            happens = {"rollout": lambda: self.draws(victims[0]), "save": self.saves}.get(aim, lambda: True)
+            lives = lives and self.wait_until(happens)
             if lives:
-                time.sleep(rng.uniform(0, {"step": 0.15, "rollout": 0.02, "save": 0.1}[aim]))
+                time.sleep(pause)
+                lives = self.wait_until(happens)  # It may be over: then the next time.
         if not lives or self.has_ended():
             return None
         saving = self.saves()
@@ -189,13 +193,17 @@ class Life:
             self.group.processes[victim].kill()
         found = self._found(victims, saving and self.saves())
         since = time.monotonic()
-        codes = self.group.wait(OTHERS_END)
+        failure = None
+        try:
+            codes = self.group.wait(OTHERS_END)
+            if any(code not in ENDS for number, code in enumerate(codes) if number not in victims):
+                failure = f"processes that were not killed ended with {codes}.\n{self.group.text()}"
+        except AssertionError as error:  # They live on, or did until now.
+            failure = str(error)
         others = time.monotonic() - since if len(victims) < self.count else 0.0
-        if any(code not in ENDS for number, code in enumerate(codes) if number not in victims):
-            raise AssertionError(f"processes that were not killed ended with {codes}.\n{self.group.text()}")
         reached = max(self._made(number) for number in range(self.count))
         kept = max(complete_steps(self._checkpoints), default=0)
-        return Kill(self.course.name, self.count, list(victims), aim, found, reached, kept, others)
+        return Kill(self.course.name, self.count, list(victims), aim, found, reached, kept, others, failure=failure)
 
     def _made(self, process: int) -> int:
         """Updates that a process had begun, this life's and those before."""
@@ -259,6 +267,8 @@ class Run:
         if kill is not None:
             if self.kills and kill.kept < self.kills[-1].kept:
                 self.failures.append(f"{kill}: step {self.kills[-1].kept} was there before")
+            if kill.failure is not None:
+                self.failures.append(f"{kill}: {kill.failure}")
             self.kills.append(kill)
         elif set(codes) <= set(ENDS) and any(codes):
             self.by_itself += 1

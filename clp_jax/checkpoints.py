@@ -66,7 +66,7 @@ def checkpoints(
         dry_run: for ``gc``: says what it would remove, and removes nothing.
 
     Raises:
-        CheckpointError: when there are no checkpoints, or one is damaged.
+        CheckpointError: when there are no checkpoints, one is damaged, or none has the metric of `keep_best`.
         RunDirectoryError: for ``gc``, while the run goes on.
     """
     place = as_path(directory)
@@ -165,7 +165,10 @@ def _collect(console: Console, folder: Place, retention: Retention, damaged: boo
     steps = metrics_of(folder, complete_steps(folder))
     bad: dict[int, str] = {}
     while True:
-        kept = retention.kept({step: metrics for step, metrics in steps.items() if step not in bad})
+        intact = {step: metrics for step, metrics in steps.items() if step not in bad}
+        if missing := retention.without_best(intact):
+            raise CheckpointError(f"{folder}: {missing}. Nothing was removed.")
+        kept = retention.kept(intact)
         found = {step: _damage_of(folder / str(step)) for step in kept}
         if not any(found.values()):
             break

@@ -29,6 +29,8 @@ SWITCHES = {
     "print_config": "print the resolved configuration, and stop",
 }
 HIDDEN = ("config_text",)
+# Arguments that are dataclasses, each of whose fields is a flag.
+SPREAD = ("decoding", "partners")
 # Commands that several processes run together.
 SPANNING = ("train", "replay")
 
@@ -97,11 +99,11 @@ class EntryPoint:
         tree = ast.parse(Path(specification.origin).read_text("utf-8"))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name == function:
-                return cls._read(module, node)
+                return cls._read(module, node, tree)
         return None
 
     @classmethod
-    def _read(cls, module: str, node: ast.FunctionDef) -> "EntryPoint":
+    def _read(cls, module: str, node: ast.FunctionDef, tree: ast.Module) -> "EntryPoint":
         docstring = ast.get_docstring(node) or ""
         prose, _, sections = docstring.partition("\nArgs:\n")
         summary, _, description = re.split(r"\n(?:Returns|Raises):", prose)[0].strip().partition("\n\n")
@@ -121,7 +123,12 @@ class EntryPoint:
             function=node.name,
             summary=" ".join(summary.split()),
             description=description.strip(),
-            arguments=tuple(argument for argument in arguments if argument.name not in HIDDEN),
+            arguments=tuple(
+                flag
+                for argument in arguments
+                if argument.name not in HIDDEN
+                for flag in (_fields(argument, tree) if argument.name in SPREAD else [argument])
+            ),
             takes_config_text=any(argument.name == "config_text" for argument in arguments),
         )
 
@@ -257,6 +264,31 @@ def _store(invocation: Invocation, name: str, value: str, flags: dict[str, Argum
         if isinstance(before, tuple) and _holds_strings(flags[name]):
             converted = before + converted
         invocation.arguments[name] = converted
+
+
+def _fields(argument: Argument, tree: ast.Module) -> list[Argument]:
+    """The fields of an argument's class, which a module imports by its name."""
+    name = _name(argument.annotation or ast.Constant(None))
+    (module,) = (
+        node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module and name in [alias.name for alias in node.names]
+    )
+    specification = importlib.util.find_spec(module)
+    assert specification is not None and specification.origin is not None
+    source = ast.parse(Path(specification.origin).read_text("utf-8"))
+    (found,) = (node for node in source.body if isinstance(node, ast.ClassDef) and node.name == name)
+    texts = _argument_texts((ast.get_docstring(found) or "").partition("\nAttributes:\n")[2])
+    return [
+        Argument(
+            node.target.id,
+            node.annotation,
+            None if node.value is None else ast.unparse(node.value),
+            texts.get(node.target.id, ""),
+        )
+        for node in found.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
 
 
 def _argument_texts(sections: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from clp_jax.compilation.topology import Topology, has_compiler
 from clp_jax.models.config import PaLMConfig, T5Config
 from clp_jax.partitioning import use_devices
 from clp_jax.training.learner import Learner, learner_settings
+from clp_jax.training.run_directory import write_atomically
 from clp_jax.training.stage import DataShape, Outline, OutlinedStage
 
 UPDATE = "update"
@@ -53,21 +55,25 @@ def compile(  # noqa: A001
         targets: positions of a target; completions have the stage's own.
         model: of the checkpoint that the stage begins with, where the stage has no model of its own.
         programs: of the stage, by name: update, and for reinforcement learning prefill and rollout; None compiles all.
-        output: a file for the report, as JSON.
+        output: a file for the report, as JSON; of a search, written anew after each trial.
         options: of libtpu's compiler, as in --options=xla_tpu_enable_latency_hiding_scheduler=true; a run is given the same in
             LIBTPU_INIT_ARGS.
-        search: compiles every layout with every remat policy and batch size, and recommends the fastest that fits.
+        search: compiles every layout with every remat policy and batch size, and recommends what fits and trains most tokens a
+            second: in whole steps, rollouts included.
         layouts: gin files to search.
         remats: values of REMAT to search.
         batches: values of BATCH_SIZE to search; by default half the stage's own, that, and twice that.
 
     Raises:
-        ValueError: for an unknown topology or program, a mesh that does not fit, or a stage that can't be compiled so.
+        ValueError: for an unknown topology or program, a mesh that does not fit, a stage that can't be compiled so, an option
+            that the compiler does not know, or an output that can't be written.
         SystemExit: with 1 when all is done, where memory does not suffice.
     """
     flags = {name: {"true": True, "false": False}.get(text, text) for name, text in (options or {}).items()}
     where, console, data = Topology.parse(topology, num_slices), Console(width=140), DataShape(inputs, targets, model)
     found: Report | Findings
+    if output is not None:
+        _make_writable(Path(output))
     if not has_compiler():
         # A mesh that does not divide the devices is told all the same.
         with use_devices(where.stand_ins()):
@@ -76,18 +82,38 @@ def compile(  # noqa: A001
         if search:
             trials = alternatives(training()["stage"].batch_size, layouts, remats, batches)
             found = explore(
-                trials, lambda *given: Job.of(training(*given)).report(where, data, programs, flags), console
+                trials,
+                lambda *given: Job.of(training(*given)).report(where, data, programs, flags),
+                console,
+                lambda so_far: _write(output, so_far),
             )
         else:
             found = Job.of(training()).report(where, data, programs, flags)
+            _write(output, found)
     found.show(console)
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(found.to_json(), indent=1) + "\n")
     report = found.best if isinstance(found, Findings) else found
     if not report.fits:
         raise SystemExit(1)
     return report
+
+
+def _make_writable(path: Path) -> None:
+    """Finds out whether a file can be written, before what is to be in it costs minutes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            open(path, "a").close()
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the report can't be written to {path}: {error.strerror}. Give --output=FILE in a directory that you can write to."
+        ) from error
+
+
+def _write(output: str | os.PathLike | None, found: Report | Findings) -> None:
+    if output is not None:
+        write_atomically(Path(output), json.dumps(found.to_json(), indent=1) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +179,9 @@ def _compiled(
     arguments = [learner.abstract(*pair) for pair in zip(program.arguments, program.logical_axes, strict=True)]
     with learner.activate():
         lowered = jax.jit(program.function).lower(*arguments)
-    return analyse(lowered, Work(name, program.flops, program.tokens, program.trips), topology, mesh, options)
+    return analyse(
+        lowered, Work(name, program.flops, program.tokens, program.trips, program.runs), topology, mesh, options
+    )
 
 
 def _libtpu_version() -> str:

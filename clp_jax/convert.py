@@ -1,9 +1,10 @@
 """`clp convert`: policies from and to the checkpoints of Hugging Face and T5X.
 
-The memory that it takes is that of the largest array and a fifth of it, whatever the size of the policy. An array of clp is a
-parameter of all layers, stacked; of the other formats, of one layer. More is held in these cases only: the tensor in the file's
-type while it is rounded to another; the optimizer's state; all components of the array at hand while they are mixed; and twice
-more of an array that training saved in one chunk, while it is read.
+The memory that it takes is that of the largest tensor and a fifth of it, whatever the size of the policy; the tensor is of one
+layer, though a parameter of clp is that of all layers, stacked. More is held in these cases only: the tensor in the file's type
+while it is rounded to another; all layers of a scanned tensor of T5X; the optimizer's state; all components and all layers of
+the parameter at hand while they are mixed; and all layers of a parameter that training saved, up to three times where it saved
+them in one chunk.
 """
 
 import dataclasses
@@ -44,6 +45,7 @@ _USED_BY = {
     "model": ("t5x:",),
     "layout": (":t5x",),
     "scanned": (":t5x",),
+    "scan_axis": ("t5x:", ":t5x"),
     "max_shard_gb": (":hf",),
 }
 
@@ -83,7 +85,8 @@ def convert(
     overrides: Mapping[str, int | float | bool | str] | None = None,
     model: T5Config | PaLMConfig | None = None,
     layout: str | None = None,
-    scanned: bool = False,
+    scanned: bool | None = None,
+    scan_axis: int | None = None,
     optimizer: bool = False,
     max_shard_gb: float | None = None,
 ) -> None:
@@ -99,16 +102,21 @@ def convert(
         weights: of the rewards: a steerable policy is mixed there, and written as an ordinary one; equal by default.
         alpha: KL weight, for policies conditioned on it.
         dtype: of the written tensors, ``float32`` or ``bfloat16`` (also ``float16`` for hf); by default float32 for clp, and
-            those of the source otherwise. For hf these are the types of every tensor that the policy came from, where they
-            hold its parameters exactly: what was trained since is not rounded unasked.
+            those of the checkpoint that the policy came from otherwise, tensor by tensor, where they hold its parameters
+            exactly: what was trained since is not rounded unasked. From hf to t5x or back the types are kept where all tensors
+            have one that both know.
         vocabulary: the tokenizer, a file or a directory, where the source has none, as T5X's have not.
         step: of a T5X directory with several checkpoints; the newest by default.
         overrides: fields of the policy's configuration, for what a checkpoint of others does not tell, as
             NAME=VALUE,NAME=VALUE.
         model: the policy's configuration, for a T5X directory: nothing is then assumed that shapes don't tell, such as the
             router of experts. ``--gin_file=models/NAME.gin --gin.convert.model=%MODEL`` gives one.
-        layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr; the default) or ``orbax``.
-        scanned: whether a T5X checkpoint is written with its layers stacked, for scalable T5.
+        layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr) or ``orbax``; by default that of the T5X checkpoint
+            that the policy came from, or legacy.
+        scanned: whether a T5X checkpoint is written with its layers stacked, for scalable T5; by default as it came, or where
+            each layer has positions of its own.
+        scan_axis: where T5X's scanned layers are stacked, read or written, 0 or 1; by default found, and written as they came,
+            or 1.
         optimizer: whether Adafactor's state is carried between T5X and clp too; `train` goes on from it where the policy is
             its initial checkpoint and Adafactor its optimizer.
         max_shard_gb: of one file of safetensors, in 10^9 bytes; 5 by default.
@@ -128,47 +136,32 @@ def convert(
         overrides=overrides,
         model=model,
         layout=layout,
-        scanned=scanned or None,
+        scanned=scanned,
+        scan_axis=scan_axis,
         optimizer=optimizer,
         max_shard_gb=max_shard_gb,
     )
     tokenizer = None if vocabulary is None else _given_tokenizer(Path(vocabulary).expanduser())
     readers: dict[str, Callable[[], Converted]] = {
         "hf": lambda: _read_hf(place, dtype, overrides),
-        "t5x": lambda: _read_t5x(place, dtype, step, overrides, model, optimizer),
+        "t5x": lambda: _read_t5x(place, dtype, step, overrides, model, optimizer, scan_axis),
         "clp": lambda: _read_clp(place, weights, alpha, optimizer),
     }
     console = Console(emoji=False, markup=False, highlight=False)
     found = _with_tokenizer(readers[kind](), tokenizer)
     console.print(f"{source}: {type(found.config).__name__}, {Policy(found.config).num_params():,} parameters.")
-    told = _told(found.config, scanned) if target_kind == "t5x" else ()
-    card = functools.partial(model_card, found.config, (*found.provenance, f"`clp convert {source} {target}`", *told))
-    if target_kind == "hf":
-        huggingface.write(
-            target_place,
-            found.config,
-            found.params,
-            origin=found.origin,
-            dtype=dtype,
-            max_shard_bytes=int((5.0 if max_shard_gb is None else max_shard_gb) * 1e9),
-            card=card(),
-        )
-    elif target_kind == "t5x":
-        t5x.write(
-            target_place,
-            found.config,
-            found.params,
-            step=found.step,
-            slots=found.slots,
-            layout=layout or "legacy",
-            scanned=scanned,
-            dtype=dtype,
-            card=card(library="t5x"),
-        )
-    else:
+    told: tuple[str, ...] = ()
+    if target_kind == "clp":
         _write_clp(target_place, found, dtype)
-    if target_kind != "clp" and found.tokenizer is not None:
-        _carry(found.tokenizer, target_place, found.config)
+    else:
+        line = f"`clp convert {source} {target}`"
+        if target_kind == "hf":
+            _write_hf(target_place, found, dtype, max_shard_gb, line)
+        else:
+            files = t5x.layout_of(found.config, found.origin, form=layout, scanned=scanned, scan_axis=scan_axis)
+            told = _write_t5x(target_place, found, dtype, files, line)
+        if found.tokenizer is not None:
+            _carry(found.tokenizer, target_place, found.config)
     console.print("\n".join(f"{target}: {line}" for line in ("written.", *told)), soft_wrap=True)
 
 
@@ -213,9 +206,16 @@ def _read_t5x(
     overrides: Mapping[str, Any] | None,
     model: ModelConfig | None,
     optimizer: bool,
+    scan_axis: int | None,
 ) -> Converted:
     found = t5x.open_checkpoint(
-        place, step=step, dtype=_own_dtype(dtype), overrides=overrides, model=model, optimizer=optimizer
+        place,
+        step=step,
+        dtype=_own_dtype(dtype),
+        overrides=overrides,
+        model=model,
+        scan_axis=scan_axis,
+        optimizer=optimizer,
     )
     if model is None:
         print(f"{place}: {t5x_settings.assumed(found.config, overrides or {})}")
@@ -274,12 +274,36 @@ def _mixed(conditioning: ParameterConditioning, params: Params, reference: Param
     return hold_arrays(unflatten({path: mixed[path] for path in expanded}))
 
 
-def _told(config: ModelConfig, scanned: bool) -> tuple[str, ...]:
-    """What a reader of the T5X directory must be told, if anything."""
-    if not isinstance(config, T5Config):
-        return ()
-    fields = t5x_settings.untold(config, t5x.SCAN_AXIS if scanned else None)
-    return (t5x_settings.told(fields),) if fields else ()
+def _write_hf(place: Path, found: Converted, dtype: str | None, max_shard_gb: float | None, line: str) -> None:
+    huggingface.write(
+        place,
+        found.config,
+        found.params,
+        origin=found.origin,
+        dtype=dtype,
+        max_shard_bytes=int((5.0 if max_shard_gb is None else max_shard_gb) * 1e9),
+        card=model_card(found.config, (*found.provenance, line)),
+    )
+
+
+def _write_t5x(place: Path, found: Converted, dtype: str | None, layout: t5x.Layout, line: str) -> tuple[str, ...]:
+    """Writes it, and gives what a reader of the directory must be told, if anything."""
+    told: tuple[str, ...] = ()
+    if isinstance(found.config, T5Config):
+        fields = t5x_settings.untold(found.config, layout.scan_axis)
+        told = (t5x_settings.told(fields),) if fields else ()
+    t5x.write(
+        place,
+        found.config,
+        found.params,
+        step=found.step,
+        slots=found.slots,
+        origin=found.origin,
+        layout=layout,
+        dtype=dtype,
+        card=model_card(found.config, (*found.provenance, line, *told), library="t5x"),
+    )
+    return told
 
 
 def _write_clp(place: Path, found: Converted, dtype: str | None) -> None:

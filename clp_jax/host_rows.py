@@ -80,7 +80,7 @@ class HostRows:
             return local[(slice(place, place + stop - start), *index[1:])]
 
         shape = (self.count * each, *local.shape[1:])
-        return jax.make_array_from_callback(shape, self._sharding, block)
+        return jax.make_array_from_callback(shape, self.sharding, block)
 
     def fetch(self, array: Any) -> np.ndarray:
         """This process's rows of a global array.
@@ -95,12 +95,13 @@ class HostRows:
             return np.asarray(array)
         blocks = {
             shard.index[0].indices(array.shape[0])[0]: shard.data
-            for shard in jax.device_put(array, self._sharding).addressable_shards
+            for shard in jax.device_put(array, self.sharding).addressable_shards
         }
         return np.concatenate([np.asarray(blocks[start]) for start in sorted(blocks)])
 
     @property
-    def _sharding(self) -> NamedSharding:
+    def sharding(self) -> NamedSharding:
+        """Of global arrays; where there is a mesh."""
         assert self.mesh is not None and self.spec is not None
         return NamedSharding(self.mesh, self.spec)
 
@@ -184,7 +185,8 @@ class _Held:
         assert index is not None
         wanted = _bounds(index, shape)
         box = wanted if wanted in self.boxes else next(iter(self.boxes))
-        return self.boxes[box][tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(wanted, box, strict=True))]
+        part: Any = (*(slice(a - low, b - low) for (a, b), (low, _) in zip(wanted, box, strict=True)), ...)
+        return self.boxes[box][part]  # With the dots a part of an array without axes is an array, too.
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -214,6 +216,6 @@ def meet(mesh: Mesh) -> Mesh:
 def _indices(rows: HostRows) -> np.ndarray:
     if rows.mesh is None:
         return np.arange(rows.count)
-    held = rows._sharding.addressable_devices_indices_map((rows.count,)).values()
+    held = rows.sharding.addressable_devices_indices_map((rows.count,)).values()
     starts = {index[0].indices(rows.count)[:2] for index in held if index is not None}
     return np.concatenate([np.arange(*block) for block in sorted(starts)])

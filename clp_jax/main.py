@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -46,7 +47,6 @@ LAUNCHING = {
 PACKAGE = "clp_jax"
 
 USER_ERROR = 2
-FAILURE = 1
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -73,20 +73,27 @@ def main(words: Sequence[str] | None = None) -> int:
         return USER_ERROR
     try:
         if command in LAUNCHING:
-            return _launch(command, rest)
+            code = _launch(command, rest)
+            sys.stdout.flush()
+            return code
         return processes.leave(_run(command, rest))
     except SystemExit as stop:
-        processes.leave(stop.code if isinstance(stop.code, int) else FAILURE)
+        processes.leave(stop.code if isinstance(stop.code, int) else processes.FAILURE)
         raise
+    except BrokenPipeError:
+        if command not in LAUNCHING:
+            raise
+        # Whoever read it has seen enough, as `head`; Python would flush what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         processes.await_verdict(error)
         message, code = _explain(error)
-        if message is None:
-            message, code = _in_code_of_the_user(error), USER_ERROR
+        code = processes.exit_code_of(error) or code
         if message is None or "--debug" in rest:
-            if processes.count() > 1:
+            if processes.count() > 1 or code == processes.RESTARTABLE:
                 traceback.print_exc()
-                return processes.leave(FAILURE, f"{type(error).__name__}: {error}")
+                return processes.leave(code, f"{type(error).__name__}: {error}")
             raise
         print(f"clp {command}: error: {message}", file=sys.stderr)
         return processes.leave(code, message)
@@ -217,8 +224,6 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     """One line for what a user can mend, and None for what only a programmer can."""
     if isinstance(error, ConfigError):
         return str(error), USER_ERROR
-    if isinstance(error, processes.ProcessError) and error.restartable:
-        return str(error), processes.RESTARTABLE
     # Gin adds where a call was configured, with addresses.
     text = re.sub(r"\n\s*In call to configurable .*", "", str(error))
     if isinstance(error, OSError):
@@ -230,16 +235,22 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
         }.get(error.errno or 0)
         where = f"{error.filename}: " if error.filename else ""
         if advice is not None:
-            return f"{where}{advice}.", FAILURE
+            return f"{where}{advice}.", processes.FAILURE
         if isinstance(error, FileNotFoundError) and error.filename:
             return f"{where}no such file or directory.", USER_ERROR
-        return text, USER_ERROR if _is_ours(error) else FAILURE
+        return text, USER_ERROR if _is_ours(error) else processes.FAILURE
     if isinstance(error, ValueError | RuntimeError) and _is_ours(error):
-        return text, USER_ERROR
-    return None, FAILURE
+        return text, processes.FAILURE if _is_of_a_full_disk(error) else USER_ERROR
+    in_their_code = _in_code_of_the_user(error)
+    return in_their_code, processes.FAILURE if in_their_code is None else USER_ERROR
 
 
-def _in_code_of_the_user(error: Exception) -> str | None:
+def _is_of_a_full_disk(error: BaseException | None) -> bool:
+    words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    return error is not None and (any(word in str(error) for word in words) or _is_of_a_full_disk(error.__cause__))
+
+
+def _in_code_of_the_user(error: BaseException) -> str | None:
     """What went wrong in a reward or a task next to the user's gin files, from there on; None elsewhere."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}"

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+# A failure of the machine or of the program, which somebody must mend.
+FAILURE = 1
 # EX_TEMPFAIL of sysexits.h: nothing is lost and the same command goes on. What a launcher should start again.
 RESTARTABLE = 75
 FLAGS = {
@@ -47,6 +49,18 @@ class ProcessError(RuntimeError):
     def __init__(self, message: str, restartable: bool = False):
         super().__init__(message)
         self.restartable = restartable
+        if restartable:
+            set_exit_code(self, RESTARTABLE)
+
+
+def set_exit_code(error: BaseException, code: int) -> None:
+    """Says what a process ends with that this error ends."""
+    error.exit_code = code  # type: ignore[attr-defined]
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """What was said of this error, or of its kind; None where its kind is all there is to go by."""
+    return getattr(error, "exit_code", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +109,7 @@ def start(found: Processes) -> None:
     """
     heartbeat = _seconds(HEARTBEAT_VARIABLE, HEARTBEAT_SECONDS)
     timeout = _seconds(STARTUP_VARIABLE, STARTUP_SECONDS)
+    end = time.monotonic() + timeout
     bind = None
     if found.coordinator_address is not None:
         _reach(found, timeout)
@@ -102,6 +117,14 @@ def start(found: Processes) -> None:
         bind = found.coordinator_address if _is_loopback(found.coordinator_address) else None
     import jax
 
+    many = "the" if found.num_processes is None else f"all {found.num_processes}"
+    apart = f"not {many} processes of this run came together within {timeout} s"
+    mend = f"Start every one of them, and with the same {found.source}."
+    # JAX ends a process that waited in vain with its own words, and SIGABRT.
+    who = "" if found.process_id is None else f"process {found.process_id}: "
+    patience = threading.Timer(max(end - time.monotonic(), 1.0), _end_at_once, (f"{who}{apart}. {mend}",))
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(
             found.coordinator_address,
@@ -109,19 +132,16 @@ def start(found: Processes) -> None:
             found.process_id,
             local_device_ids=found.local_device,
             cluster_detection_method=None if found.num_processes is None else "deactivate",
-            initialization_timeout=timeout,
+            initialization_timeout=timeout + 60,
             # JAX ends a process with its own words; the monitor, which says which was lost, comes first.
             heartbeat_timeout_seconds=3 * heartbeat,
             shutdown_timeout_seconds=timeout,
             coordinator_bind_address=bind,
         )
     except (RuntimeError, ValueError) as error:
-        many = "the" if found.num_processes is None else f"all {found.num_processes}"
-        raise ProcessError(
-            f"not {many} processes of this run came together within {timeout} s "
-            f"({str(error).strip().splitlines()[0]}). Start every one of them, and with the same {found.source}.",
-            restartable=True,
-        ) from error
+        raise ProcessError(f"{apart} ({str(error).strip().splitlines()[0]}). {mend}", restartable=True) from error
+    finally:
+        patience.cancel()
     state = _state()
     if state is not None and state.num_processes > 1:
         global _monitor
@@ -186,22 +206,43 @@ def wait_for_all(name: str) -> None:
         state.client.wait_at_barrier(f"clp/{name}/{next(_decisions)}", _DAY_IN_MS)
 
 
-def asked_to_stop(step: int) -> bool:
-    """Whether all processes stop after this step, because one of them got SIGTERM or JAX a notice of preemption.
+_asks = itertools.count(1)  # JAX takes a process that has not asked for one at 0.
 
-    It looks at a number that a thread of JAX keeps: nothing is sent until there is a notice. Then all agree on one step
-    that none of them has passed. Ask once before every step, with its number.
+
+def asked_to_stop() -> bool:
+    """Whether all processes stop here, because one of them got SIGTERM or JAX a notice of preemption; true once.
+
+    It looks at a number that a thread of JAX keeps: nothing is sent until there is a notice. Then all agree on a question
+    that none of them has asked yet. All must ask equally often.
     """
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(next(_asks))
+
+
+def wait_for_last_words(seconds: float) -> None:
+    """Says that this process has told all it knows and ends; waits, so many seconds at most, until the others say the same.
+
+    The coordinator goes a little later: its end is the end of those that still talk.
+    """
+    state = _state()
+    if state is None:
+        return
+    sys.stderr.flush()
+    end = time.monotonic() + seconds
+    with contextlib.suppress(Exception):  # The coordinator is gone.
+        state.client.key_value_set(f"{_LAST_WORDS}/{state.process_id}", "said")
+        while time.monotonic() < end and len(state.client.key_value_dir_get(_LAST_WORDS)) < state.num_processes:
+            time.sleep(0.2)
+        if state.process_id == 0:
+            time.sleep(2)
 
 
 def leave(code: int, reason: str = "") -> int:
     """Leaves the run in good order, or at once: the last thing a process does.
 
     Args:
-        code: this process's exit code; 0 and `RESTARTABLE` wait for the others, other codes end all of them.
+        code: this process's exit code; 0, and `RESTARTABLE` without a reason, wait for the others; all else ends them.
         reason: what happened, for the others to tell.
 
     Returns:
@@ -212,7 +253,7 @@ def leave(code: int, reason: str = "") -> int:
         return code
     sys.stdout.flush()
     sys.stderr.flush()
-    orderly = code in (0, RESTARTABLE)
+    orderly = code == 0 or (code == RESTARTABLE and not reason)
     try:
         if not orderly:
             end = {"process": state.process_id, "code": code, "reason": reason or f"it ended with code {code}"}
@@ -243,7 +284,7 @@ def await_verdict(error: BaseException) -> None:
 _PEER_LOST = re.compile(
     r"gloo|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|barrier", re.IGNORECASE
 )
-_ALIVE, _END = "clp/alive", "clp/end"
+_ALIVE, _END, _LAST_WORDS = "clp/alive", "clp/end", "clp/last_words"
 
 
 class _Monitor(threading.Thread):
@@ -305,9 +346,13 @@ class _Monitor(threading.Thread):
 
     def _end(self, code: int, reason: str) -> None:
         ask = " The same command goes on from the last checkpoint." if code == RESTARTABLE else ""
-        sys.stdout.flush()
-        print(f"{_who(self._state)}: {reason}.{ask}", file=sys.stderr, flush=True)
-        os._exit(code)
+        _end_at_once(f"{_who(self._state)}: {reason}.{ask}", code)
+
+
+def _end_at_once(message: str, code: int = RESTARTABLE) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 _monitor: _Monitor | None = None
@@ -350,27 +395,30 @@ def _explicit(given: Mapping[str, str | None]) -> Processes | None:
 
 def _slurm(environment: Mapping[str, str]) -> Processes | None:
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
-    if any(name not in environment for name in names) or int(environment["SLURM_STEP_NUM_TASKS"]) < 2:
+    if any(name not in environment for name in names) or _whole(environment, "SLURM_STEP_NUM_TASKS", 1) < 2:
         return None
-    job, nodes, many, which, local = (environment[name] for name in names)
+    nodes, many = environment["SLURM_STEP_NODELIST"], _whole(environment, "SLURM_STEP_NUM_TASKS", 1)
+    job, local = (_whole(environment, name) for name in ("SLURM_JOB_ID", "SLURM_LOCALID"))
+    which = _whole(environment, "SLURM_PROCID", 0, many - 1)
     match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
     if match is None:
         raise ProcessError(f"SLURM_STEP_NODELIST is {nodes!r}: its first host can't be read.")
-    port = 61440 + int(job) % 4096  # The same in all processes of a job, another for the next job on the node.
+    port = 61440 + job % 4096  # The same in all processes of a job, another for the next job on the node.
     # "1(x4)" is one task on each of four nodes, which has all of its node's devices.
     several = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")) is None
     address = f"{match[1]}{match[2] or ''}:{port}"
-    return Processes(address, int(many), int(which), int(local) if several else None, "SLURM step")
+    return Processes(address, many, which, local if several else None, "SLURM step")
 
 
 def _gke(environment: Mapping[str, str]) -> Processes | None:
     hosts = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    slices, place = (int(environment.get(name) or 0) for name in ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"))
-    many = len(hosts) * max(slices, 1)
+    slices = max(_whole(environment, "MEGASCALE_NUM_SLICES"), 1)
+    place = _whole(environment, "MEGASCALE_SLICE_ID", 0, slices - 1)
+    many = len(hosts) * slices
     if many < 2 or "TPU_WORKER_ID" not in environment:
         return None
     first = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
-    which = place * len(hosts) + int(environment["TPU_WORKER_ID"])
+    which = place * len(hosts) + _whole(environment, "TPU_WORKER_ID", 0, len(hosts) - 1)
     return Processes(f"{first.split(':')[0]}:{_TPU_PORT}", many, which, source="TPU_WORKER_HOSTNAMES")
 
 
@@ -418,4 +466,16 @@ def _seconds(variable: str, default: int) -> int:
     text = os.environ.get(variable, str(default))
     if not text.isdecimal() or int(text) < 1:
         raise ProcessError(f"{variable} is {text!r}: expected a whole number of seconds, at least 1.")
+    return int(text)
+
+
+def _whole(environment: Mapping[str, str], variable: str, least: int = 0, most: int | None = None) -> int:
+    """A number that a launcher has set; nothing, or an empty text, is the least."""
+    text = environment.get(variable) or str(least)
+    if not (text.isdecimal() and least <= int(text) and (most is None or int(text) <= most)):
+        span = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ProcessError(
+            f"{variable} is {text!r}: expected a whole number, {span}. It is set by what starts the processes; "
+            f"{', '.join('--' + name for name in FLAGS)} say the same outright."
+        )
     return int(text)

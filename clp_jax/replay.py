@@ -13,10 +13,11 @@ from clp_jax.host_rows import meet
 from clp_jax.partitioning import Rules, make_mesh, use_mesh
 from clp_jax.train import fresh_state
 from clp_jax.training.checkpoint_manifest import DamagedError
-from clp_jax.training.checkpoint_steps import complete_steps
+from clp_jax.training.checkpoint_steps import complete_steps, metrics_of
 from clp_jax.training.checkpoints import restore_state
 from clp_jax.training.learner import Learner, learner_settings
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
+from clp_jax.training.places import as_path
 from clp_jax.training.run_directory import RunDirectory, find_run_directory
 from clp_jax.training.skipped import NON_FINITE_FILE
 from clp_jax.training.stage import StageSetup
@@ -35,21 +36,26 @@ def replay(run_dir: str, *, step: int, training: Callable[..., Mapping[str, Any]
 
     Args:
         run_dir: of the run; its own configuration is taken where no gin file is given.
-        step: to make again; one that the run wrote a line of metrics for.
+        step: to make again; where the run wrote no metrics of it, up to the next one with metrics, where all are compared.
         training: what `clp train` was given: its gin files and bindings.
 
     Returns:
-        For each step that was made again and has a line of metrics, the names of what was compared.
+        For each step that was made again and has metrics, the names of what was compared.
 
     Raises:
         ReplayError: naming the first step that differs, and all that differs in it.
     """
     directory, arguments = find_run_directory(run_dir), training()
     recorded = _recorded(directory)
-    if step not in recorded:
+    last = min((other for other in recorded if other >= step), default=None)
+    if step < 1 or last is None:
         near = sorted(recorded, key=lambda other: (abs(other - step), other))[:5]
         those = f"it has steps {', '.join(map(str, sorted(near)))} near it" if near else "it has none"
-        raise ReplayError(f"{directory} has no metrics of step {step} to compare with: {those}.")
+        raise ReplayError(f"{directory} has no metrics of step {step}, or of a later one, to compare with: {those}.")
+    if last != step:
+        _say(
+            f"the run wrote no metrics of step {step}: it goes on to step {last}, the next with metrics, and compares there"
+        )
     mesh = arguments.get("mesh")
     mesh = meet(make_mesh() if mesh is None else mesh)
     seed = arguments.get("seed", 0)
@@ -59,8 +65,9 @@ def replay(run_dir: str, *, step: int, training: Callable[..., Mapping[str, Any]
     state = _state_before(step, directory, learner, setup, seed)
     compared: dict[int, list[str]] = {}
     frozen = learner.place_frozen(setup.frozen)
+    _say(f"steps {int(state.step) + 1} to {last} are made again")
     with learner.activate():
-        for number in range(int(state.step) + 1, step + 1):
+        for number in range(int(state.step) + 1, last + 1):
             batch, values = setup.source.next(state, frozen)
             state, metrics = learner.update(state, frozen, batch)
             if number in recorded:
@@ -89,10 +96,12 @@ def _plain(value: Any) -> float | int | None:
 
 
 def _recorded(directory: RunDirectory) -> dict[int, dict[str, Any]]:
-    """Numbers by step: of the metrics, and of the steps that ended the run."""
+    """Numbers by step: of the metrics, of the checkpoints, and of the steps that ended the run."""
     path = directory.path / NON_FINITE_FILE
     rows = json.loads(path.read_text())["steps"] if path.is_file() else []
-    return {int(row["step"]): row for row in [*rows, *read_metrics(directory.metrics)]}
+    saved = metrics_of(as_path(directory.checkpoints), complete_steps(directory.checkpoints))
+    found = {step: metrics for step, metrics in saved.items() if metrics}
+    return found | {int(row["step"]): row for row in [*rows, *read_metrics(directory.metrics)]}
 
 
 def _state_before(step: int, directory: RunDirectory, learner: Learner, setup: StageSetup, seed: int) -> TrainState:

@@ -10,19 +10,17 @@ import numpy as np
 from rich.console import Console
 
 from clp_jax.models.conditioning import check_alpha
-from clp_jax.models.config import ModelConfig, PaLMConfig
 from clp_jax.preferences import Preference, validate_weights
-from clp_jax.sampling.beam_policies import PowerPenalty
 from clp_jax.sampling.beam_search import BeamConfig
+from clp_jax.sampling.decoding import Decoding
 from clp_jax.sampling.generate import SamplingConfig
-from clp_jax.sampling.history import Before
 from clp_jax.sampling.json_lines import Limits, Skipped, answers, check_prompt, read_lines
-from clp_jax.sampling.processors import LogitProcessor, MinLength, NoRepeatNGram, RepetitionPenalty
 from clp_jax.sampling.session import Server, ServingConfig
-from clp_jax.sampling.stop_strings import Texts, shown_length
+from clp_jax.sampling.stop_strings import shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
 from clp_jax.sampling.text import Completion, prompt_tokens
-from clp_jax.training.policies import LoadedPolicy, load_policy
+from clp_jax.training.partners import LoadedEnsemble, Partners
+from clp_jax.training.policies import load_policy
 
 _HELP = """\
 Every line is a prompt. Commands:
@@ -33,23 +31,21 @@ Every line is a prompt. Commands:
   /help              this text
   /quit              the end (so is the end of the input)"""
 
-STRATEGIES = ("sample", "greedy", "beam", "best_of_n")
-
 
 class Session:
     """A loaded policy and the settings that lines of a terminal may change.
 
     Args:
-        loaded: the policy.
+        ensemble: the policy, and who decodes along.
         config: how prompts are served.
         seed: of the samples; counts up with every prompt.
     """
 
-    def __init__(self, loaded: LoadedPolicy, config: ServingConfig, seed: int):
-        self.loaded, self.config, self.seed = loaded, config, seed
-        count = max(1, len(loaded.objectives))
+    def __init__(self, ensemble: LoadedEnsemble, config: ServingConfig, seed: int):
+        self.loaded, self.config, self.seed = ensemble.members[0], config, seed
+        count = max(1, len(self.loaded.objectives))
         self.weights, self.alpha = np.full(count, 1 / count, np.float32), 0.0
-        self._steerable = loaded.steerable()
+        self._ensemble = ensemble
         self._servers: dict[ServingConfig, Server] = {}
         self._stream: _Stream | None = None
 
@@ -94,10 +90,10 @@ class Session:
         """The number and the completions of every prompt, given as token ids and a seed, as soon as they are there."""
         if self.config not in self._servers:
             loaded = self.loaded
-            server = Server(loaded.served, loaded.conditioning, loaded.vocabulary, self.config, self._show)
+            server = Server(self._ensemble.shape, loaded.conditioning, loaded.vocabulary, self.config, self._show)
             self._servers[self.config] = server
         preference = Preference.of(self.weights, self.alpha)
-        yield from self._servers[self.config].complete(self._steerable.at(preference), preference, prompts)
+        yield from self._servers[self.config].complete(self._ensemble.at(preference), preference, prompts)
 
     def answer(self, prompt: str, console: Console) -> None:
         """Prints the completions of a prompt; a single sample as it is written, where somebody looks on."""
@@ -180,25 +176,15 @@ def sample(
     *,
     checkpoint: str,
     prompt: str | None = None,
-    weights: Sequence[float] | None = None,
-    alpha: float = 0.05,
-    strategy: str = "sample",
-    num_samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram: int = 0,
-    min_tokens: int = 0,
-    num_beams: int | None = None,
-    length_penalty: float | None = None,
-    stop: Texts = (),
-    max_tokens: int | None = None,
-    max_prompt: int | None = None,
-    seed: int = 0,
     input: str | None = None,  # noqa: A002 - it is the name of a flag.
     output: str | None = None,
+    weights: Sequence[float] | None = None,
+    alpha: float = 0.05,
+    seed: int = 0,
+    decoding: Decoding = Decoding(),
+    partners: Partners = Partners(),
+    max_prompt: int | None = None,
+    batch_size: int | None = None,
     int8: bool = False,
 ) -> None:
     """Prints completions of a prompt at given reward weights; without a prompt, reads lines and steers between them.
@@ -211,30 +197,18 @@ def sample(
     Args:
         checkpoint: run directory of a policy, or ``RUN/checkpoints/STEP``.
         prompt: the document; without it, lines are read from the terminal or from a pipe.
+        input: JSON lines with ``inputs``, instead of a prompt.
+        output: JSON lines with the completions of every line of `input`, in order.
         weights: one for each reward, summing to one; equal by default.
         alpha: KL weight, for policies conditioned on it.
-        strategy: ``sample``, ``greedy``, ``beam`` (search) or ``best_of_n`` (the most probable of `num_samples` samples).
-        num_samples: completions of each prompt; for ``best_of_n`` those that are compared.
-        temperature: of the samples; 0 is greedy.
-        top_k: keeps the k most probable tokens; 0 keeps all.
-        top_p: keeps the most probable tokens that reach this probability; 1 keeps all.
-        min_p: keeps tokens at least this fraction as probable as the most probable one; 0 keeps all.
-        repetition_penalty: divides the odds of tokens that were written already (CTRL), those of the prompt included where
-            a policy has no encoder; 1 changes nothing.
-        no_repeat_ngram: no sequence of as many tokens is written twice, nor out of a prompt where a policy has no encoder; 0
-            allows all.
-        min_tokens: of a completion before its end.
-        num_beams: of a beam search, at least `num_samples`; 4 by default.
-        length_penalty: a beam's log-probability is divided by its length to this power; 1 by default.
-        stop: texts that end a completion, and are left out of it; each is taken as it is typed, and the flag may be
-            repeated. A list in JSON gives several at once, and its escapes are read.
-        max_tokens: of a completion; by default that of training with rewards, 64 for any other policy.
+        seed: of the samples.
+        decoding: how completions are written.
+        partners: other policies that decode along.
         max_prompt: tokens of a prompt at most, by default as many as in training, or 65,536 for a converted policy. A longer
             text of an encoder-decoder is cut before its end of sequence, with a warning; longer prompts of decoders and
             longer lists are errors.
-        seed: of the samples.
-        input: JSON lines with ``inputs``, instead of a prompt.
-        output: JSON lines with the completions of every line of `input`, in order.
+        batch_size: lines of `input` that are completed at once, 32 by default; samples take no more room than there are
+            lines. Fewer beams cost as much, so that those of a line do not depend on how many lines there are.
         int8: keeps keys and values in eight bits, which halves the memory of long prompts.
 
     Raises:
@@ -242,29 +216,31 @@ def sample(
             exclude each other.
         SystemExit: with 1 when all is done, where lines were left out.
     """
-    _check(num_samples, max_tokens, max_prompt, no_repeat_ngram, min_tokens, stop, seed)
+    for name, number in (("max_prompt", max_prompt), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}: expected at least 1.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
     if input is not None and prompt is not None:
         raise ValueError("sample: a prompt and an input were given: expected one of them.")
-    if output is not None and input is None:
-        raise ValueError("sample: output is written for the lines of an input: give one, or redirect what is printed.")
-    is_search = num_beams is not None or length_penalty is not None
-    chosen = _strategy(strategy, temperature, Sampling(temperature or 1.0, top_k, top_p, min_p), is_search)
+    if input is None and (output is not None or batch_size is not None):
+        given = "output is written" if output is not None else "batch_size is"
+        raise ValueError(f"sample: {given} for the lines of an input: give one, or leave it out.")
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
-    loaded = load_policy(checkpoint)
-    processors = _processors(repetition_penalty, no_repeat_ngram, min_tokens, loaded.policy.config)
-    length = max_tokens or loaded.max_length or 64
-    generation = _generation(chosen, length, num_samples, num_beams, length_penalty, processors)
+    ensemble = partners.load(load_policy(checkpoint))
+    loaded = ensemble.members[0]
+    generation = decoding.config(loaded.max_length or 64, loaded.policy.config, loaded.vocabulary)
     config = ServingConfig(
         generation=generation,
-        num_samples=1 if chosen is None else num_samples,
-        best=strategy == "best_of_n",
-        stop=tuple(stop),
+        num_samples=1 if isinstance(generation, BeamConfig) else decoding.num_samples,
+        best=decoding.strategy == "best_of_n",
+        stop=tuple(decoding.stop),
         max_prompt=max_prompt or loaded.prompt_length,
-        slots=32 if input is not None else 1,
+        slots=1 if input is None else batch_size or 32,
         int8=int8,
     )
-    session = Session(loaded, config, seed)
+    session = Session(ensemble, config, seed)
     if weights is not None:
         session.set_weights(weights)
     session.set_alpha(alpha)
@@ -275,81 +251,6 @@ def sample(
     else:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr] # A bad line must not end it all.
         talk(session, sys.stdin, Console())
-
-
-def _check(
-    num_samples: int,
-    max_tokens: int | None,
-    max_prompt: int | None,
-    no_repeat_ngram: int,
-    min_tokens: int,
-    stop: Texts,
-    seed: int,
-) -> None:
-    for name, number in (("num_samples", num_samples), ("max_tokens", max_tokens), ("max_prompt", max_prompt)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} is {number}: expected at least 1.")
-    if not 0 <= min_tokens <= (max_tokens or min_tokens):
-        raise ValueError(f"min_tokens is {min_tokens}: expected 0 to max_tokens, {max_tokens}.")
-    if no_repeat_ngram < 0:
-        raise ValueError(f"no_repeat_ngram is {no_repeat_ngram}: expected 0, which allows all, or more.")
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop is {stop!r}: expected texts of one character at least; an empty one is everywhere.")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
-
-
-def _generation(
-    chosen: Sampling | Greedy | None,
-    length: int,
-    num_samples: int,
-    num_beams: int | None,
-    length_penalty: float | None,
-    processors: tuple[LogitProcessor, ...],
-) -> SamplingConfig | BeamConfig:
-    """How completions are written: by a search where no way to choose tokens is given."""
-    if chosen is not None:
-        return SamplingConfig(length, chosen, processors=processors)
-    beams = 4 if num_beams is None else num_beams
-    if beams < num_samples:
-        raise ValueError(f"num_beams is {beams}: expected at least num_samples, {num_samples}.")
-    penalty = PowerPenalty(1.0 if length_penalty is None else length_penalty)
-    return BeamConfig(length, beams, num_samples, length_penalty=penalty, processors=processors)
-
-
-def _strategy(name: str, temperature: float, sampling: Sampling, is_search: bool) -> Sampling | Greedy | None:
-    """How tokens are chosen; None for a search.
-
-    Raises:
-        ValueError: for an unknown strategy, or one that has no use for what was given.
-    """
-    if name not in STRATEGIES:
-        raise ValueError(f"strategy is {name!r}: expected one of {', '.join(STRATEGIES)}.")
-    if is_search and name != "beam":
-        raise ValueError(f"sample: num_beams and length_penalty do nothing with strategy={name}: leave them out.")
-    filtered = (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0)
-    if temperature == 0 and filtered:
-        raise ValueError("sample: top_k and top_p do nothing at temperature 0, which is greedy: leave them out.")
-    if name in ("greedy", "beam") and (filtered or temperature not in (0, 1)):
-        raise ValueError(
-            f"sample: temperature, top_k, top_p and min_p do nothing with strategy={name}: leave them out."
-        )
-    if name == "beam":
-        return None
-    return Greedy() if name == "greedy" or temperature == 0 else sampling
-
-
-def _processors(
-    repetition_penalty: float, no_repeat_ngram: int, min_tokens: int, model: ModelConfig
-) -> tuple[LogitProcessor, ...]:
-    """What changes logits; as in transformers, what the decoder reads has occurred: the prompt, or the start token."""
-    before: Before = "prompt" if isinstance(model, PaLMConfig) else "start"
-    asked = (
-        (repetition_penalty != 1, lambda: RepetitionPenalty(repetition_penalty, before)),
-        (no_repeat_ngram > 0, lambda: NoRepeatNGram(no_repeat_ngram, before)),
-        (min_tokens > 0, lambda: MinLength(min_tokens)),
-    )
-    return tuple(make() for wanted, make in asked if wanted)
 
 
 def talk(session: Session, lines: Any, console: Console) -> None:
@@ -429,6 +330,8 @@ def _complete_file(session: Session, source: Path, target: str | None) -> None:
         (line.inputs, (session.seed * 1_000_003 + line.number) % 2**32 if line.seed is None else line.seed)
         for line in lines
     ]
+    if isinstance(session.config.generation, SamplingConfig):
+        session.config = dataclasses.replace(session.config, slots=min(session.config.slots, len(lines)))
     with answers(target, skipped) as out:
         out.expect(lines)
         for number, completions in session.complete(prompts):

@@ -17,11 +17,12 @@ from clp_jax.partitioning import Rules, make_mesh, use_mesh
 from clp_jax.training.adafactor_slots import take_over
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import Checkpoints
+from clp_jax.training.failures import Failures
 from clp_jax.training.guards import Guards
 from clp_jax.training.learner import Learner
 from clp_jax.training.ledger import RESTORE, Ledger, carried, read_records, spending
 from clp_jax.training.loop import Cadence, Reports, TrainLoop
-from clp_jax.training.metrics import MetricWriter, Scalars, read_metrics
+from clp_jax.training.metrics import MetricWriter, Scalars, owed_metrics, read_metrics
 from clp_jax.training.optimizers import OptimizerConfig
 from clp_jax.training.profiling import Profile
 from clp_jax.training.progress import Progress
@@ -74,8 +75,8 @@ def train(
 ) -> TrainResult:
     """Trains a stage, or goes on where an earlier call in the same run directory was.
 
-    A resumed run is the uninterrupted one, bit for bit. A complete run returns at once. SIGTERM and Ctrl-C save first.
-    Several processes call it together, each with a part of the mesh, in one run directory that all of them see, or in a store.
+    A resumed run is the uninterrupted one, bit for bit; on another mesh, to rounding. A complete run returns at once.
+    SIGTERM and Ctrl-C save first. Several processes call it together, in a run directory that all see, or in a store.
 
     Args:
         run_dir: where everything goes, also ``gs://`` and ``s3://``; see `clp_jax.training.run_directory`.
@@ -109,27 +110,25 @@ def train(
     """
     retention = Retention(keep_checkpoints, keep_every, keep_best)
     cadence = Cadence(num_steps, log_every, evaluate_every, checkpoint_every, replica_check_every)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
+    _check_seed(seed)
     with contextlib.ExitStack() as stack:
-        ledger = stack.enter_context(Ledger())
-        directory, done, described = _enter(run_dir, config_text, stack)
-        if done >= num_steps and described:
-            _say(f"{directory} is complete: {done} steps of {num_steps}; more need a higher num_steps.")
-            return _result(directory, done)
-        profile = Profile(directory.path, profile_steps)
-        stop = stack.enter_context(StopSignal())
+        ledger, stop = stack.enter_context(Ledger()), stack.enter_context(StopSignal())
+        stack.enter_context(Failures(stop))
         watchdog = stack.enter_context(Watchdog(watchdog_seconds))
+        directory, done, is_whole = _enter(run_dir, config_text, stack)
+        if done >= num_steps and is_whole:
+            return _complete(directory, done, num_steps)
+        profile = Profile(directory.path, profile_steps)
         mesh = meet(make_mesh() if mesh is None else mesh)
-        setup = _set_up(stage, directory, seed, mesh, rules)
+        setup = _set_up(stage, directory, seed, mesh, rules, watchdog)
         learner = Learner.for_stage(
             setup, optimizer, mesh=mesh, rules=rules, accumulation=accumulation, ema_decay=ema_decay, guards=guards
         )
         description = _describe(directory, setup, config_text)
         stack.callback(_close, ledger, directory)
         checkpoints = stack.enter_context(Checkpoints(directory.checkpoints, retention, directory.put))
-        state = _first_state(checkpoints, learner, setup, seed)
-        start, name = _carry(ledger, directory, state), str(description["stage"])
+        state = _first_state(checkpoints, learner, setup, seed, watchdog)
+        (start, owed), name = _carry(ledger, directory, state), str(description["stage"])
         also = _wandb(wandb_project, directory, config_text)
         writer, progress = _writers(stack, directory, setup, name, start, num_steps, also)
         loop = TrainLoop(
@@ -146,12 +145,17 @@ def train(
             watchdog=watchdog,
         )
         with learner.activate():  # Rollouts and evaluations follow the mesh, too.
-            state = loop.run(state)
-    return _end(name, directory, int(state.step), num_steps, stop)
+            state = loop.run(state, owed)
+    return _end(name, directory, int(state.step), num_steps, None if loop.is_complete else stop)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: expected a whole number in [0, 2**32).")
 
 
 def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitStack) -> tuple[RunDirectory, int, bool]:
-    """The run directory, locked, its last step, and whether it says what it is: process 0 enters it for all."""
+    """The run directory, locked, its last step, and whether nothing is missing up to there: process 0 enters it for all."""
 
     entered: list[RunDirectory] = []
 
@@ -159,13 +163,14 @@ def _enter(run_dir: str | os.PathLike, config_text: str, stack: contextlib.ExitS
         directory = open_run_directory(run_dir, config_text)
         stack.enter_context(directory.lock())
         entered.append(directory)
-        return [str(directory), directory.latest_step() or 0, directory.description() is not None]
+        done = directory.latest_step() or 0
+        return [str(directory), done, directory.description() is not None and owed_metrics(directory, done) is None]
 
-    path, done, described = processes.decide("run directory", enter)
+    path, done, is_whole = processes.decide("run directory", enter)
     if not entered:
         entered.append(find_run_directory(path))
         stack.callback(entered[0].put)  # What it wrote itself: traces.
-    return entered[0], done, described
+    return entered[0], done, is_whole
 
 
 def _writers(
@@ -186,27 +191,35 @@ def _writers(
     return writer, progress
 
 
-def _set_up(stage: Stage, directory: RunDirectory, seed: int, mesh: Mesh, rules: Rules) -> StageSetup:
+def _set_up(
+    stage: Stage, directory: RunDirectory, seed: int, mesh: Mesh, rules: Rules, watchdog: Watchdog
+) -> StageSetup:
     """The stage; what it reads of other runs' checkpoints goes to where the mesh has it."""
     with use_mesh(mesh, rules):
-        return stage.setup(directory.path, seed)
+        setup = stage.setup(directory.path, seed)
+    watchdog.progress()
+    return setup
 
 
-def _first_state(checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int) -> TrainState:
+def _first_state(
+    checkpoints: Checkpoints, learner: Learner, setup: StageSetup, seed: int, watchdog: Watchdog
+) -> TrainState:
     """The newest intact checkpoint's, or a new one."""
     if checkpoints.latest_step() is None:
-        return fresh_state(learner, setup, seed)
-    with spending(RESTORE):
-        state, position = checkpoints.restore(learner.abstract_state(setup.params))
-        setup.source.restore(position)
+        state = fresh_state(learner, setup, seed)
+    else:
+        with spending(RESTORE):
+            state, position = checkpoints.restore(learner.abstract_state(setup.params))
+            setup.source.restore(position)
+    watchdog.progress()
     return state
 
 
-def _carry(ledger: Ledger, directory: RunDirectory, state: TrainState) -> int:
-    """Adds what earlier processes of the run spent, as far as they got; returns the step that it goes on from."""
+def _carry(ledger: Ledger, directory: RunDirectory, state: TrainState) -> tuple[int, dict[str, float] | None]:
+    """Adds what earlier processes spent, as far as they got; returns the step the run goes on from, and what it owes."""
     start = int(state.step)
     ledger.carry(*carried(read_records(directory.ledger), read_metrics(directory.metrics), start), start)
-    return start
+    return start, processes.decide("owed", lambda: owed_metrics(directory, start))
 
 
 def _peak(mesh: Mesh) -> float | None:
@@ -238,11 +251,16 @@ def _close(ledger: Ledger, directory: RunDirectory) -> None:
         _say(ledger.summary())
 
 
-def _end(name: str, directory: RunDirectory, step: int, num_steps: int, stop: StopSignal) -> TrainResult:
-    if step < num_steps and stop.received is not None:
+def _end(name: str, directory: RunDirectory, step: int, num_steps: int, stop: StopSignal | None) -> TrainResult:
+    if stop is not None and stop.received is not None:
         _say(f"stopped by {stop.received.name} after step {step} of {num_steps}. Run the same command again to go on.")
         raise SystemExit(stop.exit_code)
     return _say_held_out(name, _result(directory, step))
+
+
+def _complete(directory: RunDirectory, step: int, num_steps: int) -> TrainResult:
+    _say(f"{directory} is complete: {step} steps of {num_steps}; more need a higher num_steps.")
+    return _result(directory, step)
 
 
 def _say_held_out(name: str, result: TrainResult) -> TrainResult:
@@ -259,12 +277,22 @@ def _describe(directory: RunDirectory, setup: StageSetup, config_text: str) -> d
 
     def write() -> None:
         directory.write_description(description)
-        directory.write_config(config_text)
+        _say_layout(directory.write_config(config_text))
         if setup.vocabulary is not None:
             setup.vocabulary.save(directory.path)
 
     processes.decide("description", write)
     return description
+
+
+def _say_layout(changed: Sequence[str]) -> None:
+    if changed:
+        _say(
+            "going on in another layout (old -> new):\n"
+            + "".join(f"  {line}\n" for line in changed)
+            + "From here on the numbers are those of the old layout but for rounding, not to the bit. Other micro-batches draw "
+            "other dropout, and take the losses of routers over other rows."
+        )
 
 
 def _result(directory: RunDirectory, step: int) -> TrainResult:

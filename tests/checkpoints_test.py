@@ -98,6 +98,17 @@ def test_gc_says_what_it_would_remove_and_removes_just_that(run, capsys):
     assert "nothing to remove" in capsys.readouterr().out
 
 
+def test_gc_removes_nothing_where_no_step_has_the_metric(run, capsys):
+    words = ["checkpoints", "gc", str(run), "--keep_checkpoints=1"]
+    assert main([*words, "--keep_best=evaluaton/loss"]) == 2
+    said = capsys.readouterr()
+    assert (
+        "keep_best asks for the metric 'evaluaton/loss' (did you mean 'evaluation/loss'?), which no checkpoint has: 2, 4, "
+        "6, 8 have evaluation/loss, x. Nothing was removed." in said.err
+    )
+    assert not said.out and steps(run) == ["2", "4", "6", "8"]
+
+
 def test_gc_keeps_intact_steps_in_the_place_of_damaged_ones(run, capsys):
     (run / "checkpoints" / "8" / "run.json").write_text("{}")
     (run / "checkpoints" / "3.damaged").mkdir()

@@ -78,6 +78,31 @@ def test_a_search_in_which_nothing_fits_ends_with_1_and_its_report(tmp_path):
     assert only["report"]["programs"][0]["memory"]["needed"] > only["report"]["programs"][0]["memory"]["limit"]
 
 
+def test_what_the_compiler_refuses_is_one_line_and_one_trial(tmp_path):
+    pytest.importorskip("libtpu", reason="compiles for TPUs with the extra `aot`")
+    done = clp_compile(tmp_path, "--gin.BATCH_SIZE=8", "--options=nonsense=1", "--search", "--output=report.json",
+                       "--layouts=sharding/fsdp.gin", "--remats=none,full", "--batches=8")  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "clp compile: error: nothing could be compiled: the compiler refuses the program update: " in done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [(trial["remat"], "nonsense" in trial["refused"]) for trial in found["tried"]] == [
+        ("none", True),
+        ("full", True),
+    ]
+
+
+@pytest.mark.parametrize("words", [(), ("--search",)])
+def test_a_report_that_can_not_be_written_is_said_first(tmp_path, words, capsys):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    given = ["compile", *[f"--gin_file={name}" for name in FILES], *BINDINGS, "--topology=v5e:2x2", *words]
+    for output in ("file/report.json", "folder"):
+        assert main([*given, f"--output={tmp_path / output}"]) == 2
+        said = capsys.readouterr()
+        assert f"clp compile: error: the report can't be written to {tmp_path / output}: " in said.err and not said.out
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,12 +1,17 @@
 """How processes find each other: flags, variables, SLURM, GKE; and what is said where they can't."""
 
+import os
+import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from clp_jax import processes
 from clp_jax.main import main
-from clp_jax.processes import ProcessError, Processes, find_processes
+from clp_jax.processes import RESTARTABLE, ProcessError, Processes, find_processes
 
 FLAGS = {"coordinator_address": "10.0.0.1:8476", "num_processes": "4", "process_id": "3"}
 SLURM = {
@@ -101,8 +106,47 @@ def test_a_coordinator_that_is_not_there_is_said_in_one_line(monkeypatch):
         processes.start(Processes("127.0.0.1:1", 2, 0))
 
 
+ALONE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from clp_jax import processes
+processes.start(processes.Processes(f"127.0.0.1:{sys.argv[2]}", 2, 0))
+"""
+
+
+def test_who_waits_in_vain_for_the_others_says_so_and_may_be_started_again():
+    """Whether they never started, or died before they joined: nobody can tell."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", ALONE, str(Path(__file__).parents[1]), port]
+    environment = os.environ | {"CLP_STARTUP_SECONDS": "3", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert done.returncode == RESTARTABLE, done.stderr
+    assert "process 0: not all 2 processes of this run came together within 3 s. Start every one of them" in done.stderr
+
+
 def test_one_process_decides_and_leaves_by_itself():
     assert (processes.count(), processes.index(), processes.is_main()) == (1, 0, True)
     assert processes.decide("anything", lambda: {1, 2}) == {1, 2}  # Nothing goes through JSON.
     processes.wait_for_all("nothing")
     assert [processes.leave(code) for code in (0, 2, 75)] == [0, 2, 75]
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "value", "expected"),
+    [
+        (SLURM, "SLURM_STEP_NUM_TASKS", "six", "at least 1"),
+        (SLURM, "SLURM_JOB_ID", "5000_1", "at least 0"),
+        (SLURM, "SLURM_PROCID", "6", "from 0 to 5"),
+        (SLURM, "SLURM_LOCALID", "-1", "at least 0"),
+        (GKE, "TPU_WORKER_ID", "two", "from 0 to 1"),
+        (GKE, "TPU_WORKER_ID", "2", "from 0 to 1"),
+        (GKE, "MEGASCALE_NUM_SLICES", "2.0", "at least 0"),
+        (GKE | {"MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_SLICE_ID", "2", "from 0 to 1"),
+    ],
+)
+def test_variables_that_are_no_numbers_are_named(given, variable, value, expected):
+    message = f"{variable} is {value!r}: expected a whole number, {expected}. It is set by what starts the processes"
+    with pytest.raises(ProcessError, match=re.escape(message)):
+        find_processes({}, given | {variable: value})

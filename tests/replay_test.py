@@ -77,10 +77,35 @@ def test_a_flipped_bit_is_found(done, bit):
 
 
 def test_a_step_without_metrics_is_refused(done, tmp_path):
-    with pytest.raises(ReplayError, match="no metrics of step 12 to compare with: it has steps 6, 7, 8, 9, 10 near it"):
+    later = "or of a later one, to compare with"
+    with pytest.raises(ReplayError, match=f"no metrics of step 12, {later}: it has steps 6, 7, 8, 9, 10 near it"):
         again(done, 12)
-    with pytest.raises(ReplayError, match="no metrics of step 1 to compare with: it has none"):
-        again(tmp_path, 1)
+    for path, step in ((tmp_path, 1), (done, 0)):
+        with pytest.raises(ReplayError, match=f"no metrics of step {step}, {later}: it has"):
+            again(path, step)
+
+
+@pytest.fixture(scope="module")
+def seldom(tmp_path_factory):
+    """A run whose steps 4, 8 and 10 have lines, and 3, 6, 9 and 10 checkpoints."""
+    path = tmp_path_factory.mktemp("seldom") / "run"
+    run(path, 10, log_every=100, keep_checkpoints=9)
+    return path
+
+
+def test_a_step_between_those_with_metrics_is_compared_in_the_next_of_them(seldom, capsys):
+    assert [line["step"] for line in read_metrics(seldom / "metrics.jsonl")] == [4, 8, 10]
+    compared = again(seldom, 5)  # The checkpoint of step 6 has metrics that no line has.
+    said = capsys.readouterr().err
+    assert list(compared) == [4, 6] and set(compared[6]) >= OWN
+    assert "the run wrote no metrics of step 5: it goes on to step 6, the next with metrics, and compares there" in said
+    assert "from the checkpoint of step 3\nreplay: steps 4 to 6 are made again\n" in said
+    assert list(again(seldom, 7)) == [8] and "goes on to step 8" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_between_is_found_in_the_next_step_with_metrics(seldom):
+    with pytest.raises(ReplayError, match=r"step 8 gave other numbers[^@]*  param_digest: \d+ -> \d+\n"):
+        again(seldom, 7, Flipped(at=7, bit=22))
 
 
 def test_a_damaged_checkpoint_is_passed_over(done, tmp_path, capsys):

@@ -22,7 +22,7 @@ from toy_runs import SETTINGS, Gradient, Toy, run
 from clp_jax.processes import RESTARTABLE
 from clp_jax.train import train
 from clp_jax.training.checkpoint_items import CheckpointError
-from clp_jax.training.checkpoint_steps import KeepBest, complete_steps
+from clp_jax.training.checkpoint_steps import KeepBest, as_path, complete_steps, read_run
 from clp_jax.training.guards import GuardError, Guards
 from clp_jax.training.ledger import ACTIVITIES, LEDGER_METRICS
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
@@ -151,6 +151,73 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, capsys):
     assert second.consumed == [20, 24, 28, 32, 36]
     run(tmp_path / "whole", 10)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole", 10)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("at", [4, 10])
+def test_sigterm_ends_an_evaluation_which_is_made_when_the_run_goes_on(tmp_path, at, capsys):
+    """In the middle, and at the end: where nothing but the evaluation is missing. Another one comes while it is made up."""
+    done = []
+
+    def stop_in_first_batch():
+        done.clear()
+        stage = Toy(evaluation_hook=in_first_batch)
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path / "stopped", 10, stage, log_every=5, evaluate_every=4)
+        assert stopped.value.code == RESTARTABLE
+        return stage
+
+    def in_first_batch(steps, batch):
+        done.append((steps, batch))
+        if steps in (at, 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = stop_in_first_batch()
+    assert (
+        done[-1] == (at, 0) and len(first.consumed) == at and complete_steps(tmp_path / "stopped/checkpoints")[-1] == at
+    )
+    assert f"stopped by SIGTERM after step {at} of 10" in capsys.readouterr().err
+    assert stop_in_first_batch().consumed == [] and done == [(0, 0)]
+    stage = Toy()
+    run(tmp_path / "stopped", 10, stage, log_every=5, evaluate_every=4)
+    assert stage.consumed == list(range(4 * at, 40, 4)) and stage.evaluations[0] == 0
+    run(tmp_path / "whole", 10, log_every=5, evaluate_every=4)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    one, other = stored(tmp_path / "stopped", 10), stored(tmp_path / "whole", 10)
+    assert (one.pop("run") == other.pop("run")) == (at != 10)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    again = Toy()
+    run(tmp_path / "stopped", 10, again, log_every=5, evaluate_every=4)
+    assert not again.evaluations and "is complete: 10 steps of 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_training_begins_there_is_nothing_to_save(tmp_path, number):
+    class Slow(Toy):
+        def setup(self, run_dir, seed):
+            os.kill(os.getpid(), number)
+            time.sleep(3600)
+
+    with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt) as stopped:
+        run(tmp_path, 10, Slow())
+    assert number == signal.SIGINT or stopped.value.code == RESTARTABLE
+    assert run(tmp_path, 2).step == 2
+
+
+def test_the_second_sigint_ends_at_once(tmp_path):
+    def insist(step, run_dir):
+        if step == 2:
+            # To this thread: another one may take its time, and two signals that wait are one.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert not stopped
+            stopped.append(step)
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = []
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 10, Toy(hook=insist))
+    assert stopped == [2] and complete_steps(tmp_path / "checkpoints") == []
 
 
 def test_outside_the_main_thread_there_are_no_signals(tmp_path):
@@ -312,6 +379,37 @@ def test_the_checkpoint_alone_says_what_it_is(tmp_path):
     assert description == {"stage": "toy", "model": {"width": 3}, "config": "width = 3\n"} and step == 2
     assert json.loads((tmp_path / "description.json").read_text()) == {"stage": "toy", "model": {"width": 3}}
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_every_checkpoint_has_the_metrics_of_its_step(tmp_path):
+    def ask_to_stop(step, run_dir):
+        if step == 4 and run_dir.name == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    often = run(tmp_path / "often", 6, keep_checkpoints=9).run_dir
+    seldom = tmp_path / "stopped"
+    with pytest.raises(SystemExit):
+        run(seldom, 6, Toy(hook=ask_to_stop), log_every=100, keep_checkpoints=9)
+    run(seldom, 6, log_every=100, keep_checkpoints=9)
+    assert [line["step"] for line in lines(seldom)] == [4, 6]  # Evaluated: what is saved alone is not written there.
+    logged = {line["step"]: line for line in lines(often)}
+    saved = {step: read_run(as_path(seldom / "checkpoints" / str(step)))["metrics"] for step in (3, 5, 6)}
+    assert complete_steps(seldom / "checkpoints") == sorted(saved)
+    for step, metrics in saved.items():
+        expected = {name: value for name, value in logged[step].items() if name not in ("step", "stage")}
+        assert metrics == expected and {"loss", "grad_norm", "param_digest"} <= metrics.keys()
+
+
+def test_a_metric_that_no_checkpoint_has_is_said_and_not_again(tmp_path, capsys):
+    run(tmp_path, 10, keep_best=KeepBest("evaluaton/size"), checkpoint_every=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if "keep_best" in line]
+    assert len(said) == 2  # Before and after the first evaluation.
+    assert (
+        "the metric 'evaluaton/size' (did you mean 'evaluation/size'?), which no checkpoint has: 2, 4 have drawn, "
+        in said[1]
+    )
+    assert said[0].endswith("update_norm, weight. Until one has it, the best is not kept.") and "did you" not in said[0]
+    assert complete_steps(tmp_path / "checkpoints") == [8, 10]
 
 
 def test_evaluations_come_when_they_are_due(tmp_path):

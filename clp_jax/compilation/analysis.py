@@ -41,12 +41,18 @@ class Work:
         flops: of the model, over all chips.
         tokens: over all chips.
         trips: iterations of its loops that end when they like.
+        runs: executions in one step.
     """
 
     name: str
     flops: float
     tokens: int
     trips: int = 1
+    runs: int = 1
+
+
+class RefusedError(ValueError):
+    """The compiler refuses a program, for another reason than memory."""
 
 
 def analyse(
@@ -66,14 +72,15 @@ def analyse(
         options: of the compiler.
 
     Raises:
-        jax.errors.JaxRuntimeError: when the compiler refuses for another reason than memory.
+        RefusedError: when the compiler refuses for another reason than memory.
     """
     start = time.perf_counter()
     try:
         compiled, text, alive = _compile(lowered, options or {})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or _refusal(str(error)) is None:
-            raise
+            reason = str(error).strip().partition("\n")[0]
+            raise RefusedError(f"the compiler refuses the program {work.name}: {reason}") from error
         return _refused(str(error), work, topology, lowered, time.perf_counter() - start)
     took = time.perf_counter() - start
     module = Module.parse(text)
@@ -115,6 +122,7 @@ def _report(
     peak = topology.chip.peak_flops * topology.chips
     return ProgramReport(
         name=work.name,
+        runs=work.runs,
         tokens=work.tokens,
         model_flops=work.flops,
         executed_flops=timeline.product_flops * topology.chips,

@@ -92,6 +92,7 @@ class ProgramReport:
         slowest: seconds of the slowest operations, by source.
         compile_seconds: of this machine.
         advice: what to change where it does not fit.
+        runs: executions in one step of training; 0 for a part of another program.
     """
 
     name: str
@@ -110,6 +111,7 @@ class ProgramReport:
     slowest: tuple[tuple[str, float], ...]
     compile_seconds: float
     advice: str = ""
+    runs: int = 1
 
     @property
     def seconds(self) -> float:
@@ -144,6 +146,30 @@ class Report:
         """Whether all programs do."""
         return all(program.memory.fits for program in self.programs)
 
+    @property
+    def parts(self) -> tuple[tuple[int, ProgramReport], ...]:
+        """What one step of training is made of: executions of programs; of parts alone, once each."""
+        found = tuple((program.runs, program) for program in self.programs if program.runs)
+        return found or tuple((1, program) for program in self.programs)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step, estimated: all its programs, one after another; 0 where one could not be timed."""
+        timed = all(program.seconds for _, program in self.parts)
+        return sum(runs * program.seconds for runs, program in self.parts) if timed else 0.0
+
+    @property
+    def step_rate(self) -> float:
+        """Tokens that are trained on, per second and chip; 0 where a program could not be timed."""
+        runs, first = self.parts[0]
+        return runs * first.tokens / self.step_seconds / self.chips if self.step_seconds else 0.0
+
+    @property
+    def step_mfu(self) -> float:
+        """Model FLOP/s of whole steps over the chips' peak."""
+        useful = sum(runs * program.mfu * program.seconds for runs, program in self.parts)
+        return useful / self.step_seconds if self.step_seconds else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """All of it, derived figures included."""
         found = dataclasses.asdict(self)
@@ -151,7 +177,8 @@ class Report:
             plain["seconds"] = program.seconds
             plain["tokens_per_second_per_chip"] = rate(program, self.chips)
             plain["memory"]["fits"] = program.memory.fits
-        return found | {"fits": self.fits}
+        step = {"seconds": self.step_seconds, "tokens_per_second_per_chip": self.step_rate, "mfu": self.step_mfu}
+        return found | {"fits": self.fits, "step": step}
 
     def show(self, console: Console) -> None:
         """Writes tables."""
@@ -160,6 +187,12 @@ class Report:
         console.print(f"{self.parameters:,} parameters on {where}, {self.chips} chips: {mesh}")
         for program in self.programs:
             _show(console, program, self.chips)
+        if len(self.parts) > 1 and self.step_seconds:
+            made_of = " + ".join(f"{runs} {program.name}" if runs > 1 else program.name for runs, program in self.parts)
+            console.print(
+                f"one step is {made_of}: {self.step_seconds * 1e3:,.1f} ms, {100 * self.step_mfu:.1f} % of the peak, "
+                f"{self.step_rate:,.0f} tokens/s/chip"
+            )
 
 
 def rate(program: ProgramReport, chips: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clp_jax.compilation.report import Report, rate
+from clp_jax.compilation.report import Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Findings:
 
     @property
     def best(self) -> Report:
-        """The fastest that fits; where none fits, the one that comes closest.
+        """What fits and trains most tokens a second, in whole steps; where none fits, the one that comes closest.
 
         Raises:
             ValueError: when nothing could be compiled.
@@ -59,28 +59,38 @@ class Findings:
         reports = [(trial, found) for trial, found in self.tried if isinstance(found, Report)]
         if not reports:
             raise ValueError(f"nothing could be compiled: {'; '.join(str(found) for _, found in self.tried)}")
-        return max(reports, key=lambda pair: (pair[1].fits, _speed(pair[1]) if pair[1].fits else -_excess(pair[1])))
+        return max(reports, key=lambda pair: (pair[1].fits, pair[1].step_rate if pair[1].fits else -_excess(pair[1])))
 
     def to_json(self) -> dict[str, Any]:
-        """All reports, and the recommendation."""
+        """All reports, and the recommendation: None where nothing could be compiled."""
         tried = [
             dataclasses.asdict(trial) | ({"refused": found} if isinstance(found, str) else {"report": found.to_json()})
             for trial, found in self.tried
         ]
+        if all(isinstance(found, str) for _, found in self.tried):
+            return {"tried": tried, "recommended": None, "fits": False}
         trial, report = self._best()
         return {"tried": tried, "recommended": dataclasses.asdict(trial), "fits": report.fits}
 
     def show(self, console: Console) -> None:
         """Writes a table, the recommendation and its report."""
-        table = Table("layout", "remat", "batch", "HBM GiB", "fits", "ms", "MFU", "tokens/s/chip")
+        table = Table("layout", "remat", "batch", "HBM GiB", "fits", "ms a step", "made of", "MFU", "tokens/s/chip")
         for trial, found in self.tried:
             first = (trial.layout, trial.remat, str(trial.batch))
             if isinstance(found, str):
                 table.add_row(*first, "", "refused")
                 continue
             needed = max(program.memory.needed for program in found.programs) / 2**30
-            program = found.programs[0]
-            figures = (f"{program.seconds * 1e3:,.1f}", f"{100 * program.mfu:.1f} %", f"{_speed(found):,.0f}")
+            made_of = " + ".join(
+                f"{f'{runs} x ' if runs > 1 else ''}{program.seconds * 1e3:,.1f} {program.name}"
+                for runs, program in found.parts
+            )
+            figures = (
+                f"{found.step_seconds * 1e3:,.1f}",
+                made_of,
+                f"{100 * found.step_mfu:.1f} %",
+                f"{found.step_rate:,.0f}",
+            )
             table.add_row(*first, f"{needed:.2f}", "yes" if found.fits else "no", *(figures if found.fits else ()))
         console.print(table)
         for trial, found in self.tried:
@@ -106,7 +116,10 @@ def alternatives(batch: int, layouts: Sequence[str], remats: Sequence[str], batc
 
 
 def explore(
-    trials: Iterable[Trial], compile_trial: Callable[[Sequence[str], Sequence[str]], Report], console: Console
+    trials: Iterable[Trial],
+    compile_trial: Callable[[Sequence[str], Sequence[str]], Report],
+    console: Console,
+    note: Callable[[Findings], None],
 ) -> Findings:
     """Compiles one after another; larger batches of what did not fit are left out.
 
@@ -114,6 +127,7 @@ def explore(
         trials: smaller batches first.
         compile_trial: of gin files and bindings behind the run's own.
         console: where progress goes.
+        note: is called with what was found so far, after each trial.
     """
     tried: list[tuple[Trial, Report | str]] = []
     full: set[tuple[str, str]] = set()
@@ -122,18 +136,14 @@ def explore(
             continue
         console.print(f"compiling {trial.layout}, {trial.remat}, batch {trial.batch}")
         try:
-            report = compile_trial(trial.files, trial.bindings)
-        except ValueError as error:  # A batch or a layer that does not divide.
-            tried.append((trial, str(error)))
-            continue
-        if not report.fits:
+            found: Report | str = compile_trial(trial.files, trial.bindings)
+        except ValueError as error:  # A batch or a layer that does not divide, or the compiler's own refusal.
+            found = str(error)
+        if isinstance(found, Report) and not found.fits:
             full.add((trial.layout, trial.remat))
-        tried.append((trial, report))
+        tried.append((trial, found))
+        note(Findings(tuple(tried)))
     return Findings(tuple(tried))
-
-
-def _speed(report: Report) -> float:
-    return rate(report.programs[0], report.chips)
 
 
 def _excess(report: Report) -> int:

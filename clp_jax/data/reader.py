@@ -22,6 +22,10 @@ from clp_jax.host_rows import row_indices
 Converter: TypeAlias = Callable[[Sequence[dict[str, np.ndarray]], np.ndarray, dict[str, int], int], Any]
 
 
+class UnreadableError(OSError, ValueError):
+    """Prepared records can't be read, now or for good; the message says what to do."""
+
+
 class DataSource:
     """Batches of a prepared split, without end.
 
@@ -123,15 +127,16 @@ class DataSource:
             ids: record numbers, -1 for empty rows.
 
         Raises:
-            ValueError: when they can't be read.
+            UnreadableError: when they can't be read.
         """
         wanted = [int(i) for i in ids if i >= 0]  # None where this part of a last batch is filled up.
         try:
             raw = iter(self._records.__getitems__(wanted) if wanted else ())
             rows = [records.decode(next(raw)) if i >= 0 else {} for i in ids]
         except Exception as error:  # Readers in C++ raise what they like.
-            raise ValueError(
-                f"{self._where} has records that can't be read ({error}): a file is damaged. Prepare the data again."
+            raise UnreadableError(
+                f"{self._where} has records that can't be read ({error}): a file is damaged, or the disk does not answer. "
+                "Prepare the data again if that stays so."
             ) from error
         return self._converter(rows, ids.astype(np.int32), self.manifest.lengths, self._pad_id)
 

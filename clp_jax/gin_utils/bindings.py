@@ -60,8 +60,19 @@ class Bindings:
         return self._add(binding, lambda selector: self.names.resolve_given(selector, symbols, binding.place))
 
     def add_argument(self, name: str, value: Any) -> None:
-        """Takes an argument of the entry function."""
-        self.values.setdefault(("", self.entry), {})[name] = Value(value, f"--{name}")
+        """Takes an argument of the entry function, or of a dataclass that is one of its arguments."""
+        path, hints = self.entry, self.parameters(self.entry).hints
+        groups = (
+            (owner, hint)
+            for owner, hint in hints.items()
+            if name not in hints and isinstance(hint, type) and dataclasses.is_dataclass(hint)
+            if name in [field.name for field in dataclasses.fields(hint)]
+        )
+        for owner, group in groups:
+            reference = dataclasses.replace(self.reference(group), evaluate=True)
+            path = reference.name
+            self.values.setdefault(("", self.entry), {}).setdefault(owner, Value(reference, f"--{name}"))
+        self.values.setdefault(("", path), {})[name] = Value(value, f"--{name}")
 
     def reference(self, target: Target) -> Reference:
         """A function that gin hands over without calling it."""

@@ -113,8 +113,8 @@ def in_order(segments: Int[Array, "B S"]) -> Places:
     return Places(jnp.arange(segments.shape[1])[None], segments)
 
 
-# Loads of more experts than these are told by the largest and the smallest alone.
-MAX_LOADS = 32
+# Loads of more experts than these are told by the largest and the smallest alone: each is a curve of its own.
+MAX_LOADS = 128
 
 
 def routing_loss(moe: MoEConfig | None, routing: Sequence[RoutingStatistics]) -> tuple[Float[Array, ""], Metrics]:
@@ -123,6 +123,10 @@ def routing_loss(moe: MoEConfig | None, routing: Sequence[RoutingStatistics]) ->
     Args:
         moe: the weights of load-balance loss and z-loss, and what balance is taken of.
         routing: of all stacks; none gives 0 and no metrics.
+
+    Returns:
+        The loss, and under ``router/``: ``balance_loss``, ``z_loss``, ``dropped``, ``entropy`` and ``load_NN`` (the share of
+        expert NN), means of the layers; ``load_max`` and ``load_min``, the largest and smallest share of one in any layer.
     """
     if moe is None or not routing:
         return jnp.zeros(()), {}
@@ -139,8 +143,9 @@ def routing_loss(moe: MoEConfig | None, routing: Sequence[RoutingStatistics]) ->
         share = (tokens / jnp.maximum(tokens.sum(), 1))[:, None]
         f, p = ((share * of_layers(name)).sum(0) for name in ("choice_share", "mean_probability"))
         metrics["router/balance_loss"] = moe.num_experts * (f * p).sum()
-    load = mean("load")
-    metrics |= {"router/load_max": load.max(), "router/load_min": load.min()}
+    # The extremes of any layer: the mean of layers would hide one whose router has collapsed.
+    load, of_each = mean("load"), of_layers("load")
+    metrics |= {"router/load_max": of_each.max(), "router/load_min": of_each.min()}
     if load.shape[0] <= MAX_LOADS:
         metrics |= {f"router/load_{expert:02d}": load[expert] for expert in range(load.shape[0])}
     return moe.balance_weight * metrics["router/balance_loss"] + moe.z_weight * metrics["router/z_loss"], metrics

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from clp_jax.array_types import Array, Float, PRNGKeyArray
 from clp_jax.nn.attention_blockwise import blockwise_attention, check_aligned
@@ -236,6 +237,10 @@ def _refusal(
 
 
 def _platform() -> str:
-    """Where what is traced will run: the active mesh, which need not be of this machine's devices, or the default."""
+    """Where what is traced will run: the active mesh, which need not be of devices that are here, or the default."""
     sharding = activation_sharding((), ())
-    return jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
+    if sharding is None:
+        return jax.default_backend()
+    mesh = sharding.mesh
+    device = mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+    return jax.default_backend() if device is None else device.platform

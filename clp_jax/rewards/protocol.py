@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from clp_jax.array_types import Float, Int
+from clp_jax.host_rows import HostRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,8 @@ class RewardInputs:
         references: the reference completions, as text.
         prompt_tokens: ``int32[R, S]``, padded with 0.
         completion_tokens: ``int32[R, T]``, up to and including the end of sequence, then 0.
+        rows: of the batch, those that this process holds, for rewards that are computed by all processes together; None where
+            the completions are a batch of their own.
     """
 
     prompts: Sequence[str]
@@ -26,6 +29,7 @@ class RewardInputs:
     references: Sequence[str]
     prompt_tokens: Int[np.ndarray, "R S"]
     completion_tokens: Int[np.ndarray, "R T"]
+    rows: HostRows | None = None
 
     def __post_init__(self):
         rows = {len(self.prompts), len(self.completions), len(self.references)}

@@ -1,6 +1,7 @@
 """Several rewards as one vector, checked and standardised, computed beside the device's work."""
 
 import collections
+import contextvars
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,8 +65,8 @@ class RewardStack:
         return rewards if self._statistics is None else self._statistics.apply(rewards)
 
     def submit(self, inputs: RewardInputs) -> Future:
-        """Computes the rewards in the background."""
-        return self._pool.submit(self, inputs)
+        """Computes the rewards in the background, on the mesh that is active here."""
+        return self._pool.submit(contextvars.copy_context().run, self, inputs)
 
 
 def objective_names(functions: Sequence[RewardFunction]) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """Trees of arrays on disk; the only module that knows Orbax."""
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +24,8 @@ from clp_jax.training.places import Place
 # Orbax cuts what several devices hold alike, so that each writes a part; every piece on every device is a program to compile.
 LEAST_CUT_BYTES = 2**24
 
+_T = TypeVar("_T")
+
 
 def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
     """Copies a tree to the host and begins to write this process's part of it.
@@ -38,7 +41,7 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
     # Not `asyncio.run`: it touches the tasks of all threads, and Orbax's threads have their own.
     loop = asyncio.new_event_loop()
     try:
-        futures = loop.run_until_complete(handler.async_save(directory, args=save))
+        futures = loop.run_until_complete(_with_all_it_began(handler.async_save(directory, args=save)))
     finally:
         loop.close()
 
@@ -47,6 +50,15 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
             future.result(timeout=None if math.isinf(seconds) else seconds)
 
     return wait
+
+
+async def _with_all_it_began(save: Awaitable[_T]) -> _T:
+    """Waits for a save, and after one that fails for the arrays that it still writes: they report to the loop."""
+    try:
+        return await save
+    finally:
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)
 
 
 def finish_write(directory: epath.Path) -> None:
@@ -120,7 +132,7 @@ def open_arrays(directory: Place, check: Callable[[str, np.ndarray, Region], Non
     arrays, tree = orbax_item.read(local), stored_tree(directory)
     structure: Any = jax.tree.structure(tree)
     return structure.unflatten(
-        LazyArray(arrays[name].shape, arrays[name].dtype, functools.partial(fill, name, arrays[name]))
+        dataclasses.replace(arrays[name], fill=functools.partial(fill, name, arrays[name]))
         for name in leaves_by_path(tree)
     )
 

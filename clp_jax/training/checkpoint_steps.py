@@ -4,6 +4,7 @@ In a directory and in an object store the same things happen by other means: `di
 """
 
 import dataclasses
+import difflib
 import errno
 import json
 import math
@@ -24,7 +25,7 @@ class KeepBest:
     """Keeps the best checkpoint beside the last ones.
 
     Attributes:
-        metric: its name, as ``"evaluation/loss"``; only checkpoints of evaluated steps compete.
+        metric: its name, as ``"evaluation/loss"``; only checkpoints that have it compete, here those of evaluated steps.
         lowest: whether low is good.
     """
 
@@ -67,6 +68,22 @@ class Retention:
             if scores:
                 kept[max(scores, key=lambda step: (scores[step], step))] = f"best by {self.best.metric}"
         return kept
+
+    def without_best(self, steps: Mapping[int, Mapping[str, float]]) -> str | None:
+        """Why none of some steps is the best one, where that is asked for; None where one is.
+
+        Args:
+            steps: with their metrics.
+        """
+        if self.best is None or not steps or any(self.best.metric in metrics for metrics in steps.values()):
+            return None
+        names = sorted({name for metrics in steps.values() for name in metrics})
+        close = difflib.get_close_matches(self.best.metric, names, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return (
+            f"keep_best asks for the metric {self.best.metric!r}{hint}, which no checkpoint has: "
+            f"{', '.join(map(str, sorted(steps)))} have {', '.join(names) or 'none'}"
+        )
 
 
 def is_complete(path: Place) -> bool:
@@ -141,6 +158,14 @@ def read_run(path: Place) -> dict[str, Any]:
         raise DamagedError(f"{file.name} is missing") from None
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{file.name} is damaged ({error})") from error
+
+
+def owed_by(path: Place) -> dict[str, float] | None:
+    """What the line of metrics of a step is to say, where a request to stop came before it was evaluated."""
+    try:
+        return read_run(path).get("owed")
+    except DamagedError:  # Restoring it says so.
+        return None
 
 
 def metrics_of(directory: Place, steps: Sequence[int]) -> dict[int, dict[str, float]]:

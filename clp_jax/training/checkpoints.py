@@ -78,6 +78,9 @@ class Checkpoints:
         self._check = check
         self._writer: StepWriter | None = None
         self._saving: int | None = None
+        self._known: set[str] = (
+            set()
+        )  # Metrics, when it was last said that the one to keep the best by is not among them.
         if jax.process_index() == 0:
             if not isinstance(self._directory, StorePath):
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._wait()
+            self.wait()
         except CheckpointError as failure:
             if error is None:
                 raise
@@ -112,6 +115,7 @@ class Checkpoints:
         position: dict[str, int],
         description: dict[str, Any],
         metrics: dict[str, float],
+        owed: dict[str, float] | None = None,
     ) -> None:
         """Copies the state and writes it in the background; waits first for the save before.
 
@@ -121,15 +125,18 @@ class Checkpoints:
             position: of the source.
             description: what rebuilds the model.
             metrics: of this step; may be empty.
+            owed: what its line of metrics is to say, where its evaluation is still to be made.
 
         Raises:
             CheckpointError: when this or an earlier save failed.
         """
-        self._wait()
+        self.wait()
         items = {PARAMS: state.params, TRAINING: _training_item(state)}
         if state.ema is not None:
             items[EMA] = state.ema
         run = {"step": step, "position": position, "description": description, "metrics": metrics}
+        if owed is not None:
+            run["owed"] = owed
         self._saving = step
         try:
             place = self._directory / str(step)
@@ -144,7 +151,21 @@ class Checkpoints:
             CheckpointError: when it failed.
         """
         if self._writer is not None and not self._writer.is_running:
-            self._wait()
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until nothing is written in the background.
+
+        Raises:
+            CheckpointError: when the last save failed.
+        """
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        try:
+            writer.wait()
+        except Exception as error:
+            raise self._failure(self._saving, error) from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
         """The newest step that is what was written, on whatever mesh; damaged ones are set aside, with a line that says so.
@@ -171,6 +192,11 @@ class Checkpoints:
     def _retain(self) -> None:
         """Removes the steps that are no longer kept; runs in the background, when a step is complete."""
         steps = metrics_of(self._directory, complete_steps(self._directory))
+        missing = self._retention.without_best(steps)
+        names = {name for metrics in steps.values() for name in metrics}
+        if missing is not None and not names <= self._known:
+            self._known |= names
+            say(f"{missing}. Until one has it, the best is not kept.")
         for step in steps.keys() - self._retention.kept(steps).keys():
             remove(self._directory / str(step))
 
@@ -187,15 +213,6 @@ class Checkpoints:
                 f"{self._directory} has no intact checkpoint, only damaged ones:\n{listed}\nNothing was overwritten. Put a "
                 "copy of a step back, train in a new run directory, or move these away to begin here again."
             )
-
-    def _wait(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is None:
-            return
-        try:
-            writer.wait()
-        except Exception as error:
-            raise self._failure(self._saving, error) from error
 
     def _failure(self, step: int | None, error: Exception) -> CheckpointError:
         reason = str(error).strip() or type(error).__name__

@@ -164,6 +164,7 @@ class ConditionalPolicy:
                     argument_axes,
                     flops=prompt_flops(data.model, part),
                     tokens=prompts.shape[0] * data.inputs,
+                    runs=0,  # A rollout begins with it.
                 ),
                 # The policy samples, the reference scores.
                 "rollout": Program(
@@ -173,6 +174,7 @@ class ConditionalPolicy:
                     flops=2 * forward_flops(data.model, part),
                     tokens=part.rows * self.max_length,
                     trips=self.max_length,
+                    runs=self.num_chunks,
                 ),
             },
         )
@@ -342,7 +344,7 @@ class ConditionalPolicy:
             batch = data.next()
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STATISTICS_KEY), index)
             tokens = held.fetch(sample(reference, held.place(batch.inputs), key))
-            found = held.place(stack.raw(reward_inputs(vocabulary, batch.inputs, batch.targets, tokens)))
+            found = held.place(stack.raw(reward_inputs(vocabulary, batch.inputs, batch.targets, tokens, held)))
             rows.append(np.asarray(gather(found)))
         return RewardStatistics.fit(stack.names, np.concatenate(rows))
 

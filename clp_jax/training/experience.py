@@ -5,9 +5,10 @@ the one before. Every completion of a batch comes from the parameters that the b
 next batch instead would make rollouts one update stale, and a resumed run would need the rollouts in flight.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -48,6 +49,7 @@ def reward_inputs(
     inputs: Int[np.ndarray, "B S"],
     references: Int[np.ndarray, "B U"],
     tokens: Int[np.ndarray, "R T"],
+    rows: HostRows | None = None,
 ) -> RewardInputs:
     """What reward functions see of completions, ``n`` rows a prompt: texts and tokens, one row for each completion.
 
@@ -56,6 +58,7 @@ def reward_inputs(
         inputs: prompts.
         references: the reference completions.
         tokens: completions, prompt-major.
+        rows: of the batch of prompts, those that are given; None where it is all.
     """
     repeats = tokens.shape[0] // inputs.shape[0]
     prompts = [text for text in vocabulary.decode_batch(inputs) for _ in range(repeats)]
@@ -66,6 +69,7 @@ def reward_inputs(
         references=expected,
         prompt_tokens=np.repeat(inputs, repeats, axis=0),
         completion_tokens=tokens,
+        rows=rows,
     )
 
 
@@ -106,13 +110,29 @@ class ChunkRollout:
         """
         preference_key, sample_key = self._keys(step, seed)
         preference = self._preference(preference_key, chunk)
-        rollout = self.worker(params, reference, inputs, preference, jax.random.fold_in(sample_key, chunk))
+        with self._chunks_named(inputs.shape[0]):
+            rollout = self.worker(params, reference, inputs, preference, jax.random.fold_in(sample_key, chunk))
         # Each process reads the tokens of its prompts: where those are, nothing must move first.
         return dataclasses.replace(rollout, tokens=constrain(rollout.tokens, "batch", None))
 
     def prefill(self, params: Params, reference: Params, inputs: Array, step: Array, seed: Array, chunk: Array) -> Any:
         """What comes before the chunk's first token (`RolloutWorker.prefill`)."""
-        return self.worker.prefill(params, reference, inputs, self._preference(self._keys(step, seed)[0], chunk))
+        preference = self._preference(self._keys(step, seed)[0], chunk)
+        with self._chunks_named(inputs.shape[0]):
+            return self.worker.prefill(params, reference, inputs, preference)
+
+    @contextlib.contextmanager
+    def _chunks_named(self, prompts: int) -> Iterator[None]:
+        """Says of rows that do not divide why they are so few."""
+        try:
+            yield
+        except ValueError as error:
+            if self.num_chunks == 1:
+                raise
+            raise ValueError(
+                f"rollouts of one of num_chunks={self.num_chunks} parts of a batch, {prompts} prompts each: {error} Or sample "
+                "with fewer num_chunks, or in a layout of its own (sharding/rollouts.gin)."
+            ) from error
 
     def _keys(self, step: Array, seed: Array) -> Array:
         return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
@@ -180,7 +200,7 @@ class ExperienceSource:
         with spending(ROLLOUT):
             for prompts, references, rollout in zip(inputs, targets, rollouts, strict=True):
                 tokens = rows.fetch(rollout.tokens)  # Waits for this chunk only; the device goes on with the next.
-                seen = reward_inputs(self._vocabulary, prompts, references, tokens)
+                seen = reward_inputs(self._vocabulary, prompts, references, tokens, rows)
                 futures.append(self._rewards.submit(seen))
             rewards = [rows.place(future.result()) for future in futures]
         rollout, rewards = self._join(list(zip(rollouts, rewards, strict=True)))

@@ -151,7 +151,7 @@ class Learner:
 
     def _batch_sharding(self, batch: PyTree) -> NamedSharding:
         sharding = named_sharding(("batch",), self._mesh, self._rules)
-        shards = len(sharding.device_set) // _replicas(sharding)
+        shards = _shards(sharding)
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             rows = leaf.shape[0] if leaf.ndim else 0
             if rows == 0 or rows % (self._accumulation * shards):
@@ -181,7 +181,15 @@ class Learner:
             return self._jitted(state, frozen, batch)
 
     def lower(self, params: Params, frozen: PyTree, batch: PyTree) -> jax.stages.Lowered:
-        """The update for arrays of these shapes, ready to be compiled; the devices of the mesh need not exist.
+        """The update for arrays of these shapes, ready to be compiled; the devices of the mesh need not be here.
+
+        Raises:
+            ValueError: when the examples do not divide among micro-batches and devices.
+        """
+        return self.trace(params, frozen, batch).lower()
+
+    def trace(self, params: Params, frozen: PyTree, batch: PyTree) -> jax.stages.Traced:
+        """The update for arrays of these shapes, ready to be lowered; the mesh may be one of no devices (`AbstractMesh`).
 
         Raises:
             ValueError: when the examples do not divide among micro-batches and devices.
@@ -196,7 +204,7 @@ class Learner:
             return self._update(state, frozen, structure.unflatten(leaves))
 
         with self.activate():
-            return self._program(state, update).lower(state, self.abstract(frozen, self._frozen_axes), examples)
+            return self._program(state, update).trace(state, self.abstract(frozen, self._frozen_axes), examples)
 
     def abstract(self, tree: PyTree, logical_axes: PyTree) -> PyTree:
         """Shapes, types and shardings of a tree by its logical axes, without making it."""
@@ -320,11 +328,11 @@ def learner_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in own}
 
 
-def _replicas(sharding: NamedSharding) -> int:
-    """How many devices hold the same rows of a batch."""
+def _shards(sharding: NamedSharding) -> int:
+    """How many devices hold rows of a batch of their own."""
     spread = sharding.spec[0] if sharding.spec else None
     names = (spread,) if isinstance(spread, str) else (spread or ())
     shards = 1
     for name in names:
         shards *= sharding.mesh.shape[name]
-    return sharding.mesh.size // shards
+    return shards

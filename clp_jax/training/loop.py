@@ -129,28 +129,34 @@ class TrainLoop:
         self._logged = (0, time.monotonic())  # Step and time of the last line of metrics.
         self._skipped: SkippedSteps
         self._saved: int | None = None
+        self.is_complete = False
 
-    def run(self, state: TrainState) -> TrainState:
+    def run(self, state: TrainState, owed: dict[str, float] | None = None) -> TrainState:
         """Trains until the last step or a request to stop, and saves the last state.
 
         Args:
             state: is donated.
+            owed: metrics of the state's step, where a request to stop came before it was evaluated.
 
         Returns:
-            The last state.
+            The last state; `is_complete` tells which it is.
 
         Raises:
             GuardError: when too many steps in a row are not finite.
             CheckpointError: when an earlier save failed.
             ReplicaError: when devices hold different copies of the state.
         """
+        self._stop.begin()
         step = start = int(state.step)
         self._saved = start or None
         self._logged = (step, time.monotonic())
         skipped = int(state.guard.skipped)
         self._skipped = SkippedSteps(self._guards, self._setup.source, self._directory.path, skipped)
         pending: _Pending | None = None
-        while step < self._cadence.num_steps and not self._stop.requested(step):
+        values: dict[str, float] = {}  # Of the last step.
+        if owed is not None:
+            owed = self._pay(step, state, owed)
+        while step < self._cadence.num_steps and not self._stop.requested():
             position = self._setup.source.position()
             with spending(DATA):
                 batch, source_metrics = self._setup.source.next(state, self._frozen)
@@ -170,19 +176,47 @@ class TrainLoop:
             ):
                 check_replicas(state, step)
             if evaluate or save:  # What is saved must be known to be finite.
-                evaluation = self._evaluate(state, metrics) if evaluate else {}
-                values = self._report(pending, evaluation)
+                evaluation = self._evaluate(state) if evaluate else {}
+                if evaluation is None:
+                    self._look_at(pending)
+                    values = self._metrics(pending)
+                    owed = values | self._speed(step)
+                else:
+                    values = self._report(pending, evaluation, is_last=True)
+                    if save:
+                        self._save(step, state, values)
                 pending = None
-                if save:
-                    self._save(step, state, values)
         if pending is not None:
-            self._report(pending)
+            values = self._report(pending, is_last=True)
         if step > (self._saved or start):
-            self._save(step, state, {})
+            self._save(step, state, values, owed)
+        self._checkpoints.wait()
+        self.is_complete = step >= self._cadence.num_steps and owed is None
         return state
 
-    def _report(self, pending: _Pending, evaluation: dict[str, float] | None = None) -> dict[str, float]:
-        """Looks at a step, shows its loss, and writes a line when due; returns what it wrote."""
+    def _pay(self, step: int, state: TrainState, owed: dict[str, float]) -> dict[str, float] | None:
+        """Evaluates the step that a run goes on from, and writes its line; returns what is still owed."""
+        evaluation = self._evaluate(state)
+        if evaluation is None:
+            return owed
+        self._write(step, owed | _as_metrics(evaluation))
+        return None
+
+    def _report(
+        self, pending: _Pending, evaluation: dict[str, float] | None = None, is_last: bool = False
+    ) -> dict[str, float]:
+        """Looks at a step, and writes a line when due; returns its metrics where they are written or last."""
+        self._look_at(pending)
+        is_due = bool(evaluation) or self._cadence.due(pending.step, self._cadence.log_every)
+        if not is_due and not is_last:
+            return {}
+        values = self._metrics(pending) | _as_metrics(evaluation or {})
+        if is_due:
+            self._write(pending.step, values | self._speed(pending.step))
+        return values
+
+    def _look_at(self, pending: _Pending) -> None:
+        """Waits for a step, and shows its loss."""
         step = pending.step
         with spending(STEP):
             seen = jax.device_get({name: pending.metrics[name] for name in WATCHED})
@@ -192,16 +226,16 @@ class TrainLoop:
         self._reports.ledger.step = step
         self._watchdog.progress()
         self._reports.progress.update(step, f"loss {float(seen['loss']):.4g}")
-        if not evaluation and not self._cadence.due(step, self._cadence.log_every):
-            return {}
+
+    def _metrics(self, pending: _Pending) -> dict[str, float]:
+        """Of a step."""
         fetched = jax.device_get(pending.metrics)
         del fetched["non_finite"]  # The loss says it.
-        values = {name: value.item() for name, value in fetched.items()} | pending.source_metrics
-        values |= {f"evaluation/{name}": float(value) for name, value in (evaluation or {}).items()}
-        speed = self._speed(step)
+        return {name: value.item() for name, value in fetched.items()} | pending.source_metrics
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
         if self._reports.writer is not None:
-            self._reports.writer.write(step, values | speed | self._reports.ledger.metrics)
-        return values
+            self._reports.writer.write(step, values | self._reports.ledger.metrics)
 
     def _speed(self, step: int) -> dict[str, float]:
         """Since the last line; of the stage's own operations, where the peak of the devices is known."""
@@ -219,21 +253,36 @@ class TrainLoop:
             found["mfu"] = rate * self._setup.flops / (devices * self._reports.peak_flops)
         return found
 
-    def _evaluate(self, state: TrainState, metrics: dict[str, Any]) -> dict[str, float]:
+    def _evaluate(self, state: TrainState) -> dict[str, float] | None:
+        """What the stage's evaluation found; None where a request to stop came first."""
         with spending(STEP):
-            jax.block_until_ready(metrics)
+            jax.block_until_ready(state.step)
         with self._reports.progress.activity("evaluating"), spending(EVALUATION):
             assert self._setup.evaluate is not None
-            values = self._setup.evaluate(state.averaged_params)
-        self._watchdog.progress()
-        return values
+            evaluation = self._setup.evaluate(state.averaged_params)
+            while True:
+                try:
+                    next(evaluation)
+                except StopIteration as end:
+                    self._watchdog.progress()
+                    return end.value
+                self._watchdog.progress()
+                if self._stop.requested():
+                    evaluation.close()
+                    return None
 
-    def _save(self, step: int, state: TrainState, values: dict[str, float]) -> None:
+    def _save(
+        self, step: int, state: TrainState, values: dict[str, float], owed: dict[str, float] | None = None
+    ) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         with spending(SAVE):
-            self._checkpoints.save(step, state, self._setup.source.position(), self._description, finite)
+            self._checkpoints.save(step, state, self._setup.source.position(), self._description, finite, owed)
         if self._reports.writer is not None:
             with disk_errors(self._directory.path):
                 self._reports.ledger.note(self._directory.ledger)
         self._saved = step
         self._watchdog.progress()
+
+
+def _as_metrics(evaluation: dict[str, float]) -> dict[str, float]:
+    return {f"evaluation/{name}": float(value) for name, value in evaluation.items()}

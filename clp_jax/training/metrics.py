@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from clp_jax.training.checkpoint_steps import owed_by
 from clp_jax.training.event_file import EventFileWriter
 from clp_jax.training.ledger import LEDGER_METRICS
+from clp_jax.training.places import as_path
 from clp_jax.training.run_directory import RunDirectory, disk_errors, write_atomically
 
 # What differs between two runs of the same computation.
@@ -110,6 +112,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 break
             raise ValueError(f"{path}: line {number} is not JSON ({error}).") from error
     return records
+
+
+def owed_metrics(directory: RunDirectory, step: int) -> dict[str, float] | None:
+    """What the line of a saved step is to say, where its evaluation is still to be made; None where nothing is missing."""
+    owed = owed_by(as_path(directory.checkpoints / str(step)))
+    return None if any(line["step"] == step for line in read_metrics(directory.metrics)) else owed
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -1,9 +1,12 @@
 """A trace of some steps by JAX's profiler, for TensorBoard and Perfetto."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from clp_jax import processes
 
 PROFILE_DIRECTORY = "profile"
 
@@ -25,12 +28,21 @@ class Profile:
         self._directory = directory / PROFILE_DIRECTORY
         self._steps = steps
         self._recording = False
+        self._has_recorded = False
 
     def __enter__(self) -> "Profile":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stop()
+        if self._steps is not None and not self._has_recorded and processes.is_main():
+            first, last = self._steps
+            print(
+                f"profile_steps: nothing was recorded: no step from {first} to {last} was made here. Ask for steps that are "
+                "to come, up to num_steps.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def before(self, step: int, pending: Any) -> None:
         """Begins where this step is the first; a run that goes on in between begins there.
@@ -42,7 +54,7 @@ class Profile:
         if self._steps is not None and not self._recording and self._steps[0] <= step <= self._steps[1]:
             jax.block_until_ready(pending)
             jax.profiler.start_trace(str(self._directory))
-            self._recording = True
+            self._recording = self._has_recorded = True
 
     def after(self, step: int, made: Any) -> None:
         """Ends where this step is the last.

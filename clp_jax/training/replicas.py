@@ -7,12 +7,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from clp_jax import processes
 from clp_jax.array_types import PyTree
 from clp_jax.training.digests import digest
 
 
 class ReplicaError(RuntimeError):
     """A device holds other bits of an array than the others."""
+
+    # Started again on the same devices, the run may well be damaged again, and nobody be told.
+    exit_code = processes.FAILURE
 
 
 def check_replicas(tree: PyTree, step: int) -> None:

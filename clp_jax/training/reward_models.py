@@ -28,8 +28,7 @@ from clp_jax.partitioning import constrain
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.pairs import Corrupter, join
 from clp_jax.training.run_directory import write_atomically
-from clp_jax.training.saved_params import load_params
-from clp_jax.training.stage import DataShape, Derived, Outline, StageSetup
+from clp_jax.training.stage import DataShape, Derived, Evaluation, Outline, StageSetup
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.train_state import TrainState
 from clp_jax.training.transfer import Transfer
@@ -167,8 +166,8 @@ class RewardModel:
             # Whole in every process, which all measure the same.
             return constrain(LOSSES[self.loss](*_scores(served, params, pairs, None))[1], None)
 
-        def evaluate(params: Params) -> dict[str, float]:
-            result = self._evaluate(measure, params, dataclasses.replace(corrupter, seed=seed + 1))
+        def evaluate(params: Params) -> Evaluation:
+            result = yield from self._evaluate(measure, params, dataclasses.replace(corrupter, seed=seed + 1))
             if processes.is_main():
                 write_atomically(run_dir / ACCURACY_FILE, json.dumps(result, indent=2) + "\n")
             return result
@@ -211,7 +210,7 @@ class RewardModel:
     def _corrupter(self, pad_id: int, eos_ids: tuple[int, ...], seed: int) -> Corrupter:
         return Corrupter(tuple(self.corruptions), pad_id, eos_ids, seed)
 
-    def _evaluate(self, measure: Callable[..., Any], params: Params, corrupter: Corrupter) -> dict[str, float]:
+    def _evaluate(self, measure: Callable[..., Any], params: Params, corrupter: Corrupter) -> Evaluation:
         data = self._data("validation")
         right: list[np.ndarray] = []
         kinds: list[np.ndarray] = []
@@ -221,6 +220,7 @@ class RewardModel:
             real = ids < total
             if real.sum() < 2:
                 break  # There is nothing to exchange summaries with.
+            yield
             pairs, kind = read_pairs(data, np.where(real, ids, -1), corrupter)
             right.append(np.asarray(measure(params, pairs))[real])
             kinds.append(kind[real])
@@ -297,7 +297,7 @@ def load_learned_reward(checkpoint: str, *, name: str | None = None, bound: floa
     Raises:
         ValueError: when the checkpoint is not a reward model.
     """
-    params, description, _ = load_params(checkpoint)
+    params, description, _ = open_params(checkpoint)
     if not str(description["stage"]).startswith("reward_"):
         raise ValueError(f"{checkpoint} is a run of stage {description['stage']!r}: expected a reward model.")
     return LearnedReward(

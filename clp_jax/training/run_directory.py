@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from clp_jax.interop.object_store import StoreError, StorePath
 from clp_jax.rewards.normalisation import FILE_NAME as STATISTICS_FILE
 from clp_jax.training.checkpoint_steps import complete_steps
+from clp_jax.training.configurations import brief, changes, first_difference
 from clp_jax.training.places import CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY, RunView, as_path
 
 CONFIG_FILE = "config.gin"
@@ -24,24 +24,6 @@ METRICS_FILE = "metrics.jsonl"
 LEDGER_FILE = "ledger.json"
 TENSORBOARD_DIRECTORY = "tensorboard"
 _LOCK_FILE = ".lock"
-
-# A run may go on with other values of these: they change how long it lasts and what it tells, not what it computes.
-FREE_BINDINGS = frozenset(
-    {
-        "num_steps",
-        "run_dir",
-        "log_every",
-        "evaluate_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_every",
-        "keep_best",
-        "watchdog_seconds",
-        "profile_steps",
-        "replica_check_every",
-        "wandb_project",
-    }
-)
 
 
 class RunDirectoryError(ValueError):
@@ -93,28 +75,34 @@ class RunDirectory:
         path = self.path / DESCRIPTION_FILE
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def write_config(self, config_text: str) -> None:
-        """Stores the resolved configuration."""
+    def write_config(self, config_text: str) -> tuple[str, ...]:
+        """Stores the resolved configuration; returns what of the layout is another than before."""
         path = self.path / CONFIG_FILE
-        if not path.is_file() or path.read_text() != config_text:
+        before = path.read_text() if path.is_file() else config_text
+        if not path.is_file() or before != config_text:
             self._write(CONFIG_FILE, config_text)
+        return changes(before, config_text).layout
 
     def write_description(self, description: dict[str, Any]) -> None:
         """Stores what rebuilds the model.
 
         Raises:
-            RunDirectoryError: when the run described itself otherwise before, naming the first difference.
+            RunDirectoryError: when the run described itself otherwise before, and not in its layout alone, naming the first
+                difference.
         """
         description = json.loads(json.dumps(description))
         before = self.description()
         if before is None:
             self._write(DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
         elif before != description:
-            where, old, new = _first_difference(before, description, "")
-            raise RunDirectoryError(
-                f"{self} holds a run with another {where}: it was {_brief(old)}, now it is {_brief(new)}. Train in a new "
-                "run directory, or go back to the old value."
-            )
+            difference = first_difference(before, description)
+            if difference is not None:
+                where, old, new = difference
+                raise RunDirectoryError(
+                    f"{self} holds a run with another {where}: it was {_shown(old)}, now it is {_shown(new)}. Train in a "
+                    "new run directory, or go back to the old value."
+                )
+            self._write(DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
 
     def put(self) -> None:
         """Puts what has changed into the store; does nothing for a directory.
@@ -136,13 +124,15 @@ class RunDirectory:
             with self.view.owned():
                 yield
             return
-        with disk_errors(self.path), open(self.path / _LOCK_FILE, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunDirectoryError(
-                    f"another process is training in {self.path}. Wait for it, or train in another run directory."
-                ) from None
+        with contextlib.ExitStack() as stack:
+            with disk_errors(self.path):  # Not of what happens while it is locked.
+                file = stack.enter_context(open(self.path / _LOCK_FILE, "a"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RunDirectoryError(
+                        f"another process is training in {self.path}. Wait for it, or train in another run directory."
+                    ) from None
             yield
 
     def _write(self, name: str, text: str) -> None:
@@ -155,8 +145,9 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
 
     Args:
         path: of the directory.
-        config_text: the resolved configuration, lines of ``name = value``; once a run has begun it may differ in
-            `FREE_BINDINGS` only, and is stored by `RunDirectory.write_config` when it goes on.
+        config_text: the resolved configuration, lines of ``name = value``; once a run has begun it may differ in what is
+            free and in the layout only (`clp_jax.training.configurations`), and is stored by `RunDirectory.write_config` when
+            it goes on.
 
     Raises:
         RunDirectoryError: when the path is a file, can't be written, holds other things than a run, or holds a run of
@@ -189,7 +180,7 @@ def open_run_directory(path: str | os.PathLike, config_text: str = "") -> RunDir
             (path / STATISTICS_FILE).unlink(missing_ok=True)
         directory.write_config(config_text)
     else:
-        _check_same(directory, bindings(config.read_text()), bindings(config_text))
+        _check_same(directory, changes(config.read_text(), config_text).refused)
     return directory
 
 
@@ -208,31 +199,6 @@ def find_run_directory(path: str | os.PathLike) -> RunDirectory:
     except (ValueError, StoreError) as error:
         raise RunDirectoryError(f"run directory {error}") from error
     return RunDirectory(Path(place)) if view is None else RunDirectory(view.path, view)
-
-
-def bindings(config_text: str) -> dict[str, str]:
-    """The bindings of a configuration: ``name = value`` lines with their continuations, without comments.
-
-    Args:
-        config_text: lines as gin writes them; other lines (imports, includes) count as names without a value.
-    """
-    found: dict[str, str] = {}
-    name = None
-    for line in config_text.splitlines():
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = re.match(r"([\w./@:]+)\s*=\s*(.*)$", line)
-        if match:
-            name, value = match[1], match[2]
-            found[name] = value.rstrip("\\").strip()
-        elif line[0].isspace() and name is not None:
-            found[name] = f"{found[name]} {line.strip()}".rstrip("\\").strip()
-        elif line[0] in ")]}" and name is not None:
-            found[name] += f" {line.strip()}"
-        else:
-            name = None
-            found[line.strip()] = ""
-    return found
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -282,43 +248,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise RunDirectoryError(f"run directory {path}: {advice}.") from error
 
 
-def _check_same(directory: RunDirectory, old: dict[str, str], new: dict[str, str]) -> None:
-    different = [
-        name
-        for name in [*old, *(name for name in new if name not in old)]
-        if old.get(name) != new.get(name) and not _is_free(name, new)
-    ]
-    if not different:
+def _check_same(directory: RunDirectory, refused: tuple[str, ...]) -> None:
+    if not refused:
         return
-    shown = [
-        f"  {name}: {_brief(old.get(name), 'unset')} -> {_brief(new.get(name), 'unset')}" for name in different[:5]
-    ]
-    more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
-    lines = "\n".join([*shown, *more])
+    more = [f"  and {len(refused) - 5} more"] if len(refused) > 5 else []
+    lines = "\n".join([*(f"  {line}" for line in refused[:5]), *more])
     raise RunDirectoryError(
         f"{directory} holds a run of another configuration (old -> new):\n{lines}\n"
         "Nothing was changed. Train in a new run directory, or go back to the old values."
     )
 
 
-def _is_free(name: str, bindings: dict[str, str]) -> bool:
-    """Whether a binding may change: it, and what uses it if it is a macro, such as a schedule's length."""
-    if re.split(r"[./]", name)[-1].lower() not in FREE_BINDINGS:
-        return False
-    used = re.compile(rf"%{re.escape(name)}\b")
-    return all(_is_free(user, bindings) for user, value in bindings.items() if user != name and used.search(value))
-
-
-def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            if old.get(key) != new.get(key):
-                return _first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
-    return where, old, new
-
-
-def _brief(value: Any, missing: str = "missing") -> str:
-    if value is None:
-        return missing
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _shown(value: Any) -> str:
+    return brief(value if value is None or isinstance(value, str) else json.dumps(value))

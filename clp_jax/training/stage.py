@@ -5,7 +5,7 @@ metrics and the loop are the same for every stage.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -18,6 +18,7 @@ from clp_jax.training.train_state import TrainState
 
 # (params, frozen, batch, key) -> (summed loss float[], weight float[], metrics). The learner descends the sum divided by
 # the weight. Each metric is a mean over the same weight, so that micro-batches average to what one batch would give.
+Evaluation: TypeAlias = Generator[None, None, dict[str, float]]
 LossFn: TypeAlias = Callable[[Params, Any, Any, PRNGKeyArray], tuple[Array, Array, Metrics]]
 
 
@@ -83,7 +84,8 @@ class StageSetup:
         frozen: what the loss reads and the learner leaves alone, a tree of arrays.
         logical_axes: names for each dimension of each parameter; None, anywhere in the tree, is replicated.
         frozen_logical_axes: the same for `frozen`.
-        evaluate: parameters to metrics, run every so many steps; its names appear under ``evaluation/``.
+        evaluate: parameters to metrics, run every so many steps; its names appear under ``evaluation/``. It yields before each
+            of its batches, equally often in all processes, and may be left there: it computes little in advance.
         vocabulary: is copied to the run directory.
         slots: what an Adafactor goes on from; None begins anew.
         flops: of one step by the model alone, what the source computes included; None where nobody counted.
@@ -97,7 +99,7 @@ class StageSetup:
     frozen: PyTree = dataclasses.field(default_factory=dict)
     logical_axes: PyTree = None
     frozen_logical_axes: PyTree = None
-    evaluate: Callable[[Params], dict[str, float]] | None = None
+    evaluate: Callable[[Params], Evaluation] | None = None
     vocabulary: Saveable | None = None
     slots: AdafactorSlots | None = None
     flops: float | None = None
@@ -134,6 +136,7 @@ class Program:
         flops: floating-point operations of the model itself (`clp_jax.models.flops`).
         tokens: that it reads or makes.
         trips: iterations of its loops that end when they like, at most.
+        runs: executions in one step; 0 for a part of another program, which is compiled to be looked at.
     """
 
     function: Callable[..., Any]
@@ -142,6 +145,7 @@ class Program:
     flops: float
     tokens: int
     trips: int = 1
+    runs: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from clp_jax.training.adafactor_slots import load_slots
 from clp_jax.training.checkpoint_manifest import leaves_by_path
 from clp_jax.training.places import local_files
 from clp_jax.training.saved_params import find_checkpoint
-from clp_jax.training.stage import DataBatches, DataShape, Derived, Outline, StageSetup, inherited
+from clp_jax.training.stage import DataBatches, DataShape, Derived, Evaluation, Outline, StageSetup, inherited
 from clp_jax.training.streamed_params import open_params
 from clp_jax.training.transfer import Transfer
 
@@ -192,16 +192,20 @@ class Supervised:
             )
         return Policy(dense)
 
-    def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], dict[str, float]]:
+    def _evaluator(self, loss_fn: "SupervisedLoss") -> Callable[[Params], Evaluation]:
         converter = functools.partial(sequence_batch, start_id=loss_fn.policy.config.start_id)
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=converter)
         alone = dataclasses.replace(loss_fn, policy=loss_fn.policy.served())
         step = jax.jit(lambda params, batch: alone.sums(params, batch, None)[1:])
 
-        def evaluate(params: Params) -> dict[str, float]:
-            rows = HostRows.of(self.batch_size)
-            batches = map(rows.place, data.epoch_batches(self.evaluation_batches * self.batch_size))
-            counts, sums = zip(*jax.device_get([step(params, batch) for batch in batches]), strict=True)
+        def evaluate(params: Params) -> Evaluation:
+            rows, found, ahead = HostRows.of(self.batch_size), [], []
+            for batch in data.epoch_batches(self.evaluation_batches * self.batch_size):
+                yield
+                ahead.append(step(params, rows.place(batch)))
+                if len(ahead) > 1:  # The device has the next one: it need not wait, and nobody waits long for it.
+                    found.append(jax.device_get(ahead.pop(0)))
+            counts, sums = zip(*found, *jax.device_get(ahead), strict=True)
             tokens = max(float(np.sum(counts, dtype=np.float64)), 1.0)
             means = {name: float(np.sum([s[name] for s in sums], dtype=np.float64)) / tokens for name in sums[0]}
             return means | {"perplexity": math.exp(min(means["cross_entropy"], 700.0))}

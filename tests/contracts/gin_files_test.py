@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from gin_uses import COMPLETE, FAMILIES, FILES, TINY, USES, use
 
 from clp_jax.gin_utils.configuration import configure
 from clp_jax.gin_utils.files import (
@@ -22,81 +23,7 @@ from clp_jax.gin_utils.files import (
 )
 from clp_jax.main import COMMANDS
 
-FILES = sorted(path.relative_to(shipped_files()).as_posix() for path in shipped_files().rglob("*.gin"))
 GOLDEN = Path(__file__).parent / "golden"
-# What the sizes of a family share says nothing without one of them.
-FAMILIES = [name for name in FILES if name.startswith("models/family_")]
-COMPLETE = [name for name in FILES if name not in FAMILIES]
-
-TINY = ("models/t5_1_1_tiny.gin", "algorithms/adamw.gin")
-RUN = ("RUN_DIR='run'", "DATA_DIR='data'")
-RL = ("runs/train.gin", "examples/pydoc_rl.gin", "conditioning/full.gin")
-SFT = (*TINY, "runs/supervised.gin")
-EXAMPLE = ("RUN_DIR='run'",)
-
-# How each file is used: the command, the files given with it in order (itself where there is no other), and bindings.
-USES = {
-    "algorithms/adafactor.gin": ("train", (*SFT, "algorithms/adafactor.gin"), RUN),
-    "algorithms/adafactor_pretraining.gin": ("train", (*SFT, "algorithms/adafactor_pretraining.gin"), RUN),
-    "algorithms/adamw.gin": ("train", SFT, RUN),
-    "algorithms/alpha_range.gin": ("train", (*RL, "algorithms/alpha_range.gin"), EXAMPLE),
-    "algorithms/clp.gin": ("train", RL, EXAMPLE),
-    "algorithms/dirichlet.gin": ("train", RL, EXAMPLE),
-    "algorithms/fixed.gin": ("train", (*RL, "algorithms/fixed.gin"), (*EXAMPLE, "WEIGHTS=(0.3, 0.7)")),
-    "algorithms/leave_one_out.gin": ("train", (*RL, "algorithms/leave_one_out.gin"), EXAMPLE),
-    "algorithms/value_baseline.gin": ("train", RL, EXAMPLE),
-    "algorithms/linear_decay.gin": ("train", (*SFT, "algorithms/linear_decay.gin"), RUN),
-    "conditioning/kl.gin": ("train", (*RL, "conditioning/kl.gin"), EXAMPLE),
-    "examples/pydoc_evaluate.gin": ("evaluate", (), ()),
-    "examples/pydoc_experiment.gin": ("experiment", (), ()),
-    "examples/pydoc_expert.gin": ("train", (), (*EXAMPLE, "WEIGHTS=(1.0, 0.0)")),
-    "examples/pydoc_paths.gin": ("train", ("examples/pydoc_sft.gin",), ()),
-    "examples/pydoc_prepare.gin": ("prepare", (), ()),
-    "examples/pydoc_rl.gin": ("train", RL, EXAMPLE),
-    "runs/clp.gin": (
-        "train",
-        ("algorithms/adamw.gin", "runs/clp.gin", "rewards/rouge_brevity.gin", "conditioning/full.gin"),
-        (*RUN, "SFT_DIR='sft'"),
-    ),
-    "runs/evaluate.gin": ("evaluate", ("runs/evaluate.gin", "rewards/coverage_brevity.gin"), RUN),
-    "runs/prepare.gin": ("prepare", ("examples/pydoc_prepare.gin",), ()),
-    "runs/prepare_jsonl.gin": (
-        "prepare",
-        (),
-        ("DATA_DIR='data'", "TRAIN_FILE='a.jsonl'", "VALIDATION_FILE='b.jsonl'", "TEST_FILE='c.jsonl'"),
-    ),
-    "runs/prepare_registered.gin": ("prepare", (), ("DATA_DIR='d'", "TASK_NAME='t'", "TASK_MODULES=['my_tasks']")),
-    "runs/reward_model.gin": (
-        "train",
-        (*TINY, "runs/reward_model.gin"),
-        (*RUN, "REWARD_NAME='r'", "REWARD_LOSS='entailment'", "CORRUPTIONS=['swap']"),
-    ),
-    "algorithms/freeze.gin": ("train", (*SFT, "models/moe_tiny.gin", "algorithms/freeze.gin"), RUN),
-    "runs/supervised.gin": ("train", SFT, RUN),
-    "runs/train.gin": ("train", SFT, RUN),
-    "sharding/rollouts.gin": ("train", (*RL, "sharding/fsdp.gin", "sharding/rollouts.gin"), EXAMPLE),
-}
-
-
-def use(name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The command, files and bindings that show a file at work."""
-    if name in USES:
-        command, files, given = USES[name]
-        return command, files or (name,), given
-    folder = name.split("/")[0]
-    if folder == "models":
-        return "train", ("algorithms/adamw.gin", "runs/supervised.gin", name), RUN
-    if folder == "sharding":
-        return "train", ("examples/pydoc_sft.gin", name), ()
-    if folder == "scale":
-        return "train", (name,), (*RUN, "SFT_DIR='sft'") if "clp" in name else RUN
-    if folder == "conditioning":
-        return "train", (*RL, name), EXAMPLE
-    if folder == "rewards":
-        given = (*EXAMPLE, "PREFERENCE_DIR='p'") if "preference" in name else EXAMPLE
-        given = (*given, "FAITHFULNESS_DIR='f'") if "faithfulness" in name else given
-        return "train", (*RL, name), given
-    return "train", (name,), ()
 
 
 def resolve(name: str) -> str:

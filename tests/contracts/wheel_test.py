@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -51,7 +52,7 @@ def installed_files() -> dict[str, Path]:
     files = {}
     for folder, where in INSTALLED_AS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".gin", ".yaml"):
+            if path.suffix in (".py", ".gin", ".yaml") or path.name == "constraints.txt":
                 files[f"{where}/{path.relative_to(ROOT / folder).as_posix()}"] = path
     return files
 
@@ -85,6 +86,15 @@ def test_pyproject_lists_the_folders():
     assert settings["package-dir"] == {where.replace("/", "."): folder for folder, where in INSTALLED_AS.items()}
     folders = {name.rpartition("/")[0].replace("/", ".") for name in installed_files()}
     assert sorted(settings["packages"]) == sorted({"clp_jax.gin_configs", *folders})
+
+
+def test_installed_it_brings_workers_what_a_checkout_does(site, tmp_path):
+    script = "from clp_jax.launch.code import archive; open('code.tar.gz', 'wb').write(archive({}, 'tpu'))"
+    run(sys.executable, "-c", script, cwd=tmp_path, path=site)
+    with tarfile.open(tmp_path / "code.tar.gz") as brought:
+        names = set(brought.getnames())
+        assert brought.extractfile("constraints.txt").read() == (ROOT / "constraints.txt").read_bytes()
+    assert set(installed_files()) < names
 
 
 def test_every_folder_of_sources_is_a_package():

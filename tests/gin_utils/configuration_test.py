@@ -125,6 +125,14 @@ def test_arguments_of_a_preset():
     )
 
 
+def test_an_argument_may_be_a_field_of_one():
+    """It is bound to the dataclass, which is then built, also where a file has bound it already."""
+    alone = configure(toy_entry.toy, arguments={"run_dir": "x", "size": 3}).build()
+    assert alone["model"] == toy_entry.Model(3)
+    given = resolve("RUN_DIR=x", "Model.rate=0.5", size=3, kind="other")
+    assert given.build()["model"] == toy_entry.Model(3, 0.5, "other")
+
+
 def test_without_files():
     configuration = configure(toy_entry.shout, arguments={"text": "a"})
     assert configuration.build() == {"text": "a", "times": 1}

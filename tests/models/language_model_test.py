@@ -1,6 +1,9 @@
 """The routers' part of the loss: closed forms for layers that favour different experts."""
 
+import dataclasses
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from clp_jax.models.config import MoEConfig
@@ -41,3 +44,20 @@ def test_balance_of_each_layer_or_of_all_tokens_of_all_layers(by, stacks, balanc
     loss, metrics = routing_loss(moe, stacks)
     assert float(metrics["router/balance_loss"]) == balance
     assert float(loss) == 0.25 * balance + 1.0
+
+
+@pytest.mark.parametrize(("num_experts", "are_told"), [(128, True), (129, False)])
+def test_a_router_that_has_collapsed_in_one_layer_shows(num_experts, are_told):
+    even = np.full((4, num_experts), 1 / num_experts, np.float32)
+    collapsed = even.copy()
+    collapsed[2] = np.eye(num_experts)[5]
+    layers = statistics([0, 1, 0, 1], [1.0] * 4)
+    stacks = [
+        dataclasses.replace(layers, **dict.fromkeys(("load", "choice_share", "mean_probability"), jnp.asarray(x)))
+        for x in (even, collapsed)
+    ]
+    _, metrics = routing_loss(MoEConfig(num_experts=num_experts), stacks)
+    assert (float(metrics["router/load_max"]), float(metrics["router/load_min"])) == (1.0, 0.0)
+    assert ("router/load_05" in metrics) is are_told
+    if are_told:
+        assert float(metrics["router/load_05"]) == pytest.approx((7 / 128 + 1) / 8, rel=1e-6)

@@ -49,11 +49,23 @@ def test_restacked_is_the_inverse_of_unstacked():
     jax.tree.map(np.testing.assert_array_equal, again, layers)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_an_upcycled_policy_is_the_dense_one(every):
+ENCODER_DECODER = tiny_config(num_encoder_layers=3, num_decoder_layers=4)
+DECODER = PaLMConfig.llama(**SIZES, num_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("dense", "router", "every"),
+    [
+        (ENCODER_DECODER, Dropless(2, renormalize=True), 1),
+        (ENCODER_DECODER, Dropless(2, renormalize=True), 2),
+        (DECODER, Dropless(2, renormalize=True), 1),
+        # With room for every token: as if it were dropless.
+        (DECODER, TokenChoice(2, renormalize=True, train_capacity=4.0, eval_capacity=4.0), 2),
+    ],
+)
+def test_an_upcycled_policy_is_the_dense_one(dense, router, every):
     """Copies of one block, weighed to one: nothing has changed yet."""
-    dense = tiny_config(num_encoder_layers=3, num_decoder_layers=4)
-    moe = MoEConfig(num_experts=4, router=Dropless(2, renormalize=True), every=every)
+    moe = MoEConfig(num_experts=4, router=router, every=every)
     sparse = dataclasses.replace(dense, moe=moe)
     params = varied_params(Policy(dense))
     grown = upcycled(params, dense, sparse, jax.random.key(0))
@@ -63,8 +75,24 @@ def test_an_upcycled_policy_is_the_dense_one(every):
     def run(params, grown, prompts, targets):
         return Policy(dense).bind(params)(prompts, targets), Policy(sparse).bind(grown)(prompts, targets)
 
-    np.testing.assert_allclose(*run(params, grown, PROMPTS, targets), rtol=1e-4, atol=1e-5)
+    before, after = run(params, grown, PROMPTS, targets)
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
     assert Policy(sparse).num_params() > Policy(dense).num_params()
+
+
+def test_an_upcycled_switch_is_not_the_dense_policy():
+    """One expert's raw probability scales what it returns."""
+    sparse = dataclasses.replace(
+        DECODER, moe=MoEConfig(num_experts=4, router=TokenChoice(1, train_capacity=4.0, eval_capacity=4.0))
+    )
+    params = varied_params(Policy(DECODER))
+    grown = upcycled(params, DECODER, sparse, jax.random.key(0))
+    targets = np.random.default_rng(0).integers(0, 11, (4, 5)).astype(np.int32)
+    before, after = (
+        jax.jit(lambda p, policy=policy: policy.bind(p)(jnp.asarray(PROMPTS), jnp.asarray(targets)))(p)
+        for policy, p in ((Policy(DECODER), params), (Policy(sparse), grown))
+    )
+    assert np.abs(after - before).max() > 1e-2 * np.abs(before).max()
 
 
 def test_what_can_not_be_upcycled():

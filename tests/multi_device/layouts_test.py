@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from workloads import SIZES, WORKLOADS, Descent, layout
+from workloads import SIZES, WORKLOADS, Descent, layout, rollouts
 
 from clp_jax.compilation.collectives import kind_of
 from clp_jax.compilation.hlo import Module
@@ -107,19 +107,37 @@ def test_the_updates_are_worth_comparing(workload):
 
 
 def test_no_layout_exchanges_more_than_it_did():
-    found = {"jax": jax.__version__} | {f"{name} {workload}": _updated(name, workload)[2] for name, workload in CASES}
-    if os.environ.get("CLP_UPDATE_GOLDEN"):
-        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
-        GOLDEN.write_text(f"{{\n{lines}\n}}\n")
+    found = {f"{name} {workload}": _updated(name, workload)[2] for name, workload in CASES}
+    _check_golden(found, lambda key: key.split()[-1] in WORKLOADS)
+
+
+def test_no_layout_of_rollouts_exchanges_more_than_it_did():
+    """Under the table of training, and with `sharding/rollouts.gin` on top."""
+    found = {
+        f"{name}{'+rollouts' if own else ''} {kind}": _exchanges(program.compile().as_text())
+        for name in LAYOUTS
+        for own in (False, True)
+        for kind, program in rollouts(name, own).items()
+    }
+    _check_golden(found, lambda key: key.split()[-1] in ("prefill", "rollout"))
+
+
+def _check_golden(found, are_these):
+    """Compares with those of the golden numbers that are of these programs, or writes them anew."""
     golden = json.loads(GOLDEN.read_text())
+    if os.environ.get("CLP_UPDATE_GOLDEN"):
+        others = {key: value for key, value in golden.items() if not are_these(key)}
+        golden = others | {"jax": jax.__version__} | found
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in golden.items())
+        GOLDEN.write_text(f"{{\n{lines}\n}}\n")
     if golden["jax"] != jax.__version__:
         pytest.skip(f"the golden numbers are of jax {golden['jax']}: another compiler makes other exchanges")
     changed = [f"{key}: {golden.get(key)} became {value}" for key, value in found.items() if value != golden.get(key)]
     assert not changed, (
-        "collectives of one update, [count, bytes] of each kind, changed (see this file's head to accept): "
+        "collectives of one program, [count, bytes] of each kind, changed (see this file's head to accept): "
         + "; ".join(changed)
     )
-    assert found.keys() == golden.keys()
+    assert found.keys() == {key for key in golden if are_these(key)}
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp_tensor", "fsdp_expert", "context", "multislice", "pipeline"])
@@ -161,3 +179,6 @@ def test_kernels_do_not_leave_the_axis_that_shards_them():
     assert "all-gather" in golden["fsdp palm"]
     assert "all-to-all" in golden["expert experts"]
     assert "collective-permute" in golden["context palm"] and "collective-permute" in golden["pipeline palm"]
+    assert "collective-permute" in golden["context rollout"]
+    assert "collective-permute" not in golden["context+rollouts rollout"]
+    assert golden["fsdp+rollouts rollout"]["all-gather"][0] < golden["fsdp rollout"]["all-gather"][0]

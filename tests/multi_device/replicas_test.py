@@ -5,9 +5,13 @@ import re
 import jax
 import numpy as np
 import pytest
+from flipped_bits import flip_a_bit
 from jax.sharding import NamedSharding, PartitionSpec
+from toy_runs import Toy, run
 
+from clp_jax import processes
 from clp_jax.partitioning import make_mesh
+from clp_jax.training.checkpoint_steps import complete_steps
 from clp_jax.training.replicas import ReplicaError, check_replicas
 
 MESH = make_mesh(data=2, fsdp=4)
@@ -46,3 +50,32 @@ def test_of_two_copies_nobody_knows_the_right_one():
     ):
         check_replicas({"a": put(("fsdp",), damaged=(6,))}, 7)
     check_replicas({"a": put(("data", "fsdp"), damaged=(6,))}, 7)  # There is one copy of each part.
+
+
+class Forgetful(Toy):
+    """A bit of the random key is another one on a device, from the third step on."""
+
+    def setup(self, run_dir, seed):
+        setup = super().setup(run_dir, seed)
+        plain = setup.source.next
+
+        def next_batch(state, frozen):
+            if int(state.step) == 2:
+                flip_a_bit(state.rng)
+            return plain(state, frozen)
+
+        setup.source.next = next_batch
+        return setup
+
+
+def test_a_run_looks_now_and_then_and_goes_on_from_before(tmp_path):
+    mesh = make_mesh(data=4, devices=jax.devices()[:4])
+    settings = {"mesh": mesh, "replica_check_every": 4, "checkpoint_every": 2, "evaluate_every": None}
+    with pytest.raises(ReplicaError, match=r"after step 4, copies of rng have different bits: device 3 of") as found:
+        run(tmp_path / "flipped", 6, Forgetful(), **settings)
+    assert processes.exit_code_of(found.value) == processes.FAILURE
+    assert complete_steps(tmp_path / "flipped" / "checkpoints") == [2]
+    assert (
+        run(tmp_path / "flipped", 6, **settings).metrics["param_digest"]
+        == (run(tmp_path / "whole", 6, **settings).metrics["param_digest"])
+    )

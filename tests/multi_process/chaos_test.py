@@ -22,6 +22,8 @@ def test_runs_that_are_killed_are_the_undisturbed_ones_with_other_processes(home
     for outcome in outcomes:
         assert [(kill.count, kill.went_on_with) for kill in outcome.kills] == [(1, 2), (2, 1)], told
         assert all(kill.went_on_from == kill.kept for kill in outcome.kills), told
+    found = {moment for outcome in outcomes for kill in outcome.kills for moment in kill.found}
+    assert found >= {"save", "rollout"}, told
     assert "| in all | 4 |" in told and told.count("| the same bits |") == 2
     assert_a_difference_is_found(next(tmp_path.glob("*-policy-1")), tmp_path / "other")
 

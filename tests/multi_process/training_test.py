@@ -1,10 +1,12 @@
 """Real processes, two and four: the bits of one process on the same mesh, stopping, going on, being killed."""
 
+import dataclasses
 import json
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from same_runs import Comparison, read_notes
 from tiny_runs import MODEL
 
 from clp_jax.data.reader import DataSource, prompt_batch, sequence_batch
-from clp_jax.processes import RESTARTABLE
+from clp_jax.processes import FAILURE, RESTARTABLE
 from clp_jax.rewards.pairs import Corrupter
+from clp_jax.training.checkpoint_manifest import Manifest, parse_place
+from clp_jax.training.checkpoint_steps import as_path
 from clp_jax.training.metrics import TIMING_METRICS, read_metrics
 from clp_jax.training.saved_params import load_params
 
@@ -175,11 +179,9 @@ def test_several_processes_make_steps_again_and_find_a_bit(home, two, tmp_path):
     assert group.wait(300) == [1, 1], group.text()
     said = [line.removeprefix("replay: ") for line in group.logs[0].read_text().splitlines() if "replay: " in line]
     compared = ", ".join(sorted(lines(two / "policy")[3].keys() - {"step", "stage"}))
-    assert said[:3] == [
-        "from the checkpoint of step 2",
-        *(f"step {n}: the same to the bit: {compared}" for n in (3, 4)),
-    ]
-    assert said[3] == "from the checkpoint of step 2" and said[4].startswith("step 3: the same to the bit: ")
+    begin = ["from the checkpoint of step 2", "steps 3 to 4 are made again"]
+    assert said[:4] == [*begin, *(f"step {n}: the same to the bit: {compared}" for n in (3, 4))]
+    assert said[4:6] == begin and said[6].startswith("step 3: the same to the bit: ")
     change = f"  grad_norm: {wrote[3]['grad_norm']} -> {lines(two / 'packed')[3]['grad_norm']}"
     assert "step 4 gave other numbers than the run" in group.text() and change in group.logs[0].read_text()
     assert "replay: " not in group.logs[1].read_text()
@@ -188,16 +190,23 @@ def test_several_processes_make_steps_again_and_find_a_bit(home, two, tmp_path):
     assert then == {place: row for place, row in first.items() if place[0] >= 32}
 
 
-def wait_for_lines(group, run_dir, count, seconds=120):
-    """Until the metrics have so many lines."""
+def wait_until(group, happens, what, seconds=180):
+    """Until something happens while all processes run."""
     end = time.monotonic() + seconds
-    path = run_dir / "metrics.jsonl"
-    while not path.is_file() or len(path.read_text().splitlines()) < count:
+    while not happens():
         codes = [process.poll() for process in group.processes]
         if time.monotonic() > end or any(code is not None for code in codes):
             group.kill()
-            raise AssertionError(f"{path} has not {count} lines; exit codes {codes}.\n{group.text()}")
+            raise AssertionError(f"not seen: {what}; exit codes {codes}.\n{group.text()}")
         time.sleep(0.05)
+
+
+def wait_for_lines(group, run_dir, count):
+    """Until the metrics have so many lines."""
+    path = run_dir / "metrics.jsonl"
+    wait_until(
+        group, lambda: path.is_file() and len(path.read_text().splitlines()) >= count, f"{count} lines in {path}"
+    )
 
 
 def test_a_run_that_is_stopped_and_killed_goes_on_with_other_processes(home, undisturbed, tmp_path):
@@ -226,3 +235,75 @@ def test_a_run_that_is_stopped_and_killed_goes_on_with_other_processes(home, und
     assert_same(run_dir, undisturbed, [2, 4], exact=False)
     found = consumed(run_dir, 2) | consumed(run_dir, 4)
     assert found == expected_ids(home, 12 * 8)
+
+
+def test_a_stop_ends_an_evaluation_in_all_processes(home, tmp_path):
+    """It is made up for when the run goes on."""
+    made = jobs(tmp_path, "packed", num_steps=1, evaluation_seconds=120)
+    group = start(tmp_path / "first", home, made, num_processes=2, devices=2)
+    wait_until(group, lambda: "evaluates since 1 s" in group.logs[1].read_text(), "evaluates")
+    group.processes[1].send_signal(signal.SIGTERM)
+    before = time.monotonic()
+    assert group.wait(60) == [RESTARTABLE, RESTARTABLE], group.text()
+    assert time.monotonic() - before < 30
+    assert "stopped by SIGTERM after step 1 of 1" in group.text() and lines(tmp_path / "packed") == []
+    start(tmp_path / "second", home, jobs(tmp_path, "packed", num_steps=1), num_processes=2, devices=2).succeed()
+    (line,) = lines(tmp_path / "packed")
+    assert line["step"] == 1 and {"loss", "evaluation/cross_entropy"} <= line.keys()
+
+
+def test_a_hang_of_one_process_ends_all_and_all_show_where_they_are(home, two, tmp_path):
+    """Process 1 stands still before the third step; process 0 waits for it. Neither's end hides the other's stacks.
+
+    What it runs is compiled by then, which may take longer than the limit.
+    """
+    made = jobs(tmp_path, "packed", num_steps=6, hang_at=2, hang_in=1, watchdog_seconds=60.0)
+    group = start(tmp_path / "first", home, made, num_processes=2, devices=2)
+    codes = group.wait(240)
+    assert codes == [RESTARTABLE, RESTARTABLE], group.text()
+    for number, log in enumerate(group.logs):
+        text = log.read_text()
+        assert f"process {number} of 2: no progress for 60 s (watchdog_seconds). What every thread is doing:" in text
+        assert " in run" in text and f"process {number} of 2: ends; the same command goes on" in text
+    assert [" in hang" in log.read_text() for log in group.logs] == [False, True]
+
+
+def test_a_bit_that_flips_in_one_process_ends_all_with_a_failure_of_the_machine(home, tmp_path):
+    made = jobs(tmp_path, "packed", num_steps=6, flip_at=2, flip_in=1, replica_check_every=1)
+    group = start(tmp_path / "first", home, made, num_processes=2, devices=2)
+    assert group.wait(300) == [FAILURE, FAILURE], group.text()
+    said = r"after step 3, copies of rng have different bits: device \d+ of process 1 \(\w+\) against \w+ on 3 others"
+    assert re.search(said, group.logs[0].read_text()) and load_params(tmp_path / "packed")[2] == 2
+
+
+def test_all_processes_leave_a_damaged_checkpoint_and_go_on_from_the_one_before(home, two, tmp_path):
+    """What process 0 finds in the files, what process 1 finds there, and what process 1 finds in its arrays."""
+    made = [jobs(tmp_path / where, "packed", num_steps=STEPS + 1)[0] for where in ("files0", "files1", "arrays1")]
+    steps = [Path(job["run_dir"]) / "checkpoints" / str(STEPS) for job in made]
+    for step in steps:
+        shutil.copytree(two / "packed", step.parents[1])
+    whole = Manifest.read(as_path(steps[0]))
+    names = sorted(whole.files)
+    for step, name in zip(steps, names[-2:], strict=False):
+        data = bytearray((step / name).read_bytes())
+        data[-1] ^= 1
+        (step / name).write_bytes(data)
+    name, array = next((n, a) for n, a in whole.arrays["params"].items() if len(a.shards) > 1)
+    wrong = dataclasses.replace(array, shards=array.shards | {max(array.shards, key=_start): "0" * 64})
+    arrays = whole.arrays | {"params": whole.arrays["params"] | {name: wrong}}
+    dataclasses.replace(whole, arrays=arrays).write(as_path(steps[2]))
+
+    group = start(tmp_path / "group", home, made, num_processes=2, devices=2)
+    group.succeed()
+    for step, what in zip(steps, (*names[-2:], name), strict=True):
+        assert what in (step.parent / f"{STEPS}.damaged.txt").read_text()
+        assert group.logs[0].read_text().count(f"checkpoint {step} is damaged: ") == 1
+        assert Manifest.read(as_path(step)).arrays == whole.arrays
+        again = [{k: v for k, v in line.items() if not k.startswith("evaluation/")} for line in lines(two / "packed")]
+        assert lines(step.parents[1])[:STEPS] == again  # Evaluated at the end alone.
+    assert "is damaged" not in group.logs[1].read_text()
+
+
+def _start(place):
+    """Where a part of an array begins."""
+    return [start for start, _ in parse_place(place)]

@@ -10,16 +10,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flipped_bits import flip_a_bit
+from tiny_policies import varied_params
 from tiny_runs import MODEL
 
 from clp_jax import processes
+from clp_jax.data.vocabulary import Vocabulary
 from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.config import MoEConfig
+from clp_jax.models.heads import ScorerConfig
+from clp_jax.models.policy import Policy
 from clp_jax.nn.routing import Dropless
 from clp_jax.partitioning import Rules, make_mesh
 from clp_jax.preferences import Dirichlet
 from clp_jax.replay import replay
-from clp_jax.rewards.programmatic import Brevity, FunctionReward
+from clp_jax.rewards.learned import LearnedReward
+from clp_jax.rewards.programmatic import Brevity
 from clp_jax.train import train
 from clp_jax.training.clp import ConditionalPolicy
 from clp_jax.training.estimators import ValueBaseline
@@ -32,9 +38,10 @@ TENSOR = (("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"), ("act_mlp",
 EXPERTS = MoEConfig(num_experts=4, router=Dropless(2))
 
 
-def letters(prompts, completions, references):
-    """The length of each completion, in letters."""
-    return [len(text) for text in completions]
+def taste(home):
+    """A reward model nobody has trained: its parameters lie as a policy's do, and all processes score together."""
+    scorer = Policy(ScorerConfig(MODEL))
+    return LearnedReward("taste", scorer, varied_params(scorer), Vocabulary.load(f"{home}/prompts").fingerprint)
 
 
 def policy(home, **changes):
@@ -42,7 +49,7 @@ def policy(home, **changes):
     settings = {
         "initial_checkpoint": f"{home}/sft",
         "data_dir": f"{home}/prompts",
-        "rewards": (Brevity(limit=4), FunctionReward("letters", letters)),
+        "rewards": (Brevity(limit=4), taste(home)),
         "preferences": Dirichlet(2, alpha=0.1),
         "conditioning": ParameterConditioning("full", 2),
         "estimator": ValueBaseline(hidden_dim=4),
@@ -117,6 +124,11 @@ def held_rows(batch):
     return found
 
 
+def hang():
+    """Stands still."""
+    time.sleep(3600)
+
+
 class Recording:
     """A source that notes what this process was given, and does not hurry.
 
@@ -125,10 +137,11 @@ class Recording:
         path: of the notes: for each step a line before its batch is made, and one after, with its whole numbers.
         pause: seconds before each step.
         hang_at: the step before which this process stands still, if any.
+        flip_at: the step before which a bit is another one on a device of this process, if any.
     """
 
-    def __init__(self, source, path, pause, hang_at):
-        self._source, self._path, self._pause, self._hang_at = source, path, pause, hang_at
+    def __init__(self, source, path, pause, hang_at, flip_at):
+        self._source, self._path, self._pause, self._hang_at, self._flip_at = source, path, pause, hang_at, flip_at
 
     def next(self, state, frozen):
         """The next batch."""
@@ -138,7 +151,9 @@ class Recording:
         batch, metrics = self._source.next(state, frozen)
         self._note({"position": position, "rows": held_rows(batch)})
         if self._hang_at is not None and int(state.step) == self._hang_at:
-            time.sleep(3600)
+            hang()
+        if self._flip_at is not None and int(state.step) == self._flip_at:
+            flip_a_bit(state.rng)
         return batch, metrics
 
     def _note(self, line):
@@ -166,13 +181,29 @@ class Recorded:
     path: str
     pause: float
     hang_at: int | None
+    flip_at: int | None
+    evaluation_seconds: int
 
     def setup(self, run_dir, seed):
         """That of the stage."""
         found = self.stage.setup(run_dir, seed)
+        if self.evaluation_seconds:
+            found = dataclasses.replace(found, evaluate=self._slowly(found.evaluate))
         if isinstance(found.source, PairSource):
             _note_reading(found.source.data, self.path)
-        return dataclasses.replace(found, source=Recording(found.source, self.path, self.pause, self.hang_at))
+        return dataclasses.replace(
+            found, source=Recording(found.source, self.path, self.pause, self.hang_at, self.flip_at)
+        )
+
+    def _slowly(self, evaluate):
+        def slow(params):
+            for second in range(self.evaluation_seconds):
+                yield
+                print(f"evaluates since {second} s", flush=True)
+                time.sleep(1)
+            return (yield from evaluate(params))
+
+        return slow
 
 
 def _note_reading(data, path):
@@ -200,9 +231,9 @@ def run(plan, job):
     stage, sizes, rules = JOBS[job["name"]](plan["home"])
     number = processes.index()
     path = f"{job.get('notes', job['run_dir'])}.notes.{plan['num_processes']}.{number}"
-    hang_at = job.get("hang_at") if number == job.get("hang_in") else None
+    hang_at, flip_at = (job.get(f"{what}_at") if number == job.get(f"{what}_in") else None for what in ("hang", "flip"))
     what = {
-        "stage": Recorded(stage, path, job.get("pause", 0.0), hang_at),
+        "stage": Recorded(stage, path, job.get("pause", 0.0), hang_at, flip_at, job.get("evaluation_seconds", 0)),
         # Adam divides a gradient by its own size, also one of rounding errors alone; a large epsilon leaves those small. So do
         # small steps: large ones drive two runs apart that differ in a last bit.
         "optimizer": AdamW(0.001, epsilon=1e-3, weight_decay=0.1),
@@ -219,6 +250,7 @@ def run(plan, job):
         log_every=1,
         evaluate_every=job.get("evaluate_every"),
         checkpoint_every=job.get("checkpoint_every"),
+        replica_check_every=job.get("replica_check_every"),
         watchdog_seconds=job.get("watchdog_seconds", 600.0),
         **what,
     )
@@ -239,7 +271,7 @@ def main(path, number):
     except Exception as error:
         processes.await_verdict(error)
         traceback.print_exc()
-        return processes.leave(1, str(error))
+        return processes.leave(processes.exit_code_of(error) or processes.FAILURE, str(error))
     return processes.leave(0)
 
 

@@ -189,9 +189,10 @@ def test_gradients_are_those_of_the_formula():
         np.testing.assert_allclose(np.vdot(gradient, direction), slope, rtol=1e-4)
 
 
-def test_a_query_that_sees_nothing_gives_zeros_and_passes_no_gradient():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_query_that_sees_nothing_gives_zeros_and_passes_no_gradient(dtype):
     case = CASES["t5_decoder"]
-    arrays, (queries, keys) = inputs(case)
+    arrays, (queries, keys) = inputs(case, dtype)
     blind = np.broadcast_to(np.asarray(queries.segments == 0), arrays[0].shape[:2])
     assert 0 < blind.sum() < blind.size
     out, gradients = differentiated(reference_attention, case)(arrays, queries, keys)

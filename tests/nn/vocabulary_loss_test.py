@@ -43,6 +43,28 @@ def test_losses_and_gradients_are_those_of_all_logits(chunk):
         np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 13])
+def test_gradients_in_bfloat16_are_rounded_no_more_than_those_of_all_logits(chunk):
+    """Activations in bfloat16, parameters in float32, where every chunk adds to the head's gradient."""
+    hidden = HIDDEN.astype(jnp.bfloat16)
+
+    def in_chunks(hidden, kernel):
+        found = chunked_token_statistics(hidden, lambda h: h @ kernel.astype(h.dtype), TARGETS, chunk=chunk)
+        return jnp.sum((Z_LOSS * jnp.square(found.log_z) - found.log_probs) * WEIGHTS)
+
+    def as_a_whole(hidden, kernel):
+        return whole_loss(hidden, kernel.astype(hidden.dtype))[0]
+
+    gradients = [jax.jit(jax.grad(loss, argnums=(0, 1))) for loss in (in_chunks, as_a_whole)]
+    found, expected = (gradient(hidden, KERNEL) for gradient in gradients)
+    wide, rounded = hidden.astype(jnp.float32), KERNEL.astype(jnp.bfloat16).astype(jnp.float32)
+    exact = gradients[1](wide, rounded)
+    for x, y, z, dtype in zip(found, expected, exact, (jnp.bfloat16, jnp.float32), strict=True):
+        assert x.dtype == y.dtype == dtype
+        errors = [float(jnp.linalg.norm(a.astype(jnp.float32) - z)) for a in (x, y)]
+        assert errors[0] < 1.5 * errors[1] and errors[1] < 0.01 * float(jnp.linalg.norm(z))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_log_probs_are_those_of_scoring(dtype):
     hidden, kernel = HIDDEN.astype(dtype), KERNEL.astype(dtype)

@@ -78,7 +78,8 @@ def test_it_is_compiled_once_for_a_shape(params, inputs):
     np.testing.assert_array_equal(reward(inputs), first)
     other = replace(inputs, inputs.prompt_tokens[::-1].copy(), inputs.completion_tokens)
     assert not np.array_equal(reward(other), first)
-    assert reward._score._cache_size() == 1
+    (scorer,) = reward._scorers.values()
+    assert scorer.func._cache_size() == 1
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0])

@@ -45,7 +45,7 @@ with Checkpoints(directory) as checkpoints:
     save(checkpoints, 1)
     try:
         checkpoints.save(2, large_state(), {}, {"stage": "toy"}, {})
-        checkpoints._wait()
+        checkpoints.wait()
     except CheckpointError as error:
         said.append(str(error))
     save(checkpoints, 3)
@@ -88,6 +88,27 @@ def test_a_full_disk_is_said_loses_nothing_and_keeps_no_halves(tmp_path):
     assert list(tmp_path.iterdir()) == []  # It was on the other disk.
 
 
+FULL_RUN = """
+import sys
+sys.path.insert(0, sys.argv[1] + "/../fixtures")
+from clp_jax import main as cli
+cli.COMMANDS = {"fail": "failing_runs.fail"}
+sys.exit(cli.main(["fail", "--run_dir=" + sys.argv[2] + "/run", "--how=large"]))
+"""
+
+
+def test_a_run_that_fills_the_disk_ends_with_one_line_and_1(tmp_path):
+    if not can_mount(tmp_path):
+        pytest.skip("this machine lets its users mount nothing: no small disk can be made")
+    done = run_on_small_disk(FULL_RUN, tmp_path, megabytes=9)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert (
+        said.startswith("clp fail: error: the checkpoint of step 1 could not be written to")
+        and "the disk is full" in said
+    )
+
+
 def test_a_slow_disk_holds_up_nothing_until_the_next_save(tmp_path, monkeypatch):
     plain, may_go_on = checkpoint_manifest.flush_to_disk, threading.Event()
 
@@ -97,7 +118,7 @@ def test_a_slow_disk_holds_up_nothing_until_the_next_save(tmp_path, monkeypatch)
 
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1)
-        checkpoints._wait()
+        checkpoints.wait()
         monkeypatch.setattr(checkpoint_manifest, "flush_to_disk", slow)
         save(checkpoints, 2)  # Returns while nothing of it is on the disk.
         for _ in range(10):
@@ -114,7 +135,7 @@ def test_a_slow_disk_holds_up_nothing_until_the_next_save(tmp_path, monkeypatch)
 def test_a_directory_that_is_gone_when_the_next_step_is_saved(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         save(checkpoints, 1)
-        checkpoints._wait()
+        checkpoints.wait()
         (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
         (tmp_path / "checkpoints").write_text("")
         with pytest.raises(CheckpointError, match="step 2 could not be written to .*Not a directory"):
@@ -132,7 +153,7 @@ from clp_jax.training.run_directory import open_run_directory, RunDirectoryError
 directory = sys.argv[2]
 with Checkpoints(directory + "/checkpoints") as checkpoints:
     save(checkpoints, 1)
-    checkpoints._wait()
+    checkpoints.wait()
     subprocess.run(["mount", "-o", "remount,ro", directory], check=True)
     print(load_params(directory)[2])
     for call in (lambda: save(checkpoints, 2), lambda: open_run_directory(directory)):
@@ -179,7 +200,7 @@ def test_no_decision_depends_on_a_clock(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, Retention(2, best=KeepBest("loss"))) as checkpoints:
         for step in (9, 10, 11, 100):
             save(checkpoints, step, loss=float(step))
-            checkpoints._wait()
+            checkpoints.wait()
             for file in [tmp_path / str(step), *(tmp_path / str(step)).rglob("*")]:
                 os.utime(file, (2e9 - 1e5 * step,) * 2)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["100", "11", "9"]
@@ -216,10 +237,10 @@ def test_the_second_run_to_complete_a_step_overwrites_nothing(tmp_path):
     """Where locks do not reach, on some network disks, the first to complete a step wins."""
     with Checkpoints(tmp_path) as first, Checkpoints(tmp_path) as second:
         save(first, 1)
-        first._wait()
+        first.wait()
         before = (tmp_path / "1" / "manifest.json").read_bytes()
         save(second, 1, size=5)
         with pytest.raises(CheckpointError, match="1 exists: it was not overwritten"):
-            second._wait()
+            second.wait()
     assert (tmp_path / "1" / "manifest.json").read_bytes() == before
     assert load_params(tmp_path)[0]["w"].shape == (3,)

@@ -63,6 +63,14 @@ def test_a_step_is_kept_if_anything_keeps_it(last, every, best):
         assert set(Retention(last, every, best).kept(steps)) == expected
 
 
+def test_the_best_by_a_metric_that_there_is_not():
+    steps = {2: {"x": 1.0}, 4: {"loss": 0.5}}
+    for best in (None, KeepBest("loss"), KeepBest("x")):
+        assert Retention(best=best).without_best(steps) is None
+    assert Retention(best=KeepBest("y")).without_best({}) is None
+    assert "metric 'y', which no checkpoint has: 2, 4 have loss, x" in Retention(best=KeepBest("y")).without_best(steps)
+
+
 def test_nothing_to_keep_is_nothing_kept():
     assert Retention(2, 3, KeepBest("loss")).kept({}) == {}
 

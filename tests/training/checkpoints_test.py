@@ -184,7 +184,7 @@ def test_a_write_that_fails_in_the_background_surfaces_at_the_next_step(tmp_path
     large = dataclasses.replace(state, params=state.params | {"large": incompressible})
     with Checkpoints(tmp_path, Retention(3)) as checkpoints:
         checkpoints.save(1, state, {}, DESCRIPTION, {})
-        checkpoints._wait()
+        checkpoints.wait()
         with no_file_longer_than(1 << 19):
             checkpoints.save(2, large, {}, DESCRIPTION, {})
             with pytest.raises(CheckpointError, match=r"checkpoint of step 2 .*File too large.*Step 1 is intact"):

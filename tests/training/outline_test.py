@@ -93,6 +93,7 @@ def test_the_programs_of_reinforcement_learning(home):
     assert outline.programs["prefill"].flops == prompt_flops(MODEL, chunk)
     assert outline.programs["rollout"].flops == 2 * forward_flops(MODEL, chunk)
     assert outline.programs["rollout"].tokens == 4 * 3 and outline.programs["rollout"].trips == 3
+    assert [(name, program.runs) for name, program in outline.programs.items()] == [("prefill", 0), ("rollout", 2)]
     for program in outline.programs.values():
         made = jax.eval_shape(program.function, *program.arguments)
         assert all(np.prod(leaf.shape) > 0 for leaf in jax.tree.leaves(made) if leaf.shape)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from toy_runs import run
 
 from clp_jax.training.profiling import Profile
 
@@ -50,6 +51,13 @@ def test_a_trace_of_the_steps_that_were_asked_for(runs, name):
     directory, recorded = runs
     assert recorded[name] == RECORDED[name]
     assert len(list((directory / name).rglob("*.xplane.pb"))) == bool(RECORDED[name])
+
+
+@pytest.mark.parametrize("steps", [None, (50, 60)])
+def test_a_trace_of_steps_that_never_came_is_said(tmp_path, steps, capsys):
+    run(tmp_path / "run", 3, profile_steps=steps)
+    said = "profile_steps: nothing was recorded: no step from 50 to 60 was made here." in capsys.readouterr().err
+    assert said == (steps is not None) and not (tmp_path / "run" / "profile").exists()
 
 
 @pytest.mark.parametrize("steps", [(0, 3), (4, 3)])

@@ -10,7 +10,6 @@ import pytest
 
 from clp_jax.training.run_directory import (
     RunDirectoryError,
-    bindings,
     disk_errors,
     open_run_directory,
     write_atomically,
@@ -28,17 +27,6 @@ T5Config.table = {
     'b': 2,
 }
 """
-
-
-def test_bindings_of_a_gin_file():
-    assert bindings(CONFIG) == {
-        "import clp_jax.train": "",
-        "train.num_steps": "100",
-        "train.optimizer": "@Adafactor()",
-        "Adafactor.learning_rate": "0.001",
-        "T5Config.table": "{ 'a': 1, 'b': 2, }",
-    }
-    assert bindings("a.b = \\\n    ('x',\n     'y')\nc = 1") == {"a.b": "('x', 'y')", "c": "1"}
 
 
 def test_the_same_run_enters_again_and_another_is_refused(tmp_path):

@@ -169,6 +169,17 @@ def test_the_loss_is_that_of_each_row_alone(data_dir):
     assert 0 <= float(metrics["accuracy"]) <= 1
 
 
+def evaluated(evaluation):
+    """How often an evaluation could have been left, and what it found."""
+    batches = 0
+    while True:
+        try:
+            next(evaluation)
+        except StopIteration as end:
+            return batches, end.value
+        batches += 1
+
+
 # Half the tokens have no room, and which ones depends on those around, of all rows in training.
 CROWDED = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=2, router=TokenChoice(eval_capacity=0.5, group="batch")))
 
@@ -178,7 +189,8 @@ def test_evaluation_is_the_mean_over_every_token_of_the_split(tmp_path, data_dir
     setup = stage(data_dir, model=model).setup(tmp_path, seed=0)
     params = setup.params()
     whole = stage(data_dir, model=model, batch_size=10).setup(tmp_path, seed=0)
-    found, expected = setup.evaluate(params), whole.evaluate(params)  # Batches of 4, 4 and 2 against one of 10.
+    (batches, found), (one, expected) = (evaluated(s.evaluate(params)) for s in (setup, whole))
+    assert (batches, one) == (3, 1)  # Of 4, 4 and 2 rows against one of 10.
     assert ("router/dropped" in found) == (model is CROWDED)
     for name in expected:
         if not name.startswith("router/"):  # Means over the rows of each batch.
