@@ -39,7 +39,7 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
     """
     handler, save = _writer(), _orbax().args.PyTreeSave(tree)
     # Not `asyncio.run`: it touches the tasks of all threads, and Orbax's threads have their own.
-    loop = asyncio.new_event_loop()
+    loop = _Loop()
     try:
         futures = loop.run_until_complete(_with_all_it_began(handler.async_save(directory, args=save)))
     finally:
@@ -50,6 +50,18 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
             future.result(timeout=None if math.isinf(seconds) else seconds)
 
     return wait
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """One that a store's threads may report to after it is closed, as those of a failed save do: nobody listens then."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            return asyncio.Handle(callback, args, self, context)
 
 
 async def _with_all_it_began(save: Awaitable[_T]) -> _T:

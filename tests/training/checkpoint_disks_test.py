@@ -1,6 +1,8 @@
 """Disks and clocks as they are: full, slow, read-only, locked by the dead, and running backwards."""
 
+import asyncio
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clp_jax.training import checkpoint_manifest
+from clp_jax.training import array_store, checkpoint_manifest
 from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.checkpoint_steps import KeepBest, Retention
 from clp_jax.training.checkpoints import Checkpoints
@@ -107,6 +109,31 @@ def test_a_run_that_fills_the_disk_ends_with_one_line_and_1(tmp_path):
         said.startswith("clp fail: error: the checkpoint of step 1 could not be written to")
         and "the disk is full" in said
     )
+
+
+def test_what_a_failed_save_still_writes_may_report_after_it(tmp_path, monkeypatch):
+    ended, errors = threading.Event(), []
+
+    class Writer:
+        async def async_save(self, directory, args):
+            self.thread = threading.Thread(target=self.report, args=[asyncio.get_running_loop()])
+            self.thread.start()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def report(self, loop):
+            try:
+                assert ended.wait(60)
+                loop.call_soon_threadsafe(print)
+            except Exception as error:  # Nobody would see it.
+                errors.append(error)
+
+    writer = Writer()
+    monkeypatch.setattr(array_store, "_writer", lambda: writer)
+    with pytest.raises(OSError, match="No space left"):
+        array_store.begin_write(tmp_path, {"w": np.zeros(3)})
+    ended.set()
+    writer.thread.join()
+    assert errors == []
 
 
 def test_a_slow_disk_holds_up_nothing_until_the_next_save(tmp_path, monkeypatch):
