@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import math
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
     """
     handler, save = _writer(), _orbax().args.PyTreeSave(tree)
     # Not `asyncio.run`: it touches the tasks of all threads, and Orbax's threads have their own.
-    loop = _Loop()
+    loop = asyncio.new_event_loop()
     try:
         futures = loop.run_until_complete(_with_all_it_began(handler.async_save(directory, args=save)))
     finally:
@@ -50,18 +51,6 @@ def begin_write(directory: epath.Path, tree: PyTree) -> Callable[[float], None]:
             future.result(timeout=None if math.isinf(seconds) else seconds)
 
     return wait
-
-
-class _Loop(asyncio.SelectorEventLoop):
-    """One that a store's threads may report to after it is closed, as those of a failed save do: nobody listens then."""
-
-    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
-        try:
-            return super().call_soon_threadsafe(callback, *args, context=context)
-        except RuntimeError:
-            if not self.is_closed():
-                raise
-            return asyncio.Handle(callback, args, self, context)
 
 
 async def _with_all_it_began(save: Awaitable[_T]) -> _T:
@@ -184,9 +173,18 @@ def _orbax() -> Any:
 
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_not_from_orbax)
+    sys.unraisablehook = functools.partial(_say_unless_late, sys.unraisablehook)
     return ocp
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     # Orbax logs the traceback of a failed write from each of its threads; we raise one error that says what to do.
     return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+
+
+def _say_unless_late(say: Callable[[Any], object], found: Any) -> None:
+    # TensorStore's threads tell the loops of Orbax when an array is written. After a write that failed, its loop is closed
+    # while others are still being written, and each of these would print a traceback.
+    late = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
+    if not (late and found.object is None):
+        say(found)
