@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 policy: $(INSTALLED)
 	$(CLP) pipeline examples/pydoc.yaml --stages=preference
 
-quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own documentation: 10 minutes on 2 cores.
+quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own documentation: 6 to 10 minutes on 2 cores.
 	$(CLP) pipeline examples/pydoc.yaml
 
 test: $(INSTALLED) ## All tests; those that need several devices, or processes, by themselves.
