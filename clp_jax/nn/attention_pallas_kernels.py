@@ -18,6 +18,9 @@ from clp_jax.nn.visibility import Pattern, Places, block_extents, may_meet
 
 LANES = 128
 SUBLANES = 8
+# What blocks may take of VMEM, and, besides, the gradients of queries that a backward pass sums up there.
+BLOCK_BYTES = 15 * 2**20
+SEGMENT_BYTES = 16 * 2**20
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -65,56 +68,81 @@ def backward_pass(
 ) -> tuple[Array, Array, Array, Array | None]:
     """Gradients of queries, keys, values and table, in the types of these, or `wide` in float32."""
     query, key, value, table, queries, keys = arrays
-    by_query = _Pass(plan, query.shape, key.shape, queries.shape[0], by_key=False)
-    by_key = dataclasses.replace(by_query, by_key=True)
-    extents = _extents(plan, queries, keys)
-    inputs = [
-        (query, "query"), (key, "key"), (value, "key"), (queries, "at"), (keys, "key_at"), (table, "table"),
-        (gradient, "query"), (log_z, "log_z"), (common, "log_z"),
-    ]  # fmt: skip
+    walk = _Pass(plan, query.shape, key.shape, queries.shape[0], by_key=True)
     types = [jnp.float32 if wide else x.dtype for x in (query, key, value)]
-    size = query.shape[-1]
-    buckets = () if table is None else ((jnp.float32, "buckets"),)
-    to_query, *to_table = by_query.run(
-        _query_kernel,
-        inputs=inputs,
-        outputs=[(types[0], "query"), *buckets],
-        scratch=[(plan.rows, size)],
-        extents=extents,
-        products=3,
-    )
-    to_key, to_value = by_key.run(
-        _key_kernel,
-        inputs=inputs,
-        outputs=[(types[1], "key"), (types[2], "key")],
-        scratch=[(plan.columns, size), (plan.columns, size)],
-        extents=extents,
-        products=4,
+    size, (batch, groups, length, _) = query.shape[-1], key.shape
+    # A key's gradients come in parts, by head and by segment of queries, which are then summed.
+    parts = query.shape[1] * walk.segments // groups
+    part_types = types[1:] if parts == 1 else [jnp.float32] * 2
+    to_query, *to_keys = walk.run(
+        _backward_kernel,
+        inputs=[
+            (query, "query"), (key, "key"), (value, "key"), (queries, "at"), (keys, "key_at"), (table, "table"),
+            (gradient, "query"), (log_z, "log_z"), (common, "log_z"),
+        ],
+        outputs=[
+            (types[0], "to_query"), *((dtype, "to_key") for dtype in part_types),
+            *(() if table is None else ((jnp.float32, "buckets"),)),
+        ],
+        scratch=[(walk.segment * plan.rows, size), (plan.columns, size), (plan.columns, size)],
+        extents=_extents(plan, queries, keys),
+        products=5,
+    )  # fmt: skip
+    to_key, to_value = (
+        x.reshape(batch, groups, parts, length, size).sum(axis=2).astype(dtype)
+        for x, dtype in zip(to_keys[:2], types[1:], strict=True)
     )
     if plan.pattern.buckets is None:
         return to_query, to_key, to_value, None
-    total = to_table[0].sum(axis=0)[:, 0, : plan.pattern.buckets.num_buckets].reshape(-1)
-    return to_query, to_key, to_value, total
+    by_head = to_keys[2].sum(axis=0).reshape(query.shape[1], walk.segments, -1).sum(axis=1)
+    return to_query, to_key, to_value, by_head[:, : plan.pattern.buckets.num_buckets].reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """Where in the grid a kernel stands: an example, a head, a block of queries and one of keys."""
+    """Where in the grid a kernel stands: an example, a head, a block of queries and one of keys.
+
+    The inner loop runs over the blocks of keys, or of queries: `inner` is the number there, `outer` that of the other loop.
+    Not `inside`, the block of queries is past the last.
+    """
 
     example: Int[Array, ""]
     head: Int[Array, ""]
     row: Int[Array, ""]
     column: Int[Array, ""]
-    first: Bool[Array, ""]
-    last: Bool[Array, ""]
+    inside: Bool[Array, ""]
+    outer: Int[Array, ""]
+    inner: Int[Array, ""]
+    grid: tuple[int, ...]
+
+    @property
+    def first(self) -> Bool[Array, ""]:
+        """Whether the inner loop begins."""
+        return self.inner == 0
+
+    @property
+    def last(self) -> Bool[Array, ""]:
+        """Whether it ends."""
+        return self.inner == self.grid[3] - 1
+
+    @property
+    def first_sweep(self) -> Bool[Array, ""]:
+        """Whether the outer loop begins."""
+        return self.outer == 0
+
+    @property
+    def last_sweep(self) -> Bool[Array, ""]:
+        """Whether it ends."""
+        return self.outer == self.grid[2] - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
     """One pass over all blocks, and which part of each array a step of it holds.
 
-    Keys run fastest, so that what belongs to a query is summed in place; or, `by_key`, the queries of all heads that use
-    a key head. `leading` is the number of rows that differ in their places.
+    Keys run fastest, so that what belongs to a query is summed in place; or, `by_key`, queries do, so that what belongs to a
+    key is, while what belongs to queries is summed in VMEM: of a segment of them, as many as fit there. `leading` is the
+    number of rows that differ in their places.
     """
 
     plan: Plan
@@ -129,28 +157,42 @@ class _Pass:
         return self.query_shape[2] // self.plan.rows, self.key_shape[2] // self.plan.columns
 
     @property
+    def segments(self) -> int:
+        """Of queries: parts of a row, each with a sweep over all keys."""
+        if not self.by_key:
+            return 1
+        row_bytes = 4 * self.plan.rows * round_up(self.query_shape[-1], LANES)
+        return -(-self.blocks[0] // max(1, SEGMENT_BYTES // row_bytes))
+
+    @property
+    def segment(self) -> int:
+        """Blocks of queries of a segment; the last one may have fewer."""
+        return -(-self.blocks[0] // self.segments)
+
+    @property
     def grid(self) -> tuple[int, ...]:
-        rows, columns = self.blocks
+        batch, heads = self.query_shape[:2]
         if self.by_key:
-            return (*self.key_shape[:2], columns, self.plan.shared * rows)
-        return (*self.query_shape[:2], rows, columns)
+            return batch, heads * self.segments, self.blocks[1], self.segment
+        return batch, heads, *self.blocks
 
     def place(self, ids) -> tuple:
-        """The example, the head, and the blocks of queries and of keys of a step."""
+        """The example, the head, and the blocks of queries and of keys of a step; a block of queries may be past the last."""
         example, head, outer, inner = ids
         if not self.by_key:
             return example, head, outer, inner
         # Python's division of integers asks for a sign, and lowering that for the kind of the chip.
-        rows = self.blocks[0]
-        return example, head * self.plan.shared + jax.lax.div(inner, rows), jax.lax.rem(inner, rows), outer
+        number = jax.lax.rem(head, self.segments)
+        return example, jax.lax.div(head, self.segments), number * self.segment + inner, outer
 
     def meet(self, example, row, column, extents) -> Bool[Array, ""]:
         """Whether a query of the block may see a key of the block, by the extents of their places."""
         rows, columns = self.blocks
         example = example if self.leading > 1 else 0
-        query = [extents[0][4 * (example * rows + row) + i] for i in range(4)]
+        inside = jnp.minimum(row, rows - 1)
+        query = [extents[0][4 * (example * rows + inside) + i] for i in range(4)]
         key = [extents[1][4 * (example * columns + column) + i] for i in range(4)]
-        return may_meet(self.plan.pattern, query, key)
+        return (row < rows) & may_meet(self.plan.pattern, query, key)
 
     def spec(self, kind: str) -> pl.BlockSpec:
         """What a step holds of an array of this kind."""
@@ -162,9 +204,11 @@ class _Pass:
             *ids, queries, keys = arguments
             example, head, row, column = self.place(ids)
             met = self.meet(example, row, column, (queries, keys))
+            # Queries are complete in the last sweep over them; before that nothing of them is written.
+            complete = row if not self.by_key else jnp.where(ids[2] == self.grid[2] - 1, row, row - ids[3])
             # A step that is skipped asks for the first block, which the next sweep starts with: nothing is copied twice.
             if self.by_key:
-                row = jnp.where(met, row, 0)
+                row = jnp.where(met, row, row - ids[3])
             else:
                 column = jnp.where(met, column, 0)
             lane = example if self.leading > 1 else 0
@@ -174,7 +218,9 @@ class _Pass:
                 "log_z": (example, head, 0, row),
                 "at": (lane, 0, row),
                 "key_at": (lane, 0, column),
-                "buckets": (example, head, 0, 0),
+                "to_query": (example, head, jnp.minimum(complete, self.blocks[0] - 1), 0),
+                "to_key": (example, ids[1], column, 0),
+                "buckets": (example, ids[1], 0, 0),
             }[kind]
 
         shape = {
@@ -183,6 +229,8 @@ class _Pass:
             "log_z": (None, None, 1, plan.rows),
             "at": (None, SUBLANES, plan.rows),
             "key_at": (None, SUBLANES, plan.columns),
+            "to_query": (None, None, plan.rows, size),
+            "to_key": (None, None, plan.columns, size),
             "buckets": (None, None, 1, self.bucket_lanes),
         }[kind]
         return pl.BlockSpec(shape, index)
@@ -197,9 +245,10 @@ class _Pass:
         batch, heads, length, _ = self.query_shape
         return {
             "query": self.query_shape,
-            "key": self.key_shape,
             "log_z": (batch, heads, 1, length),
-            "buckets": (batch, heads, 1, self.bucket_lanes),
+            "to_query": self.query_shape,
+            "to_key": (batch, heads * self.segments, *self.key_shape[2:]),
+            "buckets": (batch, heads * self.segments, 1, self.bucket_lanes),
         }[kind]
 
     def cost(self, products: int, arrays: Sequence[Any]) -> pl.CostEstimate:
@@ -226,7 +275,7 @@ class _Pass:
         def body(*refs):
             ids = [pl.program_id(axis) for axis in range(4)]
             example, head, row, column = self.place(ids)
-            step = _Step(example, head, row, column, first=ids[3] == 0, last=ids[3] == self.grid[3] - 1)
+            step = _Step(example, head, row, column, row < self.blocks[0], *ids[2:], grid=self.grid)
             given = iter(refs[2:])
             read = [None if x is None else next(given) for x, _ in inputs]
             met = self.meet(step.example, step.row, step.column, refs[:2])
@@ -246,7 +295,8 @@ class _Pass:
             out_shape=made,
             cost_estimate=self.cost(products, [*(x for x, _ in present), *made]),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=BLOCK_BYTES + 4 * sum(map(math.prod, scratch)),
             ),
             interpret=self.plan.interpret,
         )(*extents, *(x for x, _ in present))
@@ -327,23 +377,32 @@ def _weights(plan: Plan, step: _Step, inputs):
     return weights, to_logits, (to_logits * slope).astype(query.dtype), bucket
 
 
-def _query_kernel(plan: Plan, step: _Step, met, inputs, results) -> None:
-    to_query, *to_table, summed = results
+def _backward_kernel(plan: Plan, step: _Step, met, inputs, results) -> None:
+    to_query, to_key, to_value, *to_table, query_sum, key_sum, value_sum = results
+    query, key, gradient = inputs[0], inputs[1], inputs[6]
+    here = pl.ds(pl.multiple_of(step.inner * plan.rows, plan.rows), plan.rows)
 
     @pl.when(step.first)
     def start():
-        summed[...] = jnp.zeros_like(summed)
+        key_sum[...] = jnp.zeros_like(key_sum)
+        value_sum[...] = jnp.zeros_like(value_sum)
+
+    @pl.when(step.first_sweep)
+    def start_queries():
+        query_sum[here, :] = jnp.zeros((plan.rows, query_sum.shape[1]), query_sum.dtype)
 
     for table_gradient in to_table:
 
-        @pl.when(step.first & (step.row == 0))
+        @pl.when(step.first_sweep & step.first)
         def start_table(table_gradient=table_gradient):
             table_gradient[...] = jnp.zeros_like(table_gradient)
 
     @pl.when(met)
     def block():
-        _, to_logits, to_products, bucket = _weights(plan, step, inputs)
-        summed[...] += _product(to_products, inputs[1][...], (0, 0))
+        weights, to_logits, to_products, bucket = _weights(plan, step, inputs)
+        value_sum[...] += _product(weights.astype(gradient.dtype), gradient[...], (1, 0))
+        key_sum[...] += _product(to_products, query[...], (1, 0))
+        query_sum[here, :] += _product(to_products, key[...], (0, 0))
         for table_gradient in to_table:
             lanes = jax.lax.broadcasted_iota(jnp.int32, table_gradient.shape, 1)
 
@@ -354,25 +413,9 @@ def _query_kernel(plan: Plan, step: _Step, met, inputs, results) -> None:
 
     @pl.when(step.last)
     def end():
-        to_query[...] = summed[...].astype(to_query.dtype)
-
-
-def _key_kernel(plan: Plan, step: _Step, met, inputs, results) -> None:
-    to_key, to_value, key_sum, value_sum = results
-    query, gradient = inputs[0], inputs[6]
-
-    @pl.when(step.first)
-    def start():
-        key_sum[...] = jnp.zeros_like(key_sum)
-        value_sum[...] = jnp.zeros_like(value_sum)
-
-    @pl.when(met)
-    def block():
-        weights, _, to_products, _ = _weights(plan, step, inputs)
-        value_sum[...] += _product(weights.astype(gradient.dtype), gradient[...], (1, 0))
-        key_sum[...] += _product(to_products, query[...], (1, 0))
-
-    @pl.when(step.last)
-    def end():
         to_key[...] = key_sum[...].astype(to_key.dtype)
         to_value[...] = value_sum[...].astype(to_value.dtype)
+
+    @pl.when(step.last_sweep & step.inside)
+    def end_queries():
+        to_query[...] = query_sum[here, :].astype(to_query.dtype)
