@@ -275,7 +275,7 @@ class _Pass:
         def body(*refs):
             ids = [pl.program_id(axis) for axis in range(4)]
             example, head, row, column = self.place(ids)
-            step = _Step(example, head, row, column, row < self.blocks[0], *ids[2:], grid=self.grid)
+            step = _Step(example, head, row, column, row < self.blocks[0], ids[2], ids[3], self.grid)
             given = iter(refs[2:])
             read = [None if x is None else next(given) for x, _ in inputs]
             met = self.meet(step.example, step.row, step.column, refs[:2])
