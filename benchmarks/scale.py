@@ -29,6 +29,7 @@ CASES = {
     "palm_540b_v5p": ("scale/palm_540b.gin", V5P),
     "palm_8b_1m_v5p": ("scale/palm_8b_1m.gin", V5P),
     "moe_t5_v5p": ("scale/moe_t5.gin", V5P),
+    "ec_xl_v5p": ("scale/ec_xl.gin", V5P),
     "st_moe_32b_v5p": ("scale/st_moe_32b.gin", V5P),
     "clp_t5_xxl_v5p": ("scale/clp_t5_xxl.gin", V5P),
     "clp_palm_8b_v5p": ("scale/clp_palm_8b.gin", V5P),
