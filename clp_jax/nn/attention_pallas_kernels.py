@@ -18,9 +18,9 @@ from clp_jax.nn.visibility import Pattern, Places, block_extents, may_meet
 
 LANES = 128
 SUBLANES = 8
-# What blocks may take of VMEM, and, besides, the gradients of queries that a backward pass sums up there.
+# What blocks may take of VMEM; and, besides, the gradients of queries that a backward pass sums up there, and those of keys.
 BLOCK_BYTES = 15 * 2**20
-SEGMENT_BYTES = 16 * 2**20
+SUM_BYTES = 16 * 2**20
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -71,9 +71,9 @@ def backward_pass(
     walk = _Pass(plan, query.shape, key.shape, queries.shape[0], by_key=True)
     types = [jnp.float32 if wide else x.dtype for x in (query, key, value)]
     size, (batch, groups, length, _) = query.shape[-1], key.shape
-    # A key's gradients come in parts, by head and by segment of queries, which are then summed.
-    parts = query.shape[1] * walk.segments // groups
+    parts = 1 if walk.holds_keys else walk.members
     part_types = types[1:] if parts == 1 else [jnp.float32] * 2
+    held = length if walk.holds_keys else plan.columns
     to_query, *to_keys = walk.run(
         _backward_kernel,
         inputs=[
@@ -84,7 +84,7 @@ def backward_pass(
             (types[0], "to_query"), *((dtype, "to_key") for dtype in part_types),
             *(() if table is None else ((jnp.float32, "buckets"),)),
         ],
-        scratch=[(walk.segment * plan.rows, size), (plan.columns, size), (plan.columns, size)],
+        scratch=[(walk.segment * plan.rows, size), (held, size), (held, size)],
         extents=_extents(plan, queries, keys),
         products=5,
     )  # fmt: skip
@@ -102,8 +102,8 @@ def backward_pass(
 class _Step:
     """Where in the grid a kernel stands: an example, a head, a block of queries and one of keys.
 
-    The inner loop runs over the blocks of keys, or of queries: `inner` is the number there, `outer` that of the other loop.
-    Not `inside`, the block of queries is past the last.
+    The inner loop runs over the blocks of keys, or of queries: `inner` is the number there, `outer` that of the other loop,
+    `member` that of the loop around both. Not `inside`, the block of queries is past the last.
     """
 
     example: Int[Array, ""]
@@ -111,9 +111,10 @@ class _Step:
     row: Int[Array, ""]
     column: Int[Array, ""]
     inside: Bool[Array, ""]
+    member: Int[Array, ""]
     outer: Int[Array, ""]
     inner: Int[Array, ""]
-    grid: tuple[int, ...]
+    walk: "_Pass"
 
     @property
     def first(self) -> Bool[Array, ""]:
@@ -123,7 +124,7 @@ class _Step:
     @property
     def last(self) -> Bool[Array, ""]:
         """Whether it ends."""
-        return self.inner == self.grid[3] - 1
+        return self.inner == self.walk.grid[4] - 1
 
     @property
     def first_sweep(self) -> Bool[Array, ""]:
@@ -133,7 +134,17 @@ class _Step:
     @property
     def last_sweep(self) -> Bool[Array, ""]:
         """Whether it ends."""
-        return self.outer == self.grid[2] - 1
+        return self.outer == self.walk.grid[3] - 1
+
+    @property
+    def keys_begin(self) -> Bool[Array, ""]:
+        """Whether nothing has been summed of this block of keys."""
+        return self.first & (self.member == 0) if self.walk.holds_keys else self.first
+
+    @property
+    def keys_end(self) -> Bool[Array, ""]:
+        """Whether all is summed of this block of keys, or of this part of its sums."""
+        return self.last & (self.member == self.walk.grid[2] - 1) if self.walk.holds_keys else self.last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +152,8 @@ class _Pass:
     """One pass over all blocks, and which part of each array a step of it holds.
 
     Keys run fastest, so that what belongs to a query is summed in place; or, `by_key`, queries do, so that what belongs to a
-    key is, while what belongs to queries is summed in VMEM: of a segment of them, as many as fit there. `leading` is the
-    number of rows that differ in their places.
+    key is, while what belongs to queries is summed in VMEM: of a segment of them, as many as fit there. Around that are the
+    members of a key head: the heads that use it, by segments. `leading` is the number of rows that differ in their places.
     """
 
     plan: Plan
@@ -162,7 +173,7 @@ class _Pass:
         if not self.by_key:
             return 1
         row_bytes = 4 * self.plan.rows * round_up(self.query_shape[-1], LANES)
-        return -(-self.blocks[0] // max(1, SEGMENT_BYTES // row_bytes))
+        return -(-self.blocks[0] // max(1, SUM_BYTES // row_bytes))
 
     @property
     def segment(self) -> int:
@@ -170,20 +181,33 @@ class _Pass:
         return -(-self.blocks[0] // self.segments)
 
     @property
+    def members(self) -> int:
+        """Of a key head."""
+        return self.plan.shared * self.segments
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether the gradients of all of a head's keys are summed over its members in VMEM; else parts are summed later.
+
+        Members come one after another then: only where a chip's two cores have other heads or examples to share.
+        """
+        batch, groups, length, size = self.key_shape
+        fits = 2 * 4 * length * round_up(size, LANES) <= SUM_BYTES
+        return self.by_key and self.members > 1 and fits and batch * groups > 1
+
+    @property
     def grid(self) -> tuple[int, ...]:
-        batch, heads = self.query_shape[:2]
-        if self.by_key:
-            return batch, heads * self.segments, self.blocks[1], self.segment
-        return batch, heads, *self.blocks
+        loops = (self.blocks[1], self.segment) if self.by_key else self.blocks
+        return *self.key_shape[:2], self.members, *loops
 
     def place(self, ids) -> tuple:
         """The example, the head, and the blocks of queries and of keys of a step; a block of queries may be past the last."""
-        example, head, outer, inner = ids
+        example, group, member, outer, inner = ids
         if not self.by_key:
-            return example, head, outer, inner
+            return example, group * self.plan.shared + member, outer, inner
         # Python's division of integers asks for a sign, and lowering that for the kind of the chip.
-        number = jax.lax.rem(head, self.segments)
-        return example, jax.lax.div(head, self.segments), number * self.segment + inner, outer
+        head = group * self.plan.shared + jax.lax.div(member, self.segments)
+        return example, head, jax.lax.rem(member, self.segments) * self.segment + inner, outer
 
     def meet(self, example, row, column, extents) -> Bool[Array, ""]:
         """Whether a query of the block may see a key of the block, by the extents of their places."""
@@ -204,23 +228,28 @@ class _Pass:
             *ids, queries, keys = arguments
             example, head, row, column = self.place(ids)
             met = self.meet(example, row, column, (queries, keys))
-            # Queries are complete in the last sweep over them; before that nothing of them is written.
-            complete = row if not self.by_key else jnp.where(ids[2] == self.grid[2] - 1, row, row - ids[3])
+            part = ids[1] * self.members + ids[2]
+            # What is not complete is not written: queries are in the last sweep over them, keys that are held with their
+            # last member.
+            to_query = jnp.minimum(jnp.where(ids[3] == self.grid[3] - 1, row, row - ids[4]), self.blocks[0] - 1)
+            to_key = (part, column)
+            if self.holds_keys:
+                to_key = (ids[1], jnp.where(ids[2] == self.members - 1, column, 0))
             # A step that is skipped asks for the first block, which the next sweep starts with: nothing is copied twice.
             if self.by_key:
-                row = jnp.where(met, row, row - ids[3])
+                row = jnp.where(met, row, row - ids[4])
             else:
                 column = jnp.where(met, column, 0)
             lane = example if self.leading > 1 else 0
             return {
                 "query": (example, head, row, 0),
-                "key": (example, jax.lax.div(head, plan.shared), column, 0),
+                "key": (example, ids[1], column, 0),
                 "log_z": (example, head, 0, row),
                 "at": (lane, 0, row),
                 "key_at": (lane, 0, column),
-                "to_query": (example, head, jnp.minimum(complete, self.blocks[0] - 1), 0),
-                "to_key": (example, ids[1], column, 0),
-                "buckets": (example, ids[1], 0, 0),
+                "to_query": (example, head, to_query, 0),
+                "to_key": (example, *to_key, 0),
+                "buckets": (example, part, 0, 0),
             }[kind]
 
         shape = {
@@ -247,7 +276,7 @@ class _Pass:
             "query": self.query_shape,
             "log_z": (batch, heads, 1, length),
             "to_query": self.query_shape,
-            "to_key": (batch, heads * self.segments, *self.key_shape[2:]),
+            "to_key": self.key_shape if self.holds_keys else (batch, heads * self.segments, *self.key_shape[2:]),
             "buckets": (batch, heads * self.segments, 1, self.bucket_lanes),
         }[kind]
 
@@ -273,9 +302,9 @@ class _Pass:
         """Runs a kernel of so many products over the grid; an input that is None reaches it as None."""
 
         def body(*refs):
-            ids = [pl.program_id(axis) for axis in range(4)]
+            ids = [pl.program_id(axis) for axis in range(5)]
             example, head, row, column = self.place(ids)
-            step = _Step(example, head, row, column, row < self.blocks[0], ids[2], ids[3], self.grid)
+            step = _Step(example, head, row, column, row < self.blocks[0], ids[2], ids[3], ids[4], self)
             given = iter(refs[2:])
             read = [None if x is None else next(given) for x, _ in inputs]
             met = self.meet(step.example, step.row, step.column, refs[:2])
@@ -295,7 +324,13 @@ class _Pass:
             out_shape=made,
             cost_estimate=self.cost(products, [*(x for x, _ in present), *made]),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+                dimension_semantics=(
+                    "parallel",
+                    "parallel",
+                    "arbitrary" if self.holds_keys else "parallel",
+                    "arbitrary",
+                    "arbitrary",
+                ),
                 vmem_limit_bytes=BLOCK_BYTES + 4 * sum(map(math.prod, scratch)),
             ),
             interpret=self.plan.interpret,
@@ -381,11 +416,14 @@ def _backward_kernel(plan: Plan, step: _Step, met, inputs, results) -> None:
     to_query, to_key, to_value, *to_table, query_sum, key_sum, value_sum = results
     query, key, gradient = inputs[0], inputs[1], inputs[6]
     here = pl.ds(pl.multiple_of(step.inner * plan.rows, plan.rows), plan.rows)
+    there = pl.ds(0, plan.columns)
+    if step.walk.holds_keys:
+        there = pl.ds(pl.multiple_of(step.outer * plan.columns, plan.columns), plan.columns)
 
-    @pl.when(step.first)
-    def start():
-        key_sum[...] = jnp.zeros_like(key_sum)
-        value_sum[...] = jnp.zeros_like(value_sum)
+    @pl.when(step.keys_begin)
+    def start_keys():
+        for sums in (key_sum, value_sum):
+            sums[there, :] = jnp.zeros((plan.columns, sums.shape[1]), sums.dtype)
 
     @pl.when(step.first_sweep)
     def start_queries():
@@ -400,8 +438,8 @@ def _backward_kernel(plan: Plan, step: _Step, met, inputs, results) -> None:
     @pl.when(met)
     def block():
         weights, to_logits, to_products, bucket = _weights(plan, step, inputs)
-        value_sum[...] += _product(weights.astype(gradient.dtype), gradient[...], (1, 0))
-        key_sum[...] += _product(to_products, query[...], (1, 0))
+        value_sum[there, :] += _product(weights.astype(gradient.dtype), gradient[...], (1, 0))
+        key_sum[there, :] += _product(to_products, query[...], (1, 0))
         query_sum[here, :] += _product(to_products, key[...], (0, 0))
         for table_gradient in to_table:
             lanes = jax.lax.broadcasted_iota(jnp.int32, table_gradient.shape, 1)
@@ -411,10 +449,10 @@ def _backward_kernel(plan: Plan, step: _Step, met, inputs, results) -> None:
 
             table_gradient[...] = _over_buckets(bucket, add, table_gradient[...])
 
-    @pl.when(step.last)
-    def end():
-        to_key[...] = key_sum[...].astype(to_key.dtype)
-        to_value[...] = value_sum[...].astype(to_value.dtype)
+    @pl.when(step.keys_end)
+    def end_keys():
+        to_key[...] = key_sum[there, :].astype(to_key.dtype)
+        to_value[...] = value_sum[there, :].astype(to_value.dtype)
 
     @pl.when(step.last_sweep & step.inside)
     def end_queries():

@@ -29,12 +29,26 @@ def test_it_equals_the_reference_forward_and_backward(name):
     assert_close(found, differentiated(reference_attention, case)(arrays, *at), 3e-6)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("name", ["t5_decoder", "single_kv", "all"])
-def test_gradients_of_long_rows_are_summed_in_segments(name, blocks, monkeypatch):
-    # Three blocks of queries: two segments, the last of one block, or three.
-    case = dataclasses.replace(CASES[name], length=300, keys_length=300)
-    monkeypatch.setattr(attention_pallas_kernels, "SEGMENT_BYTES", blocks * 128 * 128 * 4)
+BLOCK_OF_SUMS = 4 * 128 * 128
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "blocks"),
+    [
+        # Three blocks of queries: segments of one, or of two and one; keys' gradients in parts.
+        ("t5_decoder", (300, 300), 1),
+        ("all", (300, 300), 2),
+        ("single_kv", (300, 300), 2),
+        # Gradients of all keys, and of all queries.
+        ("single_kv", (300, 300), 6),
+        ("grouped", (300, 300), 100),
+        # Of all keys, and of eight blocks of queries in two segments.
+        ("grouped", (1000, 300), 6),
+    ],
+)
+def test_gradients_are_summed_on_the_chip_as_far_as_they_fit(name, lengths, blocks, monkeypatch):
+    case = dataclasses.replace(CASES[name], length=lengths[0], keys_length=lengths[1])
+    monkeypatch.setattr(attention_pallas_kernels, "SUM_BYTES", blocks * BLOCK_OF_SUMS)
     arrays, at = inputs(case)
     found = differentiated(INTERPRETED, case)(arrays, *at)
     assert_close(found, differentiated(reference_attention, case)(arrays, *at), 3e-6)
@@ -170,17 +184,17 @@ from clp_jax.nn.attention_pallas import pallas_attention
 for name in ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]:
     device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
     alone = jax.sharding.SingleDeviceSharding(device)
-    at = Places(jnp.arange(16384)[None], jnp.ones((1, 16384), jnp.int32))
 
     def total(query, key, value):
         settings = dict(pattern=Pattern(causal=True), queries=at, keys=at)
         return pallas_attention(query, key, value, **settings).astype(jnp.float32).sum()
 
-    query, key = (
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=alone) for shape in [(1, 16384, 4, 256), (1, 1, 16384, 256)]
-    )
-    text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(query, key, key).compile().as_text()
-    print("long", text.count('custom_call_target="tpu_custom_call"'))
+    for batch, length in [(1, 16384), (2, 8192)]:
+        at = Places(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
+        shapes = [(batch, length, 4, 256), (batch, 1, length, 256)]
+        query, key = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=alone) for shape in shapes)
+        text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(query, key, key).compile().as_text()
+        print("long", text.count('custom_call_target="tpu_custom_call"'))
 """
 
 
@@ -201,5 +215,5 @@ def test_a_tpu_compiler_takes_them():
     # A forward pass, and a backward pass.
     assert [line[1] for line in lines] == ["2", "2"], done.stdout
     assert all(int(line[5]) < 2 * 4 * 1000 * 1000 for line in lines)
-    # All of a row's gradients in VMEM.
-    assert done.stdout.count("long 2") == 3
+    # Gradients of all queries of a head in VMEM, then those of all keys, too.
+    assert done.stdout.count("long 2") == 6
