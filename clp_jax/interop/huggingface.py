@@ -13,7 +13,7 @@ from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.hf_decoders import GEMMA3
 from clp_jax.interop.hf_families import config_json, family_for, family_named, same
 from clp_jax.interop.imported import Imported
-from clp_jax.interop.links import check_tree, opened, specs, write_tensors
+from clp_jax.interop.links import check_counts, check_tree, opened, specs, write_tensors
 from clp_jax.interop.overrides import checked
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
@@ -82,8 +82,10 @@ def open_checkpoint(
         )
         source, left_out = _text_part(source)
     family = family_named(text.get("model_type"))
+    family.settings(text, tensors=source.keys()).check_counts()
     config = family.config(text, generation, source.keys())
     config = dataclasses.replace(config, **checked(type(config), {"param_dtype": dtype, **(overrides or {})}))
+    check_counts(config, len(source), split_experts=True)
     links = family.links(config)
     params = opened(
         links,

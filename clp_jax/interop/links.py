@@ -16,6 +16,7 @@ from clp_jax.array_types import ArrayLike, Params
 from clp_jax.interop.arrays import ArraySpec, LazyArray, Source, is_float, some
 from clp_jax.interop.regions import Region, shape_of
 from clp_jax.interop.slots import Slot, flatten, unflatten
+from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import check_parameters
 
 # Rows of two tensors that are compared at a time.
@@ -175,6 +176,33 @@ def check(links: Sequence[Link], source: Source, known: set[str], ignored: str |
             raise ValueError(
                 f"{where}: {name!r} is of {source[name].dtype}, expected floating-point numbers: "
                 "quantised checkpoints can't be read, save the original one."
+            )
+
+
+def check_counts(config: ModelConfig, most: int, *, split_experts: bool) -> None:
+    """Checks that a policy has no more layers than a file can hold, before anything is made for each of them.
+
+    Args:
+        config: of the policy.
+        most: layers in the file, or tensors, of which each layer has one at least.
+        split_experts: whether each expert of a layer has tensors of its own.
+
+    Raises:
+        ValueError: naming the field, its value, and what is expected.
+    """
+    depths = {name: getattr(config, name) for name in config.depths()}
+    moe = config.moe
+    for name, depth in depths.items():
+        if depth > most:
+            raise ValueError(
+                f"{type(config).__name__}.{name} is {depth}: expected at most {most}, as the file has. {HINT}"
+            )
+    if moe is not None and not moe.dense and split_experts:
+        number = moe.num_experts * sum(depth // moe.every for depth in depths.values())
+        if number > most:
+            raise ValueError(
+                f"MoEConfig.num_experts is {moe.num_experts}, {number} in all layers: expected at most {most}, as the file "
+                f"has. {HINT}"
             )
 
 

@@ -136,8 +136,7 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
     Raises:
         ValueError: when the tensors are not those of an encoder-decoder T5, or don't tell the number of heads.
     """
-    scanned = is_scanned(shapes)
-    layered = {name: _layers_first(name, shape, scan_axis) for name, shape in shapes.items()} if scanned else shapes
+    scanned, layered = is_scanned(shapes), _layered(shapes, scan_axis)
     query = "attention/query/kernel"
     first = "encoder/encoder" if scanned else "encoder/layers_0"
     query_shape = _get(layered, f"{first}/{query}")[-2:]
@@ -169,6 +168,18 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
     if "moe" not in found:
         found["moe"] = _experts(layered, found)
     return T5Config(**found)
+
+
+def deepest(shapes: Mapping[str, tuple[int, ...]], scan_axis: int) -> int:
+    """Layers of the checkpoint's deeper stack; arguments and errors are those of `infer`."""
+    layered, scanned = _layered(shapes, scan_axis), is_scanned(shapes)
+    return max(_depth(layered, stack, scanned) for stack in ("encoder", "decoder"))
+
+
+def _layered(shapes: Mapping[str, tuple[int, ...]], scan_axis: int) -> Mapping[str, tuple[int, ...]]:
+    if not is_scanned(shapes):
+        return shapes
+    return {name: _layers_first(name, shape, scan_axis) for name, shape in shapes.items()}
 
 
 def _get(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
