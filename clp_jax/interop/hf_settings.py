@@ -112,8 +112,8 @@ class Settings:
             number = self.given(key)
             if number is not None and number > found:
                 raise ValueError(
-                    f"config.json: {key} is {number}: expected at most {found}, the tensors that there are. Is it another "
-                    "model's?"
+                    f"config.json: {key} is {number}: expected at most {found}, the tensors that there are. Is the "
+                    "configuration another model's?"
                 )
 
     def activation(self, name: str, key: str) -> str:

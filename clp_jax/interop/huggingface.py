@@ -85,7 +85,7 @@ def open_checkpoint(
     family.settings(text, tensors=source.keys()).check_counts()
     config = family.config(text, generation, source.keys())
     config = dataclasses.replace(config, **checked(type(config), {"param_dtype": dtype, **(overrides or {})}))
-    check_counts(config, len(source), split_experts=True)
+    check_counts(config, len(source))
     links = family.links(config)
     params = opened(
         links,

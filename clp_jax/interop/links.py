@@ -179,31 +179,25 @@ def check(links: Sequence[Link], source: Source, known: set[str], ignored: str |
             )
 
 
-def check_counts(config: ModelConfig, most: int, *, split_experts: bool) -> None:
-    """Checks that a policy has no more layers than a file can hold, before anything is made for each of them.
+def check_counts(config: ModelConfig, tensors: int) -> None:
+    """Checks that a policy has no more layers and experts than tensors, before anything is made for each of them.
 
     Args:
         config: of the policy.
-        most: layers in the file, or tensors, of which each layer has one at least.
-        split_experts: whether each expert of a layer has tensors of its own.
+        tensors: that there are, of one layer and one expert each.
 
     Raises:
         ValueError: naming the field, its value, and what is expected.
     """
-    depths = {name: getattr(config, name) for name in config.depths()}
-    moe = config.moe
+    depths, moe = {name: getattr(config, name) for name in config.depths()}, config.moe
     for name, depth in depths.items():
-        if depth > most:
+        if depth > tensors:
             raise ValueError(
-                f"{type(config).__name__}.{name} is {depth}: expected at most {most}, as the file has. {HINT}"
+                f"{type(config).__name__}.{name} is {depth}: expected at most {tensors}, the tensors that there are. {HINT}"
             )
-    if moe is not None and not moe.dense and split_experts:
-        number = moe.num_experts * sum(depth // moe.every for depth in depths.values())
-        if number > most:
-            raise ValueError(
-                f"MoEConfig.num_experts is {moe.num_experts}, {number} in all layers: expected at most {most}, as the file "
-                f"has. {HINT}"
-            )
+    experts = 0 if moe is None or moe.dense else moe.num_experts * sum(n // moe.every for n in depths.values())
+    if experts > tensors:
+        raise ValueError(f"there are {experts} experts in all layers, and {tensors} tensors: expected fewer. {HINT}")
 
 
 def specs(links: Sequence[Link], dtypes: Mapping[str, str]) -> dict[str, ArraySpec]:

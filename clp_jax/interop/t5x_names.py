@@ -136,7 +136,8 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
     Raises:
         ValueError: when the tensors are not those of an encoder-decoder T5, or don't tell the number of heads.
     """
-    scanned, layered = is_scanned(shapes), _layered(shapes, scan_axis)
+    scanned = is_scanned(shapes)
+    layered = {name: _layers_first(name, shape, scan_axis) for name, shape in shapes.items()} if scanned else shapes
     query = "attention/query/kernel"
     first = "encoder/encoder" if scanned else "encoder/layers_0"
     query_shape = _get(layered, f"{first}/{query}")[-2:]
@@ -155,7 +156,12 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
     }
     table = layered.get(f"{first if scanned else 'encoder'}/{_SHARED_BIAS}")
     found |= {"num_buckets": 0} if table is None else {"num_heads": table[-2], "num_buckets": table[-1]}
+    depths = {name: found[name] for name in ("num_encoder_layers", "num_decoder_layers")}
     found |= checked(T5Config, overrides)
+    for name, depth in depths.items():
+        # Something is made for each of them, however many are asked for.
+        if found[name] > depth:
+            raise ValueError(f"overrides: {name} is {found[name]}: expected at most {depth}, as the checkpoint has.")
     if "num_heads" not in found:
         raise ValueError(f"the checkpoint has no {_SHARED_BIAS!r}, which tells the heads: override num_heads.")
     if found["num_heads"] < 1:
@@ -168,18 +174,6 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
     if "moe" not in found:
         found["moe"] = _experts(layered, found)
     return T5Config(**found)
-
-
-def deepest(shapes: Mapping[str, tuple[int, ...]], scan_axis: int) -> int:
-    """Layers of the checkpoint's deeper stack; arguments and errors are those of `infer`."""
-    layered, scanned = _layered(shapes, scan_axis), is_scanned(shapes)
-    return max(_depth(layered, stack, scanned) for stack in ("encoder", "decoder"))
-
-
-def _layered(shapes: Mapping[str, tuple[int, ...]], scan_axis: int) -> Mapping[str, tuple[int, ...]]:
-    if not is_scanned(shapes):
-        return shapes
-    return {name: _layers_first(name, shape, scan_axis) for name, shape in shapes.items()}
 
 
 def _get(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:

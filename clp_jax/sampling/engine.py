@@ -47,11 +47,6 @@ class EngineConfig:
     prefill: int = 1
 
     def __post_init__(self):
-        if not isinstance(self.sampling, SamplingConfig):
-            raise ValueError(
-                f"EngineConfig.sampling is a {type(self.sampling).__name__}: expected a SamplingConfig. A search has no tokens "
-                "to hand out before it ends: call clp_jax.sampling.beam_search.beam_search."
-            )
         for name in ("slots", "num_samples", "chunk", "prefill"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EngineConfig.{name} is {getattr(self, name)}: expected at least 1.")

@@ -10,7 +10,6 @@ from compilations import counted
 from slot_policies import HashDecoder, hash_table
 from tiny_policies import MarkovDecoder
 
-from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.engine import Engine, EngineConfig, Request
 from clp_jax.sampling.generate import SamplingConfig, generate, request_keys
 from clp_jax.sampling.processors import ForcedLast, NoRepeatNGram, OccurrencePenalty
@@ -216,10 +215,6 @@ def test_a_decoder_of_slots_says_so():
         (lambda: EngineConfig(PLAIN, (8, 4)), r"EngineConfig\.buckets is \(8, 4\): expected ascending"),
         (lambda: EngineConfig(PLAIN, (8,), slots=0), r"EngineConfig\.slots is 0: expected at least 1"),
         (lambda: EngineConfig(PLAIN, (8,), chunk=0), r"EngineConfig\.chunk is 0: expected at least 1"),
-        (
-            lambda: EngineConfig(BeamConfig(4), (8,)),
-            r"EngineConfig\.sampling is a BeamConfig: expected a SamplingConfig",
-        ),
         (lambda: Request((3,), seed=-1), r"Request\.seed is -1: expected 0 to 2\^32 - 1"),
         (lambda: Request((3,), num_samples=0), r"Request\.num_samples is 0: expected at least 1"),
         (lambda: Request((3,), stop=((),)), r"Request\.stop has \(\): expected one or more token ids"),
