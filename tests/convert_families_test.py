@@ -1,58 +1,89 @@
-"""`clp convert`, `score` and `sample` of further families of Hugging Face's: what its own model computes of the directory that it saved."""
+"""`clp convert`, `score` and `sample` of every family of Hugging Face's: what its own model computes, and its files to the bit."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from command_lines import clp, lines_of
+from safetensors.numpy import load_file
 
-from clp_jax.main import main
+from clp_jax.interop.hf_families import FAMILIES
 
 torch = pytest.importorskip("torch", reason="the references need the extra `hf` (torch, transformers)")
 import torch_models
+import transformers
+from torch_models import BEAMS, ENDS, PAD
 
-# With positions in each layer, a window, caps; parity of all families, layer by layer, is tested in `interop`.
-CASES = ("umt5", "mistral_window", "gemma2_rest")
-ROWS = [{"inputs": [3, 4, 5], "targets": [6, 7, 1]}, {"inputs": [9, 8, 9, 7, 11, 12, 9], "targets": [8, 10]}]
-LENGTH, BEAMS = 6, 3
+# Heads, windows and caps as the published models have them.
+CASES = {
+    "t5_1_0": "t5",
+    "flan_t5": "t5_gated_own_head",
+    "ul2": "t5_own_head",
+    "mt5": "mt5_own_head",
+    "umt5": "umt5_own_head",
+    "switch": "switch",
+    "gemma": "gemma",
+    "gemma2": "gemma2_rest",
+    "gemma3": "gemma3_rest",
+    "llama2": "llama_without_padding",
+    "llama3": "llama_mqa_llama3",
+    "mistral": "mistral_window",
+    "mixtral": "mixtral",
+    "qwen2": "qwen2_windows",
+    "qwen2_moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+}
+LENGTH = 6
+ROWS = [
+    {"inputs": [3, 5, 7], "targets": [6, 7, 1]},
+    {"inputs": [9, 8, 9, 7, 11, 12, 9], "targets": [8]},
+    {"inputs": [23], "targets": [10, 3, 28, 6, 4, 13]},
+]
 
 
-def clp(*words: str) -> None:
-    assert main(list(words)) == 0
+def test_every_family_is_there():
+    classes = [torch_models.CASES[case][1] for case in CASES.values()]
+    assert {getattr(transformers, name).model_type for name in classes} == set(FAMILIES)
 
 
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_commands_compute_what_transformers_does(tmp_path, case):
-    model = torch_models.make(case)
-    model.save_pretrained(tmp_path / "hf")
+@pytest.mark.parametrize("family", CASES)
+def test_the_commands_compute_what_transformers_does(tmp_path, monkeypatch, family):
+    monkeypatch.chdir(tmp_path)
+    model = torch_models.make(CASES[family], eos_token_id=list(ENDS))
+    torch_models.save(model, tmp_path / "hf")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    clp("convert", f"hf:{tmp_path / 'hf'}", f"clp:{tmp_path / 'run'}")
-    words = [f"--checkpoint={tmp_path / 'run'}", f"--input={tmp_path / 'rows.jsonl'}"]
-    clp("score", *words, f"--output={tmp_path / 'scores.jsonl'}")
-    decoding = {"greedy": [], "beam": [f"--num_beams={BEAMS}"]}
-    for strategy, more in decoding.items():
-        out = f"--output={tmp_path / strategy}.jsonl"
-        clp("sample", *words, out, f"--strategy={strategy}", f"--max_tokens={LENGTH}", *more)
-    found = [lines_of(tmp_path / f"{name}.jsonl") for name in ("scores", *decoding)]
-    for row, scored, greedy, beam in zip(ROWS, *found, strict=True):
-        prompt, targets = torch.tensor([row["inputs"]]), torch.tensor(row["targets"])
-        shifted = torch.tensor([[0, *row["targets"][:-1]]])
-        with torch.no_grad():
-            logits = torch_models.row_logits(model, prompt, shifted, targets)
-        expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy()
-        np.testing.assert_allclose(scored["logprobs"], expected, rtol=1e-5, atol=1e-5)
-        assert greedy["tokens"] == written(model, prompt)
-        assert np.ravel(beam["tokens"]).tolist() == written(model, prompt, num_beams=BEAMS, early_stopping=False)
+
+    clp("convert", "hf:hf", "clp:run")
+    words = ["--checkpoint=run", "--input=rows.jsonl"]
+    clp("score", *words, "--output=scores.jsonl")
+    clp("sample", *words, "--output=greedy.jsonl", "--strategy=greedy", f"--max_tokens={LENGTH}")
+    clp("sample", *words, "--output=beams.jsonl", "--strategy=beam", f"--num_beams={BEAMS}", f"--max_tokens={LENGTH}")
+    for row, scored in zip(ROWS, lines_of(tmp_path / "scores.jsonl"), strict=True):
+        expected = log_probs(model, row)
+        np.testing.assert_allclose(scored["logprobs"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(scored["total"], expected.sum(), rtol=1e-5)
+    prompts = np.stack([np.pad(row["inputs"], (0, 7 - len(row["inputs"])), constant_values=PAD) for row in ROWS])
+    for name, settings in (("greedy", {}), ("beams", {"num_beams": BEAMS, "early_stopping": False})):
+        expected = torch_models.write(model, prompts, LENGTH, **settings)["tokens"]
+        found = [line["tokens"] for line in lines_of(tmp_path / f"{name}.jsonl")]
+        assert [tokens + [0] * (LENGTH - len(tokens)) for tokens in found] == expected.tolist(), name
+
+    clp("convert", "clp:run", "hf:back")
+    for file in ("config.json", "generation_config.json"):
+        before, after = (json.loads((tmp_path / place / file).read_text()) for place in ("hf", "back"))
+        assert after == before
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("hf", "back"))
+    assert sorted(after) == sorted(before)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(after[name], tensor, err_msg=name)
 
 
-def written(model, prompt, **settings) -> list[int]:
-    """What `generate` writes, up to and including the end."""
-    asked = dict(attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=False, max_new_tokens=LENGTH)
+def log_probs(model, row) -> np.ndarray:
+    """Of a row's targets, by torch."""
+    prompt, targets = torch.tensor([row["inputs"]]), torch.tensor(row["targets"])
+    shifted = torch.tensor([[0, *row["targets"][:-1]]])
     with torch.no_grad():
-        row = model.generate(prompt, **asked, **settings)[0]
-    tokens = row[1 if model.config.is_encoder_decoder else prompt.shape[1] :].tolist()
-    return tokens[: tokens.index(torch_models.EOS) + 1] if torch_models.EOS in tokens else tokens
+        logits = torch_models.row_logits(model, prompt, shifted, targets)
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy()

@@ -1,7 +1,7 @@
 """What a Hugging Face family is: a translation of settings, and a table of tensor names."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from clp_jax.interop.hf_settings import Settings
@@ -25,6 +25,7 @@ class Family:
         names: the tensor of each slot (`clp_jax.interop.slots.Slot.name`).
         defaults: of keys that older files leave out.
         copies: tensors that repeat the embedding where a file has them.
+        untied_copies: whether transformers needs them where the head is not tied: its stacks then have embeddings of their own.
         head: the tensor of the head; repeats the embedding too where they are tied.
         ignored: a pattern of tensors without parameters.
     """
@@ -36,6 +37,7 @@ class Family:
     names: Mapping[str, str]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copies: tuple[str, ...] = ()
+    untied_copies: bool = False
     head: str = "lm_head.weight"
     ignored: str | None = None
 
@@ -71,6 +73,15 @@ class Family:
         """Tensors that may repeat another one."""
         heads = (self.head,) if config.tied_head else ()
         return dict.fromkeys((*self.copies, *heads), self.names["token_embedder/embedding"])
+
+    def needed_copies(self, config: ModelConfig) -> tuple[str, ...]:
+        """Tensors that must repeat the embedding."""
+        return self.copies if self.untied_copies and not config.tied_head else ()
+
+    def repeated(self, config: ModelConfig, copies: Iterable[str]) -> list[Link]:
+        """Links of the tensors among `copies` that repeat the embedding of a policy."""
+        original = next(each for each in self.links(config) if each.name == self.names["token_embedder/embedding"])
+        return [dataclasses.replace(original, name=name) for name in copies if name in self.aliases(config)]
 
     def tensors_of(self, config: ModelConfig) -> set[str]:
         """Names of the tensors of a policy."""

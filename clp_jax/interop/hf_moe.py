@@ -254,4 +254,5 @@ SWITCH = Family(
         "router_z_loss_coef": 0.001,
     },
     copies=COPIES,
+    untied_copies=True,
 )

@@ -19,6 +19,9 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 
+# Each of these has a tensor of its own.
+_COUNTED = ("num_hidden_layers", "num_layers", "num_decoder_layers", "num_experts", "num_local_experts")
+
 _SCALINGS = ("default", "linear", "llama3", "yarn")
 _ROPE_KEYS = {
     "rope_type",
@@ -97,6 +100,21 @@ class Settings:
         for key, known in supported.items():
             if key in self.values and self.values[key] not in known:
                 raise unsupported(key, self.values[key], [repr(value) for value in known])
+
+    def check_counts(self) -> None:
+        """Checks that there are as many tensors as layers and experts, before anything is made for each of these.
+
+        Raises:
+            ValueError: naming the key, its value, and the number of tensors.
+        """
+        found = len(self.tensors or ())
+        for key in _COUNTED:
+            number = self.given(key)
+            if number is not None and number > found:
+                raise ValueError(
+                    f"config.json: {key} is {number}: expected at most {found}, the tensors that there are. Is the "
+                    "configuration another model's?"
+                )
 
     def activation(self, name: str, key: str) -> str:
         """Our name of an activation."""

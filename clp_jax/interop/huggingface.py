@@ -13,7 +13,7 @@ from clp_jax.interop.arrays import LazyArray
 from clp_jax.interop.hf_decoders import GEMMA3
 from clp_jax.interop.hf_families import config_json, family_for, family_named, same
 from clp_jax.interop.imported import Imported
-from clp_jax.interop.links import check_tree, opened, specs, write_tensors
+from clp_jax.interop.links import check_counts, check_tree, opened, specs, write_tensors
 from clp_jax.interop.overrides import checked
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
@@ -42,8 +42,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class HuggingFaceCheckpoint(Imported):
     """A Hugging Face checkpoint that was opened.
 
-    Its ``origin`` has ``model_type``, ``config`` and ``generation_config``, and the tensors' types: ``dtype`` of most of them,
-    and ``dtypes`` of the others by name.
+    Its ``origin`` has ``model_type``, ``config`` and ``generation_config``, the tensors' types: ``dtype`` of most of them, and
+    ``dtypes`` of the others by name, and ``copies``: names of tensors that repeat the embedding.
 
     Attributes:
         text_files: of the tokenizer, to be carried along.
@@ -82,8 +82,10 @@ def open_checkpoint(
         )
         source, left_out = _text_part(source)
     family = family_named(text.get("model_type"))
+    family.settings(text, tensors=source.keys()).check_counts()
     config = family.config(text, generation, source.keys())
     config = dataclasses.replace(config, **checked(type(config), {"param_dtype": dtype, **(overrides or {})}))
+    check_counts(config, len(source))
     links = family.links(config)
     params = opened(
         links,
@@ -95,7 +97,10 @@ def open_checkpoint(
         where=str(directory),
     )
     origin = {"format": FORMAT, "model_type": family.model_type, "config": dict(text)}
-    origin |= stored_types.told({each.name: str(source[each.name].dtype) for each in links})
+    copies = [name for name in family.aliases(config) if name in source]
+    origin |= stored_types.told({name: str(source[name].dtype) for name in (*(each.name for each in links), *copies)})
+    if copies:
+        origin["copies"] = copies
     if generation:
         origin["generation_config"] = generation
     found = text_files(directory)
@@ -139,7 +144,8 @@ def write(
     values = None if theirs is None else theirs["config"]
     generation = {} if theirs is None else theirs.get("generation_config", {})
     found = config_json(family, config, values, generation)
-    links = family.links(config)
+    copies = family.needed_copies(config) if theirs is None else theirs.get("copies", ())
+    links = family.links(config) + family.repeated(config, copies)
     kept = stored_types.kept(links, params, origin, FORMAT, _DTYPES) if dtype is None else None
     types = kept or dict.fromkeys((each.name for each in links), dtype or config.param_dtype)
     if kept is None or theirs is None:

@@ -16,6 +16,7 @@ from clp_jax.array_types import ArrayLike, Params
 from clp_jax.interop.arrays import ArraySpec, LazyArray, Source, is_float, some
 from clp_jax.interop.regions import Region, shape_of
 from clp_jax.interop.slots import Slot, flatten, unflatten
+from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import check_parameters
 
 # Rows of two tensors that are compared at a time.
@@ -176,6 +177,27 @@ def check(links: Sequence[Link], source: Source, known: set[str], ignored: str |
                 f"{where}: {name!r} is of {source[name].dtype}, expected floating-point numbers: "
                 "quantised checkpoints can't be read, save the original one."
             )
+
+
+def check_counts(config: ModelConfig, tensors: int) -> None:
+    """Checks that a policy has no more layers and experts than tensors, before anything is made for each of them.
+
+    Args:
+        config: of the policy.
+        tensors: that there are, of one layer and one expert each.
+
+    Raises:
+        ValueError: naming the field, its value, and what is expected.
+    """
+    depths, moe = {name: getattr(config, name) for name in config.depths()}, config.moe
+    for name, depth in depths.items():
+        if depth > tensors:
+            raise ValueError(
+                f"{type(config).__name__}.{name} is {depth}: expected at most {tensors}, the tensors that there are. {HINT}"
+            )
+    experts = 0 if moe is None or moe.dense else moe.num_experts * sum(n // moe.every for n in depths.values())
+    if experts > tensors:
+        raise ValueError(f"there are {experts} experts in all layers, and {tensors} tensors: expected fewer. {HINT}")
 
 
 def specs(links: Sequence[Link], dtypes: Mapping[str, str]) -> dict[str, ArraySpec]:

@@ -156,7 +156,12 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
     }
     table = layered.get(f"{first if scanned else 'encoder'}/{_SHARED_BIAS}")
     found |= {"num_buckets": 0} if table is None else {"num_heads": table[-2], "num_buckets": table[-1]}
+    depths = {name: found[name] for name in ("num_encoder_layers", "num_decoder_layers")}
     found |= checked(T5Config, overrides)
+    for name, depth in depths.items():
+        # Something is made for each of them, however many are asked for.
+        if found[name] > depth:
+            raise ValueError(f"overrides: {name} is {found[name]}: expected at most {depth}, as the checkpoint has.")
     if "num_heads" not in found:
         raise ValueError(f"the checkpoint has no {_SHARED_BIAS!r}, which tells the heads: override num_heads.")
     if found["num_heads"] < 1:

@@ -217,7 +217,7 @@ class ModelConfig:
             "max_distance",
             "window",
         )
-        for name in (*sizes, "scan_unroll", *self._depths()):
+        for name in (*sizes, "scan_unroll", *self.depths()):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise self._error(name, "at least 1")
         if self.num_heads % self.kv_heads:
@@ -271,6 +271,13 @@ class ModelConfig:
         """Whether training differs from evaluation: by dropout, or by what routers do."""
         return self.dropout_rate > 0 or (self.moe is not None and not self.moe.dense)
 
+    @property
+    def shares_room(self) -> bool:
+        """Whether tokens of a group compete for experts' room, those of packed examples too, which don't see each other."""
+        if self.moe is None or self.moe.dense:
+            return False
+        return not all(isinstance(router, Dropless | None) for router in (self.moe.router, self.moe.decoder_router))
+
     def routed_by_row(self) -> "ModelConfig":
         """The same with experts that share their room within a row alone: what is said of one depends on no other."""
         if self.moe is None:
@@ -322,7 +329,8 @@ class ModelConfig:
                     "blocks follow each other behind a norm each. Set it, or extra_mlp=False."
                 )
 
-    def _depths(self) -> tuple[str, ...]:
+    def depths(self) -> tuple[str, ...]:
+        """The fields that number the layers of a stack."""
         return tuple(
             f.name for f in dataclasses.fields(self) if f.name.startswith("num_") and f.name.endswith("layers")
         )

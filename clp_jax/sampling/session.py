@@ -68,7 +68,8 @@ class Server:
         conditioning: how a preference enters.
         vocabulary: turns tokens into text.
         config: how prompts are served.
-        on_tokens: called while samples are written; not for beams.
+        on_tokens: called with the tokens of a sample as they are written, and with all of a beam's when its search has ended:
+            no token of a beam is final before.
     """
 
     def __init__(
@@ -192,6 +193,8 @@ class Server:
                     Sample(tuple(arrays[0][r, :n].tolist()), tuple(arrays[1][r, :n].tolist()), "end")
                     for r, n in zip(rows, lengths, strict=True)
                 ]
+                for number, sample in enumerate(samples):
+                    self._on_tokens(index, number, sample.tokens)
                 yield index, [self._completion(sample) for sample in samples]
 
     def _start(self, config: BeamConfig, params: tuple[Params, ...], inputs: Array) -> Any:

@@ -196,7 +196,7 @@ class Supervised:
         converter = functools.partial(sequence_batch, start_id=loss_fn.policy.config.start_id)
         data = DataSource(self.data_dir, "validation", batch_size=self.batch_size, converter=converter)
         alone = dataclasses.replace(loss_fn, policy=loss_fn.policy.served())
-        step = jax.jit(lambda params, batch: alone.sums(params, batch, None)[1:])
+        step = jax.jit(alone.measured)
 
         def evaluate(params: Params) -> Evaluation:
             rows, found, ahead = HostRows.of(self.batch_size), [], []
@@ -251,3 +251,28 @@ class SupervisedLoss:
         auxiliary, routing = routing_loss(self.policy.config.moe, decoded.routing)
         # A mean of its own: it weighs as the mean cross-entropy does, whatever the number of tokens.
         return loss + auxiliary * weight, weight, metrics | {name: value * weight for name, value in routing.items()}
+
+    def measured(self, params: Params, batch: Batch) -> tuple[Array, Metrics]:
+        """Number of target tokens, and summed metrics, of evaluation: none depends on what an example is packed with.
+
+        Examples whose tokens would compete for experts' room are read one after the other, in as many passes as the fullest
+        row has examples.
+        """
+        inputs, targets = jnp.asarray(batch.input_segments), jnp.asarray(batch.target_segments)
+
+        def of_example(number: Array | int) -> tuple[Array, Metrics]:
+            chosen = dataclasses.replace(
+                batch,
+                input_segments=(inputs == number).astype(jnp.int32),
+                target_segments=(targets == number).astype(jnp.int32),
+                loss_weights=jnp.asarray(batch.loss_weights) * (targets == number),
+            )
+            return self.sums(params, chosen, None)[1:]
+
+        if not self.policy.config.shares_room:
+            return self.sums(params, batch, None)[1:]
+        last = jnp.maximum(inputs.max(initial=0), targets.max(initial=0))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_example, 1))
+        return jax.lax.fori_loop(
+            1, last + 1, lambda number, total: jax.tree.map(jnp.add, total, of_example(number)), nothing
+        )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_lines import clp, refuses
 
 from clp_jax.evaluation.sweep import Sweep
-from clp_jax.main import main
 from clp_jax.training.metrics import read_metrics
 
 NOUNS = ("array", "file", "list", "string", "model", "graph", "table", "index", "shape", "path")
@@ -30,19 +30,6 @@ REWARDS = [@programmatic.FunctionReward(), @programmatic.Brevity()]
 programmatic.FunctionReward.name = 'letters'
 programmatic.FunctionReward.function = @rewards_of_the_user.letters
 """
-
-
-def clp(*words: str) -> None:
-    assert main(list(words)) == 0
-
-
-def refuses(capfd, *words: str) -> str:
-    """What a command that must fail says, as a mistake of the user."""
-    capfd.readouterr()
-    assert main(list(words)) == 2
-    said = capfd.readouterr().err
-    assert said.count("error:") == 1
-    return said
 
 
 def write_jsonl(path: Path, count: int, seed: int) -> None:

@@ -367,6 +367,7 @@ EXPRESSIBLE = [
     (T5Config(**STACKS, gated=False, tied_head=True, scale_tied_head=False), "t5"),
     (T5Config(**STACKS, bias_per_layer=True, tied_head=True), "umt5"),
     (T5Config(**STACKS, gated=False, activation="relu", tied_head=True, moe=SWITCH), "switch_transformers"),
+    (T5Config(**STACKS, gated=False, activation="relu", moe=SWITCH), "switch_transformers"),
     (PaLMConfig.gemma(**DEEP, post_norm=True, qk_norm=True), "gemma3_text"),
     (
         T5Config(

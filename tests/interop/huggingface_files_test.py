@@ -12,9 +12,10 @@ from tiny_policies import varied_params
 
 from clp_jax.interop import huggingface
 from clp_jax.interop.hf_families import FAMILIES
-from clp_jax.models.config import PaLMConfig, T5Config
+from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.nn.rope import Rope
+from clp_jax.nn.routing import Dropless, TokenChoice
 
 LLAMA = PaLMConfig(
     vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4, num_layers=3, scale_tied_head=False, num_kv_heads=1
@@ -136,13 +137,16 @@ def test_files_of_the_text_are_carried(tmp_path, llama):
     assert not (tmp_path / "out" / "training_args.bin").exists()
 
 
-def test_tied_tensors_may_be_there_twice(llama):
+def test_tied_tensors_may_be_there_twice(tmp_path, llama):
     directory, params = llama
     embedding = params["token_embedder"]["embedding"]
     change(
         directory, lm_head__weight=embedding, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(2, np.float32)
     )
-    assert_equal(huggingface.open_checkpoint(directory).loaded().params, params)
+    again = huggingface.open_checkpoint(directory).loaded()
+    assert_equal(again.params, params)
+    huggingface.write(tmp_path / "back", again.config, again.params, origin=again.origin)
+    assert "lm_head.weight" in load_file(tmp_path / "back" / "model.safetensors")
     change(directory, lm_head__weight=embedding + 1)
     with pytest.raises(
         ValueError, match="'lm_head.weight' differs from 'model.embed_tokens.weight', which it should repeat"
@@ -193,6 +197,54 @@ def test_wrong_tensors_are_named(llama, tensors, message):
     change(directory, **tensors)
     with pytest.raises(ValueError, match=message):
         huggingface.open_checkpoint(directory).loaded()
+
+
+SIZES = dict(vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4)
+SPARSE = {
+    "mixtral": PaLMConfig.llama(**SIZES, num_layers=2, moe=MoEConfig(num_experts=3, router=Dropless(k=2))),
+    "switch": T5Config.t5_1_0(
+        **SIZES,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        moe=MoEConfig(num_experts=3, router=TokenChoice(fixed_capacity=4), every=2),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("llama", "num_hidden_layers vocab_size hidden_size intermediate_size num_attention_heads head_dim"),
+        ("gemma3", "num_hidden_layers num_key_value_heads"),
+        ("t5", "num_layers num_decoder_layers d_model d_ff d_kv num_heads relative_attention_num_buckets vocab_size"),
+        ("mixtral", "num_hidden_layers num_local_experts intermediate_size"),
+        ("switch", "num_layers num_experts d_ff"),
+    ],
+)
+def test_sizes_that_the_file_can_not_hold(tmp_path, kind, keys):
+    """Told in a line, before anything is made of them."""
+    config = {"llama": LLAMA, "gemma3": GEMMA3, "t5": T5}.get(kind) or SPARSE[kind]
+    huggingface.write(tmp_path / "in", config, params_of(config))
+    path = tmp_path / "in" / "config.json"
+    values = json.loads(path.read_text())
+    for key in keys.split():
+        for size in (10**9, 10**18):
+            path.write_text(json.dumps(values | {key: size}))
+            with pytest.raises(ValueError, match=r"^[^\n]*00000000[^\n]*$"):
+                huggingface.open_checkpoint(tmp_path / "in")
+    path.write_text(json.dumps(values))
+    for name in config.depths():
+        with pytest.raises(ValueError, match=rf"{name} is 1000000000: expected at most [0-9]+, the tensors that there"):
+            huggingface.open_checkpoint(tmp_path / "in", overrides={name: 10**9})
+
+
+def test_experts_and_layers_that_the_file_can_not_hold_together(tmp_path):
+    config = SPARSE["mixtral"]
+    huggingface.write(tmp_path / "in", config, params_of(config))
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_local_experts": 20, "num_hidden_layers": 20}))
+    with pytest.raises(ValueError, match="there are 400 experts in all layers, and 35 tensors: expected fewer"):
+        huggingface.open_checkpoint(tmp_path / "in")
 
 
 def test_wrong_directories(tmp_path, llama):

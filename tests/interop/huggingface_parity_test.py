@@ -12,10 +12,13 @@ pytest.importorskip("transformers", reason="the parity reference needs the extra
 
 import huggingface_results
 import torch_models
+from tiny_policies import varied_params
 from torch_models import CASES
 
 from clp_jax.interop import huggingface
+from clp_jax.models.config import MoEConfig, T5Config
 from clp_jax.models.policy import Policy
+from clp_jax.nn.routing import TokenChoice
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -61,6 +64,23 @@ def test_transformers_loads_what_is_written_without_an_origin(saved, tmp_path):
     huggingface.write(tmp_path / "out", imported.config, imported.params)
     logits = torch_models.load_and_compute(tmp_path / "out", batch)
     np.testing.assert_allclose(logits, expected["logits"], rtol=1e-6, atol=1e-6)
+
+
+def test_an_untied_switch_is_one_there_too(tmp_path):
+    """Its stacks then have embeddings of their own in transformers: the one that we have is written for each, and comes back."""
+    batch, sizes = torch_models.rows(), dict(vocab_size=29, embed_dim=12, mlp_dim=20, num_heads=3, head_dim=8)
+    experts = MoEConfig(num_experts=3, router=TokenChoice(fixed_capacity=6), every=2)
+    depths = dict(num_encoder_layers=2, num_decoder_layers=2)
+    config = T5Config.t5_1_0(**sizes, **depths, tied_head=False, moe=experts)
+    policy, params = Policy(config), varied_params(Policy(config))
+    huggingface.write(tmp_path / "out", config, params)
+    theirs = torch_models.load_and_compute(tmp_path / "out", batch)
+    ours = jax.jit(lambda params, *rows: policy.bind(params)(*rows))(params, batch.inputs, batch.decoder_inputs)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    again = huggingface.open_checkpoint(tmp_path / "out").loaded()
+    huggingface.write(tmp_path / "back", again.config, again.params, origin=again.origin)
+    first, second = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("out", "back"))
+    assert first == second
 
 
 @pytest.mark.parametrize("case", ["t5", "gemma2_rest"])

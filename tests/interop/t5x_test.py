@@ -317,6 +317,7 @@ def test_what_t5x_does_not_compute_is_not_written(tmp_path, changes):
         ({"moe": 5}, "moe is 5: expected a MoEConfig or none; it has fields of its own"),
         ({"eos_ids": "abc"}, "eos_ids is 'abc': expected an integer"),
         ({"num_heads": 0}, "num_heads is 0: expected at least 1."),
+        ({"num_encoder_layers": 10**9}, "num_encoder_layers is 1000000000: expected at most 2, as the checkpoint has."),
     ],
     ids=str,
 )

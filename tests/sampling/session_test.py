@@ -59,6 +59,14 @@ def test_every_prompt_is_answered_and_streamed(plain):
         assert streamed == completion.tokens == tuple(map(int, completion.text.split()))
 
 
+def test_beams_are_handed_out_whole():
+    """Once each, when their search has ended: no token is final before."""
+    events = []
+    found = serve(generation=BeamConfig(12, num_beams=3, num_returned=2), on_tokens=events)
+    expected = {(number, i, beam.tokens) for number, beams in found.items() for i, beam in enumerate(beams)}
+    assert len(events) == len(expected) == 2 * len(PROMPTS) and set(events) == expected
+
+
 def test_a_stop_cuts_text_tokens_and_log_probabilities(plain):
     (whole,) = plain[1]
     token = whole.tokens[4]

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import before_each_batch, counted
+from tiny_policies import varied_params
 from tiny_runs import first_params
 
 from clp_jax.data import records
 from clp_jax.data.manifest import Manifest, Shard, Split, file_digest
 from clp_jax.data.reader import DataSource, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
-from clp_jax.models.config import MoEConfig, T5Config
+from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.models.serialization import from_json
 from clp_jax.nn.routing import TokenChoice
@@ -196,6 +197,45 @@ def test_evaluation_is_the_mean_over_every_token_of_the_split(tmp_path, data_dir
         if not name.startswith("router/"):  # Means over the rows of each batch.
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
     np.testing.assert_allclose(found["perplexity"], np.exp(found["cross_entropy"]), rtol=1e-6)
+
+
+CROWDED_DECODER = PaLMConfig.llama(
+    vocab_size=40,
+    num_layers=2,
+    moe=CROWDED.moe,
+    **{name: SIZES[name] for name in ("embed_dim", "mlp_dim", "num_heads", "head_dim")},
+)
+
+
+@pytest.mark.parametrize("model", [CROWDED, CROWDED_DECODER], ids=["encoder-decoder", "decoder"])
+def test_what_is_measured_does_not_depend_on_what_is_packed_with_what(model):
+    rng = np.random.default_rng(0)
+
+    def example():
+        return {name: rng.integers(2, 30, rng.integers(2, n + 1)).astype(np.int32) for name, n in LENGTHS.items()}
+
+    def batch_of(rows):
+        joined = [{name: np.concatenate([one[name] for one in row]) for name in LENGTHS} for row in rows]
+        ends = [{f"{name}_ends": np.cumsum([len(one[name]) for one in row]) for name in LENGTHS} for row in rows]
+        widths = {name: max(map(len, rows)) * n for name, n in LENGTHS.items()}
+        records_ = [row | where for row, where in zip(joined, ends, strict=True)]
+        return sequence_batch(records_, np.arange(len(rows), dtype=np.int32), widths)
+
+    examples = [example() for _ in range(6)]
+    policy = Policy(model)
+    params = varied_params(policy)
+    loss = SupervisedLoss(policy.served())
+    measured = [
+        jax.jit(loss.measured)(params, batch_of(rows))
+        for rows in ([[one] for one in examples], [examples[:3], examples[3:5], examples[5:]])
+    ]
+    (apart, expected), (together, found) = measured
+    assert float(apart) == float(together) == sum(len(one["targets"]) for one in examples)
+    for name in ("cross_entropy", "accuracy"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
+    # Read in one pass, examples of a row would take each other's room.
+    sharing = loss.sums(params, batch_of([examples[:3], examples[3:5], examples[5:]]), None)[2]
+    assert abs(float(sharing["cross_entropy"]) / float(expected["cross_entropy"]) - 1) > 1e-3
 
 
 def test_the_scorer_says_what_the_log_says(tmp_path, data_dir):
