@@ -291,7 +291,8 @@ class _Monitor(threading.Thread):
     """Tells the others that this process lives, and ends it when another one does not or has failed.
 
     Each process writes a number at the coordinator a few times in the allowed time; process 0 sees which of them stand
-    still, and the others ask it. That is one small message each way, whatever the number of processes.
+    still, and the others ask it. That is one small message each way, whatever the number of processes. A coordinator that is
+    cut off answers nothing, not even that it is gone: who asks waits for as long as for any other process.
     """
 
     def __init__(self, state: Any, heartbeat: int):
@@ -310,12 +311,18 @@ class _Monitor(threading.Thread):
     def run(self) -> None:
         """Beats until it is stopped."""
         for beat in itertools.count():
+            silent = threading.Timer(self._heartbeat, self._announce, ([0],))
+            silent.daemon = True
+            if self._state.process_id != 0:
+                silent.start()
             try:
                 self._client.key_value_set(f"{_ALIVE}/{self._state.process_id}", str(beat), True)
                 ends = [json.loads(text) for _, text in self._client.key_value_dir_get(_END)]
                 lost = self._standing_still() if self._state.process_id == 0 else []
             except Exception:
                 ends, lost = [], [0]
+            finally:
+                silent.cancel()
             if self._stopped.wait(0 if ends or lost else self._heartbeat / 5):
                 return
             for end in ends:
