@@ -59,13 +59,14 @@ def test_an_object_is_there_whole_or_not_at_all(store):
 
 
 def test_names_that_begin_alike_are_told_apart(store):
-    for name in ("6/x", "6/y/z", "60/x", "6.unfinished", "6"):
+    both = () if store.scheme == "disk" else ("6",)  # A file is no folder.
+    for name in ("6/x", "6/y/z", "60/x", "6.unfinished", *both):
         (store / "list" / name).write_text(name)
     place = store / "list"
-    assert [place.relative(file) for file in place.files()] == ["6", "6.unfinished", "6/x", "6/y/z", "60/x"]
-    assert [entry.name for entry in place.iterdir()] == ["6", "6.unfinished", "60"]
+    assert [place.relative(file) for file in place.files()] == [*both, "6.unfinished", "6/x", "6/y/z", "60/x"]
+    assert sorted(entry.name for entry in place.iterdir()) == ["6", "6.unfinished", "60"]
     (place / "6").rmtree()
-    assert [place.relative(file) for file in place.files()] == ["6", "6.unfinished", "60/x"]
+    assert [place.relative(file) for file in place.files()] == [*both, "6.unfinished", "60/x"]
 
 
 def test_a_missing_bucket_is_named(store):
