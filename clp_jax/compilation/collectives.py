@@ -128,11 +128,15 @@ def between_slices(send: Instruction, recv: Instruction, layout: Layout, chip: C
     match = _TRANSFER.search(send.attributes)
     kind = _BETWEEN_SLICES.get(match[1]) if match else None
     if kind is None:
-        raise ValueError(f"{send.name} takes {match and match[1]} to other slices: expected {', '.join(_BETWEEN_SLICES)}.")
+        raise ValueError(
+            f"{send.name} takes {match and match[1]} to other slices: expected {', '.join(_BETWEEN_SLICES)}."
+        )
     sent, received = (array_bytes(line.shape) for line in (send, recv))
     size = received if kind == "all-gather" else sent
     group = [i for i, place in enumerate(layout.places) if (place[1:] == layout.places[0][1:]).all()]
-    seconds = size / chip.dcn_bandwidth if kind == "collective-permute" else _seconds(kind, size, group, layout, chip)[0]
+    seconds = (
+        size / chip.dcn_bandwidth if kind == "collective-permute" else _seconds(kind, size, group, layout, chip)[0]
+    )
     return Collective(kind, size, layout.spanned(group), seconds, True)
 
 

@@ -1,4 +1,4 @@
-"""What `clp_jax.interop.object_store` asks of a bucket: through TensorStore, or through fsspec where TensorStore does not know it.
+"""What `clp_jax.interop.object_store` asks of a bucket: of TensorStore, or of fsspec where TensorStore does not know it.
 
 Both are used in one way: objects are read, written and removed whole, and listed by what their names begin with. Nothing is
 locked, and nothing is written only if it is missing.
@@ -70,9 +70,9 @@ def spec(scheme: str, bucket: str) -> dict[str, Any]:
 class FsspecBucket:
     """A container or a host that fsspec knows: its own limits of time hold.
 
-    Where a write is not of a whole object, as on HDFS or over SFTP, an object is written under another name and renamed. Renaming
-    over a file is refused by some, so what is there goes aside first, where it is read meanwhile, and after a process that died.
-    One process writes an object at a time; others may read.
+    Where a write is not of a whole object, as on HDFS or over SFTP, an object is written under another name and renamed.
+    Renaming over a file is refused by some, so what is there goes aside first, where it is read meanwhile, and after a process
+    that died. One process writes an object at a time; others may read.
 
     Args:
         scheme: that fsspec has an implementation for.

@@ -1,9 +1,10 @@
 """Places in object stores (``gs://``, ``s3://``, and what fsspec knows): whole objects by name.
 
 A store has no directories, no renaming and no appending; what is written is there at once, whole, for everyone. TensorStore
-speaks to ``gs://`` and ``s3://`` by itself, with the credentials that their own tools use: Google's application default ones; for
-S3 those of the environment (``AWS_...``), of a profile, or of the machine. Nothing else is installed for it, and TensorFlow, where
-it is installed, changes nothing. All others (``az://``, ``hdfs://``, ``sftp://``, ...) are fsspec's, each with a package of its own.
+speaks to ``gs://`` and ``s3://`` by itself, with the credentials that their own tools use: Google's application default ones;
+for S3 those of the environment (``AWS_...``), of a profile, or of the machine. Nothing else is installed for it, and TensorFlow,
+where it is installed, changes nothing. All others (``az://``, ``hdfs://``, ``sftp://``, ...) are fsspec's, each with a package
+of its own.
 """
 
 import concurrent.futures
@@ -122,7 +123,8 @@ class StorePath:
         """
         if not self.has_kvstore:
             raise StoreError(
-                f"{self} is in a format that TensorStore alone reads, and it does not know {self.scheme}://. Copy it to a directory."
+                f"{self} is in a format that TensorStore alone reads, and it does not know {self.scheme}://. Copy it to a "
+                "directory."
             )
         return spec(self.scheme, self.bucket) | {"path": f"{self.key}/" if self.key else ""}
 

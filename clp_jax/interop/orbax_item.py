@@ -66,7 +66,9 @@ def read(item: Path | StorePath) -> dict[str, LazyArray]:
             array = zarr_files.read(item / dotted)
         else:
             place = (
-                tensorstore_files.place_in_store(item, dotted) if in_store else tensorstore_files.files_of(item / dotted)
+                tensorstore_files.place_in_store(item, dotted)
+                if in_store
+                else tensorstore_files.files_of(item / dotted)
             )
             array = tensorstore_files.open_array(place, where, driver=driver, complete=complete, in_store=remote)
         if shape is not None and not _divides(shape, array.shape):

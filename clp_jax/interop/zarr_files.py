@@ -216,7 +216,9 @@ def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[tup
         yield key, tuple(slice(i * chunk, min((i + 1) * chunk, n)) for i, n, chunk in places)
 
 
-def _read_chunk(path: Path | StorePath, compressor: str | None, chunks: tuple[int, ...], out: np.ndarray, region: Region) -> None:
+def _read_chunk(
+    path: Path | StorePath, compressor: str | None, chunks: tuple[int, ...], out: np.ndarray, region: Region
+) -> None:
     try:
         with path.open("rb") as raw:
             file = _Zlib(raw) if compressor == "zlib" else gzip.GzipFile(fileobj=raw) if compressor else raw

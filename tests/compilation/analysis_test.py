@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = """
+import dataclasses
 import json
 
 import jax
@@ -93,6 +94,7 @@ for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
             "executed": report.executed_flops,
             "exchanges": [(item.kind, item.axes) for item in report.exchanges],
             "arguments": report.memory.arguments,
+            "memory": dataclasses.asdict(report.memory),
         }
     one = shaped((2**36,), jnp.float32)
     refused = analyse(jax.jit(lambda a: a + 1).lower(one), Work("too much", 0.0, 1), topology, mesh)
@@ -153,6 +155,16 @@ def test_operations_and_exchanges_are_counted(found, chip):
     assert product["arguments"] == 2 * 2 * 4096**2
     for kind, name in EXCHANGES.items():
         assert found[f"{chip} {kind}"]["exchanges"][0] == [name, ["fsdp"]]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_memory_is_what_must_be_free_and_the_peak_what_is_in_use(found, chip):
+    """Of a gather: a quarter is given, the whole comes together, and is copied to where it is returned."""
+    memory = found[f"{chip} gather"]["memory"]
+    parts = [memory[name] for name in ("arguments", "outputs", "temporaries", "code")]
+    assert memory["needed"] == sum(parts) < memory["limit"]
+    assert memory["arguments"] == 2**26 and memory["outputs"] == 2**28 and 0 <= memory["temporaries"] - 2**28 < 2**21
+    assert 2**26 + 2 * 2**28 <= memory["peak"] <= memory["needed"]
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -82,7 +82,9 @@ def train(layout):
 
 def roots(state):
     """What Adafactor divides by: a second moment is a square, and of twice its rounding."""
-    return jax.tree.map(lambda leaf: np.sqrt(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state.opt_state)
+    return jax.tree.map(
+        lambda leaf: np.sqrt(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state.opt_state
+    )
 
 
 def test_eight_devices_make_the_clp_steps_of_one():

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounding import ROUNDING, assert_same_to_rounding, natural_scales
+from rounding import assert_same_to_rounding, natural_scales
 from workloads import SIZES, WORKLOADS, Descent, layout, rollouts
 
 from clp_jax.compilation.collectives import kind_of
@@ -121,8 +121,20 @@ def test_the_updates_are_worth_comparing(workload):
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_more_than_rounding_is_found(workload):
-    """One row too many, of those that a device adds up, with a thousandth of its weight; and a gradient that is 3e-5 too large."""
-    # TODO
+    """Parameters that are 1e-5 of themselves off; a metric that is; a gradient that misses a ten-thousandth of one of its arrays."""
+    at, expected, scales = _workload(workload), _updated("single", workload), _scales(workload)
+    others = jax.tree.map(lambda leaf: leaf * (1 + 1e-5 * jnp.cos(1e3 * leaf)), at.params)
+    with pytest.raises(AssertionError, match="more than rounding"):
+        assert_same_to_rounding(_program("single", workload)[0](others, at.frozen, at.batch), expected, scales)
+    metrics = expected["metrics"] | {"loss": expected["metrics"]["loss"] * np.float32(1 + 3e-6)}
+    with pytest.raises(AssertionError, match=r"more than rounding \(1e-06\): \['metrics'\]\['loss'\]"):
+        assert_same_to_rounding(expected | {"metrics": metrics}, expected, scales)
+    largest = max(_leaves(expected["gradient"]), key=lambda entry: np.abs(entry[1]).max())[0]
+    gradient = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * np.float32(1 - 1e-4 * (path == largest)), expected["gradient"]
+    )
+    with pytest.raises(AssertionError, match="more than rounding"):
+        assert_same_to_rounding(expected | {"gradient": gradient}, expected, scales)
 
 
 def test_no_layout_exchanges_more_than_it_did():

@@ -223,7 +223,9 @@ def mesh_of(sizes, crossed):
     if not crossed:
         return make_mesh(data=-1, **sizes)
     each = jax.local_device_count()
-    mesh = make_mesh(data=-1, devices=[device for first in range(each) for device in jax.devices()[first::each]], **sizes)
+    mesh = make_mesh(
+        data=-1, devices=[device for first in range(each) for device in jax.devices()[first::each]], **sizes
+    )
     last = max(sizes, key=mesh.axis_names.index)
     along = np.moveaxis(mesh.devices, mesh.axis_names.index(last), 0).reshape(sizes[last], -1)
     assert len({device.process_index for device in along[:, 0]}) == min(sizes[last], jax.process_count())
