@@ -2,9 +2,9 @@
 
 A store has no directories, no renaming and no appending; what is written is there at once, whole, for everyone. TensorStore
 speaks to ``gs://`` and ``s3://`` by itself, with the credentials that their own tools use: Google's application default ones;
-for S3 those of the environment (``AWS_...``), of a profile, or of the machine. Nothing else is installed for it, and TensorFlow,
-where it is installed, changes nothing. All others (``az://``, ``hdfs://``, ``sftp://``, ...) are fsspec's, each with a package
-of its own.
+for S3 those of the environment (``AWS_...``), of a profile, or of the machine. Nothing else is installed for it, and where
+TensorFlow is installed, that changes nothing. All others (``az://``, ``hdfs://``, ``sftp://``, ...) are fsspec's, each with a
+package of its own.
 """
 
 import concurrent.futures

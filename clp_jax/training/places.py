@@ -42,8 +42,8 @@ def as_path(path: str | os.PathLike) -> Place:
         return StorePath.parse(text)
     if "://" in text:
         raise ValueError(
-            f"{text} is an address of another kind: expected a directory, gs://BUCKET/NAME, s3://BUCKET/NAME, or one of a store "
-            "or file system that fsspec knows by one name."
+            f"{text} is an address of another kind: expected a directory, gs://BUCKET/NAME, s3://BUCKET/NAME, or one of a "
+            "store or file system that fsspec knows by one name."
         )
     place = Path(text).expanduser().absolute()
     for folder in (place, *place.parents):
