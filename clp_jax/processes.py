@@ -301,6 +301,7 @@ class _Monitor(threading.Thread):
         self._client = state.client
         self._heartbeat = heartbeat
         self._moved: dict[str, tuple[str, float]] = {}
+        self._answered = -1
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -311,7 +312,7 @@ class _Monitor(threading.Thread):
     def run(self) -> None:
         """Beats until it is stopped."""
         for beat in itertools.count():
-            silent = threading.Timer(self._heartbeat, self._announce, ([0],))
+            silent = threading.Timer(self._heartbeat, self._cut_off, (beat,))
             silent.daemon = True
             if self._state.process_id != 0:
                 silent.start()
@@ -322,6 +323,7 @@ class _Monitor(threading.Thread):
             except Exception:
                 ends, lost = [], [0]
             finally:
+                self._answered = beat
                 silent.cancel()
             if self._stopped.wait(0 if ends or lost else self._heartbeat / 5):
                 return
@@ -330,6 +332,11 @@ class _Monitor(threading.Thread):
                     self._end(end["code"], f"process {end['process']} failed: {end['reason']}")
             if lost:
                 self._announce(lost)
+
+    def _cut_off(self, beat: int) -> None:
+        time.sleep(1)  # An answer may be here that no thread could look at, since this process itself stood still.
+        if self._answered < beat:
+            self._announce([0])
 
     def _standing_still(self) -> list[int]:
         now = time.monotonic()
