@@ -291,7 +291,8 @@ class _Monitor(threading.Thread):
     """Tells the others that this process lives, and ends it when another one does not or has failed.
 
     Each process writes a number at the coordinator a few times in the allowed time; process 0 sees which of them stand
-    still, and the others ask it. That is one small message each way, whatever the number of processes.
+    still, and the others ask it. That is one small message each way, whatever the number of processes. A coordinator that is
+    cut off answers nothing, not even that it is gone: who asks waits for as long as for any other process.
     """
 
     def __init__(self, state: Any, heartbeat: int):
@@ -300,6 +301,7 @@ class _Monitor(threading.Thread):
         self._client = state.client
         self._heartbeat = heartbeat
         self._moved: dict[str, tuple[str, float]] = {}
+        self._answered = -1
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -310,12 +312,19 @@ class _Monitor(threading.Thread):
     def run(self) -> None:
         """Beats until it is stopped."""
         for beat in itertools.count():
+            silent = threading.Timer(self._heartbeat, self._cut_off, (beat,))
+            silent.daemon = True
+            if self._state.process_id != 0:
+                silent.start()
             try:
                 self._client.key_value_set(f"{_ALIVE}/{self._state.process_id}", str(beat), True)
                 ends = [json.loads(text) for _, text in self._client.key_value_dir_get(_END)]
                 lost = self._standing_still() if self._state.process_id == 0 else []
             except Exception:
                 ends, lost = [], [0]
+            finally:
+                self._answered = beat
+                silent.cancel()
             if self._stopped.wait(0 if ends or lost else self._heartbeat / 5):
                 return
             for end in ends:
@@ -323,6 +332,11 @@ class _Monitor(threading.Thread):
                     self._end(end["code"], f"process {end['process']} failed: {end['reason']}")
             if lost:
                 self._announce(lost)
+
+    def _cut_off(self, beat: int) -> None:
+        time.sleep(1)  # An answer may be here that no thread could look at, since this process itself stood still.
+        if self._answered < beat:
+            self._announce([0])
 
     def _standing_still(self) -> list[int]:
         now = time.monotonic()

@@ -79,7 +79,7 @@ def train(
     SIGTERM and Ctrl-C save first. Several processes call it together, in a run directory that all see, or in a store.
 
     Args:
-        run_dir: where everything goes, also ``gs://`` and ``s3://``; see `clp_jax.training.run_directory`.
+        run_dir: where everything goes, also ``gs://``, ``s3://`` and what fsspec knows; see `clp_jax.training.run_directory`.
         stage: what to train.
         optimizer: how.
         num_steps: updates in all; a finished run goes on when this is raised.

@@ -1,4 +1,4 @@
-"""Runs whose directory is in an object store, over HTTP: the same bits as in a directory, whatever ends them."""
+"""Runs whose directory is in a store, over HTTP or through fsspec: the same bits as in a directory, whatever ends them."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def calm(tmp_path_factory):
 
 @pytest.fixture
 def place(request):
-    return StorePath.parse(running("gs")) / request.node.name / "run"
+    return StorePath.parse(running("gs")) / request.node.originalname / "run"
 
 
 def lines(text):
@@ -60,6 +60,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(calm, scheme):
     place = StorePath.parse(running(scheme)) / "killed" / "run"
     program = (
         "import os, signal, sys\n"
+        "import object_stores\n"
         "from toy_runs import Toy, run\n"
         "def hook(step, run_dir):\n"
         "    if step == 8:\n"
@@ -78,7 +79,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(calm, scheme):
     assert run(str(place), 10).metrics == result.metrics  # It is complete.
 
 
-def test_a_damaged_object_is_found_and_the_steps_made_again(calm, place, capsys):
+@pytest.mark.parametrize("scheme", ["gs", "disk"])
+def test_a_damaged_object_is_found_and_the_steps_made_again(calm, scheme, capsys):
+    place = StorePath.parse(running(scheme)) / "damaged" / "run"
     run(str(place), 7, checkpoint_every=3)
     for item in ("params", "ema"):
         file = place / "checkpoints" / "7" / item / "w" / "0"
@@ -125,8 +128,15 @@ def test_what_can_not_be_used_is_said_before_training():
     running("s3")
     with pytest.raises(RunDirectoryError, match="there is no bucket s3://nobodys. Make it, or correct its name"):
         run("s3://nobodys/run", 3)
-    with pytest.raises(RunDirectoryError, match="hdfs://host/run is an address of another kind"):
-        run("hdfs://host/run", 3)
+    with pytest.raises(RunDirectoryError, match="nobodys://host/run is an address of another kind"):
+        run("nobodys://host/run", 3)
+    with pytest.raises(RunDirectoryError, match="run directory abfs://host/run: nothing here speaks to abfs://"):
+        run("abfs://host/run", 3)
+
+
+def test_a_directory_may_be_named_by_its_address(calm, tmp_path):
+    run(f"file://{tmp_path}/run", 10)
+    assert_same_run(tmp_path / "run", calm)
 
 
 def test_a_policy_that_was_copied_to_a_store_is_loaded_from_it(tmp_path):

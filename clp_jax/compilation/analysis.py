@@ -143,7 +143,7 @@ def _report(
 def _memory(stats: Any, chip: Chip) -> Memory:
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = (stats.argument_size_in_bytes, outputs, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes)
-    return Memory(*parts, limit=chip.hbm_bytes, needed=sum(parts))
+    return Memory(*parts, limit=chip.hbm_bytes, needed=sum(parts), peak=stats.peak_memory_in_bytes)
 
 
 def _refused(message: str, work: Work, topology: Topology, lowered: jax.stages.Lowered, took: float) -> ProgramReport:
@@ -153,7 +153,9 @@ def _refused(message: str, work: Work, topology: Topology, lowered: jax.stages.L
     needed, limit = _size(match[1], match[2]), _size(match[3], match[4])
     arguments = _argument_bytes(lowered.in_avals, lowered.args_info)
     found = [Buffer(shape.strip(), _size(n, unit), name or "") for n, unit, name, shape in _ALLOCATION.findall(message)]
-    report = _report(work, topology, Timeline(), Memory(arguments, 0, needed - arguments, 0, limit, needed), (), took)
+    report = _report(
+        work, topology, Timeline(), Memory(arguments, 0, needed - arguments, 0, limit, needed, needed), (), took
+    )
     return dataclasses.replace(report, buffers=tuple(found[:LARGEST]), mfu=0.0, advice=_advice(arguments, limit))
 
 

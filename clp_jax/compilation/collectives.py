@@ -1,5 +1,8 @@
 """What devices tell each other: which mesh axes a collective spans, the bytes it moves, and how long its links need.
 
+What leaves a slice libtpu leaves to the hosts (``xla_megascale_runtime``): in place of a collective there are a ``send`` and a
+``recv``, whose attributes say what is made of it on the way.
+
 Rings of ``n`` devices (arXiv 2206.03382, section 3.1): a gather or a scatter moves ``(n-1)/n`` of the whole array past every
 device, a reduction to all is a scatter and a gather, and what goes from each to each passes a quarter of the ring on average.
 """
@@ -12,9 +15,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from clp_jax.compilation.chips import Chip
-from clp_jax.compilation.hlo import Instruction, array_shapes, balanced
+from clp_jax.compilation.hlo import Instruction, array_shapes, balanced, shape_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+# What the hosts do, and what that is called otherwise.
+_BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,? ?device_ids=\(\[?([\d,<=\[\]T()]*?)\]?\))? ?\{([^}]*)\}")
@@ -95,6 +109,41 @@ def collective(instruction: Instruction, operand_bytes: float, layout: Layout, c
     group = max(groups, key=len)
     seconds, dcn = _seconds(kind, size, group, layout, chip)
     return Collective(kind, size, layout.spanned(group), seconds, dcn)
+
+
+def rendezvous(instruction: Instruction) -> str | None:
+    """The name that a send and its receive share, where hosts take them to other slices."""
+    if instruction.opcode not in ("send", "recv") or _TRANSFER.search(instruction.attributes) is None:
+        return None
+    name = _RENDEZVOUS.search(instruction.attributes)
+    return None if name is None else name[1]
+
+
+def between_slices(send: Instruction, recv: Instruction, layout: Layout, chip: Chip) -> Collective:
+    """Reads a send and a receive of one `rendezvous`: each device exchanges with those in its place in other slices.
+
+    Raises:
+        ValueError: for a kind of exchange that is not known here.
+    """
+    match = _TRANSFER.search(send.attributes)
+    kind = _BETWEEN_SLICES.get(match[1]) if match else None
+    if kind is None:
+        raise ValueError(
+            f"{send.name} takes {match and match[1]} to other slices: expected {', '.join(_BETWEEN_SLICES)}."
+        )
+    sent, received = (array_bytes(line.shape) for line in (send, recv))
+    size = received if kind == "all-gather" else sent
+    group = [i for i, place in enumerate(layout.places) if (place[1:] == layout.places[0][1:]).all()]
+    seconds = (
+        size / chip.dcn_bandwidth if kind == "collective-permute" else _seconds(kind, size, group, layout, chip)[0]
+    )
+    return Collective(kind, size, layout.spanned(group), seconds, True)
+
+
+def array_bytes(shape: str) -> float:
+    """Bytes of the first array in the text of a shape."""
+    kind, dims = array_shapes(shape)[0]
+    return shape_bytes(f"{kind}[{','.join(map(str, dims))}]")
 
 
 def replica_groups(instruction: Instruction, devices: int) -> list[list[int]]:

@@ -16,10 +16,11 @@ class Memory:
     Attributes:
         arguments: parameters, optimizer state and batch.
         outputs: that are not written over arguments.
-        temporaries: everything between.
+        temporaries: everything between, as it is laid out: in gaps of it nothing is.
         code: the program.
         limit: what the chip has.
-        needed: in all, by the compiler's own account where it refused.
+        needed: all of these, which is what must be free; by the compiler's own account where it refused.
+        peak: most that is in use at one moment, without gaps.
     """
 
     arguments: int
@@ -28,6 +29,7 @@ class Memory:
     code: int
     limit: int
     needed: int
+    peak: int
 
     @property
     def fits(self) -> bool:
@@ -210,6 +212,7 @@ def _show(console: Console, program: ProgramReport, chips: int) -> None:
         table.add_row("", program.advice)
     for name in ("arguments", "temporaries", "outputs", "code"):
         table.add_row(f"  {name}", f"{getattr(memory, name) / GIB:.2f} GiB")
+    table.add_row("  in use at the peak", f"{memory.peak / GIB:.2f} GiB")
     if program.seconds:
         share = program.executed_flops / program.model_flops if program.model_flops else 0
         table.add_row("model FLOPs", f"{program.model_flops:.3e}; executed {share:.2f} times as many")

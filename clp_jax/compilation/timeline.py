@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from clp_jax.compilation.chips import Chip
-from clp_jax.compilation.collectives import Collective, Layout, collective, kind_of
+from clp_jax.compilation.collectives import Collective, Layout, between_slices, collective, kind_of, rendezvous
 from clp_jax.compilation.hlo import Instruction, Module
 from clp_jax.compilation.operations import kernel_flops, kernel_seconds, product_flops
 
@@ -99,6 +99,7 @@ class Clock:
         free: dict[str, float] = defaultdict(float)
         ends: dict[str, tuple[float, Collective | None]] = {}
         waiting: dict[str, Instruction] = {}
+        halves: dict[str, Instruction] = {}
         for line in self._module.computations.get(computation, ()):
             if line.opcode in _FREE:
                 continue
@@ -118,6 +119,11 @@ class Clock:
                     ends[line.name] = self._begin(line, start, now, free, times)
                 else:  # It is made ready, and gets its operands from an update.
                     waiting[line.name] = start
+            elif (met := rendezvous(line)) is not None:
+                if (other := halves.pop(met, None)) is None:
+                    halves[met] = line
+                else:
+                    ends[line.name] = ends[other.name] = self._leave_slice(line, other, now, free, times)
             elif (exchange := self._exchange(line)) is not None:
                 channel = "network" if exchange.dcn else "links"
                 free[channel] = max(now, free[channel]) + exchange.seconds
@@ -154,6 +160,16 @@ class Clock:
         free[channel] = max(now, free[channel]) + exchange.seconds
         self._count(exchange, times)
         return free[channel], exchange
+
+    def _leave_slice(
+        self, line: Instruction, other: Instruction, now: float, free: dict[str, float], times: float
+    ) -> tuple[float, Collective]:
+        """Sends off what hosts take to other slices; returns when it has come."""
+        send, recv = (line, other) if line.opcode == "send" else (other, line)
+        exchange = between_slices(send, recv, self._layout, self._chip)
+        free["network"] = max(now, free["network"]) + exchange.seconds
+        self._count(exchange, times)
+        return free["network"], exchange
 
     def _wait(self, line: Instruction, ends: dict, now: float, times: float) -> float:
         end, exchange = next((ends[name] for name in line.operands if name in ends), (now, None))

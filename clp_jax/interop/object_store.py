@@ -1,9 +1,10 @@
-"""Places in object stores (``gs://``, ``s3://``): whole objects by name, through TensorStore.
+"""Places in object stores (``gs://``, ``s3://``, and what fsspec knows): whole objects by name.
 
 A store has no directories, no renaming and no appending; what is written is there at once, whole, for everyone. TensorStore
-speaks to both kinds by itself, with the credentials that their own tools use: Google's application default ones; for S3 those
-of the environment (``AWS_...``), of a profile, or of the machine. Nothing else is installed for it, and TensorFlow, where it is
-installed, changes nothing.
+speaks to ``gs://`` and ``s3://`` by itself, with the credentials that their own tools use: Google's application default ones;
+for S3 those of the environment (``AWS_...``), of a profile, or of the machine. Nothing else is installed for it, and where
+TensorFlow is installed, that changes nothing. All others (``az://``, ``hdfs://``, ``sftp://``, ...) are fsspec's, each with a
+package of its own.
 """
 
 import concurrent.futures
@@ -13,9 +14,17 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-_ADDRESS = re.compile(r"(gs|s3):/{1,2}([^/].*)")
+from clp_jax.interop.buckets import FsspecBucket, TensorStoreBucket, spec
+
+Bucket: TypeAlias = TensorStoreBucket | FsspecBucket
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}([^/].*)")
+_TENSORSTORES = ("gs", "s3")
+_ALIASES = {"gcs": "gs", "s3a": "s3"}
+# Not stores: a directory, and addresses that have no names below them.
+_NO_STORES = frozenset({"file", "local", "data", "http", "https"})
 _SECONDS = 900.0
 # Requests at once: each holds its object.
 _AT_ONCE = 8
@@ -38,7 +47,16 @@ class StoreError(OSError):
 
 def is_address(path: str | os.PathLike) -> bool:
     """Whether a path is one of a store; `pathlib` may have taken one of its slashes."""
-    return _ADDRESS.fullmatch(os.fspath(path)) is not None
+    match = _ADDRESS.fullmatch(os.fspath(path))
+    return match is not None and _is_known(match[1])
+
+
+def _is_known(scheme: str) -> bool:
+    if scheme in _TENSORSTORES or scheme in _ALIASES:
+        return True
+    from fsspec.registry import available_protocols, registry  # A directory need not wait for it.
+
+    return scheme not in _NO_STORES and (scheme in registry or scheme in available_protocols())
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -46,8 +64,8 @@ class StorePath:
     """A name in a bucket, used like a path: of an object, or of all objects below it.
 
     Attributes:
-        scheme: ``"gs"`` or ``"s3"``.
-        bucket: its name.
+        scheme: ``"gs"``, ``"s3"``, or one that fsspec knows.
+        bucket: its name; of a file system, its host.
         key: in the bucket, without slashes at its ends; empty for the bucket.
     """
 
@@ -63,12 +81,13 @@ class StorePath:
             StoreError: when it is not one.
         """
         match = _ADDRESS.fullmatch(os.fspath(address))
-        if match is None:
+        if match is None or not _is_known(match[1]):
             raise StoreError(
-                f"{os.fspath(address)!r} is no place in a store: expected gs://BUCKET/NAME or s3://BUCKET/NAME."
+                f"{os.fspath(address)!r} is no place in a store: expected gs://BUCKET/NAME, s3://BUCKET/NAME, or one of a kind "
+                "that fsspec knows."
             )
         bucket, _, key = match[2].partition("/")
-        return cls(match[1], bucket, "/".join(part for part in key.split("/") if part))
+        return cls(_ALIASES.get(match[1], match[1]), bucket, "/".join(part for part in key.split("/") if part))
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
@@ -91,17 +110,31 @@ class StorePath:
         return dataclasses.replace(self, key=self.key.rpartition("/")[0])
 
     @property
+    def has_kvstore(self) -> bool:
+        """Whether TensorStore knows it."""
+        return self.scheme in _TENSORSTORES
+
+    @property
     def kvstore(self) -> dict[str, Any]:
-        """What TensorStore calls all that is below."""
-        return _bucket_spec(self.scheme, self.bucket) | {"path": f"{self.key}/" if self.key else ""}
+        """What TensorStore calls all that is below.
+
+        Raises:
+            StoreError: when it does not know it.
+        """
+        if not self.has_kvstore:
+            raise StoreError(
+                f"{self} is in a format that TensorStore alone reads, and it does not know {self.scheme}://. Copy it to a "
+                "directory."
+            )
+        return spec(self.scheme, self.bucket) | {"path": f"{self.key}/" if self.key else ""}
 
     def is_file(self) -> bool:
         """Whether there is an object of this name."""
-        return bool(self._list(self.key, f"{self.key}\0"))
+        return self._call("list", lambda store: store.has(self.key, _SECONDS))
 
     def is_dir(self) -> bool:
         """Whether there are objects below this name."""
-        return bool(self._list(*_below(self.key)))
+        return bool(self._below(_SECONDS))
 
     def exists(self) -> bool:
         """Whether there is an object of this name, or below it."""
@@ -116,7 +149,7 @@ class StorePath:
         Raises:
             StoreError: when it can't be asked.
         """
-        return [dataclasses.replace(self, key=key) for key in sorted(self._list(*_below(self.key), seconds))]
+        return [dataclasses.replace(self, key=key) for key in sorted(self._below(seconds))]
 
     def relative(self, below: "StorePath") -> str:
         """The rest of a name that begins with this one."""
@@ -133,10 +166,10 @@ class StorePath:
             FileNotFoundError: when there is none.
             StoreError: when it can't be read.
         """
-        found = self._call("read", lambda store: store.read(self.key))
-        if found.state != "value":
+        found = self._call("read", lambda store: store.read(self.key, _SECONDS))
+        if found is None:
             raise FileNotFoundError(f"{self} does not exist")
-        return found.value
+        return found
 
     def read_text(self) -> str:
         """The object, as UTF-8."""
@@ -146,7 +179,7 @@ class StorePath:
         """The object, which is held in memory."""
         if mode != "rb":
             raise ValueError(f"mode is {mode!r}: objects are written whole.")
-        return io.BytesIO(self.read_bytes())
+        return _Object(self.read_bytes(), str(self))
 
     def write_bytes(self, data: bytes) -> None:
         """Puts an object there, in place of any other.
@@ -154,7 +187,7 @@ class StorePath:
         Raises:
             StoreError: when it can't be written.
         """
-        self._call("write", lambda store: store.write(self.key, data))
+        self._call("write", lambda store: store.write(self.key, data, _SECONDS))
 
     def write_text(self, text: str) -> None:
         """The same, as UTF-8."""
@@ -168,22 +201,29 @@ class StorePath:
         """
         if not missing_ok and not self.is_file():
             raise FileNotFoundError(f"{self} does not exist")
-        self._call("remove", lambda store: store.write(self.key, None))
+        self._call("remove", lambda store: store.write(self.key, None, _SECONDS))
 
     def rmtree(self) -> None:
         """Removes all objects below this name."""
         each(StorePath.unlink, self.files())
 
-    def _list(self, first: str, last: str, seconds: float = _SECONDS) -> list[str]:
-        key_range = functools.partial(_tensorstore().KvStore.KeyRange, first, last)
-        keys = [key.decode() for key in self._call("list", lambda store: store.list(key_range()), seconds)]
-        return [key for key in keys if first <= key < last]  # Not all stores take bounds other than prefixes.
+    def _below(self, seconds: float) -> list[str]:
+        return self._call("list", lambda store: store.below(self.key, seconds))
 
-    def _call(self, verb: str, ask: Callable[[Any], Any], seconds: float = _SECONDS) -> Any:
+    def _call(self, verb: str, ask: Callable[[Bucket], _T]) -> _T:
+        kind = TensorStoreBucket if self.has_kvstore else FsspecBucket
         try:
-            return ask(_bucket(self.scheme, self.bucket)).result(timeout=seconds)
-        except (ValueError, TimeoutError) as error:
-            raise _failure(self, verb, str(error)) from error
+            return ask(_bucket(kind, self.scheme, self.bucket))
+        except kind.errors as error:
+            raise _failure(self, verb, error) from error
+
+
+class _Object(io.BytesIO):
+    """An object that was read, under its name."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.name = name
 
 
 def each(function: Callable[[Any], _T], values: Iterable[Any]) -> list[_T]:
@@ -192,21 +232,22 @@ def each(function: Callable[[Any], _T], values: Iterable[Any]) -> list[_T]:
         return list(pool.map(function, values))
 
 
-def _below(key: str) -> tuple[str, str]:
-    # "0" comes after "/"; no name goes on after the last code point.
-    return (f"{key}/", f"{key}0") if key else ("", chr(0x10FFFF))
-
-
-def _failure(place: StorePath, verb: str, text: str) -> StoreError:
-    own = {"gs": "gcloud auth application-default login", "s3": "aws configure"}[place.scheme]
-    missing = "NoSuchBucket" in text or "bucket does not exist" in text.lower()
+def _failure(place: StorePath, verb: str, error: Exception) -> StoreError:
+    text = str(error) or type(error).__name__
+    if isinstance(error, ImportError):
+        return StoreError(f"{place}: nothing here speaks to {place.scheme}:// ({_first_line(text)}).")
+    missing = "NoSuchBucket" in text or "bucket does not exist" in text.lower() or isinstance(error, FileNotFoundError)
     if missing or ("NOT_FOUND" in text and verb in ("write", "list")):
         return StoreError(f"{place}: there is no bucket {place.scheme}://{place.bucket}. Make it, or correct its name.")
-    if any(word in text for word in ("PERMISSION_DENIED", "UNAUTHENTICATED", "'401'", "'403'", "redentials")):
+    words = ("PERMISSION_DENIED", "UNAUTHENTICATED", "'401'", "'403'", "redentials")
+    if isinstance(error, PermissionError) or any(word in text for word in words):
+        login = {"gs": "gcloud auth application-default login", "s3": "aws configure"}.get(place.scheme)
         return StoreError(
-            f"{place}: the store does not let these credentials {verb} there, or found none. Log in ({own}), or give the "
-            f"machine's account the right to the bucket. ({_first_line(text)})"
+            f"{place}: the store does not let these credentials {verb} there, or found none. Log in"
+            f"{f' ({login})' if login else ''}, or give the machine's account the right to the bucket. ({_first_line(text)})"
         )
+    if isinstance(error, NotImplementedError):
+        return StoreError(f"{place}: {place.scheme}:// can't {verb} objects. Give another place.")
     return StoreError(
         f"{place}: could not {verb} it ({_first_line(text)}). Try again, or look whether the store can be reached.",
         restartable=True,
@@ -217,23 +258,6 @@ def _first_line(text: str) -> str:
     return (text.strip() or "no answer in time").splitlines()[0][:300]
 
 
-def _bucket_spec(scheme: str, bucket: str) -> dict[str, Any]:
-    if scheme == "gs":
-        return {"driver": "gcs", "bucket": bucket}
-    # TensorStore's driver reads neither of these by itself.
-    given = {
-        "endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
-        "aws_region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
-    }
-    return {"driver": "s3", "bucket": bucket} | {name: value for name, value in given.items() if value}
-
-
 @functools.cache
-def _bucket(scheme: str, bucket: str) -> Any:
-    return _tensorstore().KvStore.open(_bucket_spec(scheme, bucket)).result()
-
-
-def _tensorstore() -> Any:
-    import tensorstore  # What does not touch a store need not wait for it.
-
-    return tensorstore
+def _bucket(kind: Callable[[str, str], Bucket], scheme: str, bucket: str) -> Bucket:
+    return kind(scheme, bucket)

@@ -60,12 +60,17 @@ def read(item: Path | StorePath) -> dict[str, LazyArray]:
     complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
     leaves = {}
     for name, shape in _names(metadata, path).items():
-        dotted = name.replace("/", ".")
-        place = tensorstore_files.place_in_store(item, dotted)
-        if not in_store:
-            place = tensorstore_files.files_of(item / dotted)
-        where, remote = f"{item}: array {name!r}", isinstance(item, StorePath)
-        array = tensorstore_files.open_array(place, where, driver=driver, complete=complete, in_store=remote)
+        dotted, where = name.replace("/", "."), f"{item}: array {name!r}"
+        remote = isinstance(item, StorePath)
+        if isinstance(item, StorePath) and not item.has_kvstore and not in_store and driver == "zarr":
+            array = zarr_files.read(item / dotted)
+        else:
+            place = (
+                tensorstore_files.place_in_store(item, dotted)
+                if in_store
+                else tensorstore_files.files_of(item / dotted)
+            )
+            array = tensorstore_files.open_array(place, where, driver=driver, complete=complete, in_store=remote)
         if shape is not None and not _divides(shape, array.shape):
             raise CheckpointFileError(
                 f"{where} has shape {array.shape}: {METADATA_FILE} says that it was written in parts of {shape}."

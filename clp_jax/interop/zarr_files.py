@@ -17,6 +17,7 @@ import numpy as np
 
 from clp_jax.interop import tensorstore_files
 from clp_jax.interop.arrays import LazyArray
+from clp_jax.interop.object_store import StorePath
 from clp_jax.interop.regions import (
     CheckpointFileError,
     Region,
@@ -38,7 +39,7 @@ _TOO_SMALL = 16
 _NATURAL = ("chunks", "shape")
 
 
-def read(directory: Path) -> LazyArray:
+def read(directory: Path | StorePath) -> LazyArray:
     """Opens an array.
 
     Args:
@@ -57,8 +58,8 @@ def read(directory: Path) -> LazyArray:
     metadata = _parse(path)
     compressor = (metadata.get("compressor") or {}).get("id")
     if metadata.get("filters") or metadata.get("order") != "C" or compressor not in (None, "gzip", "zlib"):
-        place = {"driver": "file", "path": f"{directory}/"}
-        return tensorstore_files.open_array(place, str(directory), complete=metadata.get("fill_value") is None)
+        place, complete = tensorstore_files.files_of(directory), metadata.get("fill_value") is None
+        return tensorstore_files.open_array(place, str(directory), complete=complete)
     array = _Folder(
         directory,
         tuple(metadata["shape"]),
@@ -68,7 +69,8 @@ def read(directory: Path) -> LazyArray:
         metadata.get("fill_value"),
     )
     dtype = _dtype(metadata["dtype"], path)
-    for key, _ in _grid(array.shape, array.chunks):
+    # A store is not asked for each: one that is missing is told when it is read.
+    for key, _ in () if isinstance(directory, StorePath) else _grid(array.shape, array.chunks):
         if array.filler is None and not array.file(key).is_file():
             raise FileNotFoundError(
                 f"{array.file(key)} is missing: {array.shape} in chunks of {array.chunks} needs it; copy the folder again."
@@ -80,14 +82,14 @@ def read(directory: Path) -> LazyArray:
 class _Folder:
     """An array's chunks: one that is missing holds `filler` alone."""
 
-    directory: Path
+    directory: Path | StorePath
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     compressor: str | None
     separator: str
     filler: Any
 
-    def file(self, key: tuple[int, ...]) -> Path:
+    def file(self, key: tuple[int, ...]) -> Path | StorePath:
         return self.directory / self.separator.join(map(str, key or (0,)))
 
     def fill(self, out: np.ndarray, region: Region) -> None:
@@ -178,7 +180,7 @@ def _smaller(shape: tuple[int, ...], itemsize: int, limit: int, shrink: Callable
     return tuple(chunk)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path | StorePath) -> dict[str, Any]:
     try:
         metadata = json.loads(path.read_bytes())
         sizes = [metadata[name] for name in _NATURAL]
@@ -195,7 +197,7 @@ def _parse(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _dtype(name: str, path: Path) -> np.dtype:
+def _dtype(name: str, path: Path | StorePath) -> np.dtype:
     extended = {d.name: d for d in map(np.dtype, (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))}
     plain = {d: np.dtype(d) for d in ("|b1", "|i1", "|u1", *(f"<{k}{n}" for k in "iuf" for n in (2, 4, 8)))}
     if name not in extended | plain:
@@ -214,7 +216,9 @@ def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[tup
         yield key, tuple(slice(i * chunk, min((i + 1) * chunk, n)) for i, n, chunk in places)
 
 
-def _read_chunk(path: Path, compressor: str | None, chunks: tuple[int, ...], out: np.ndarray, region: Region) -> None:
+def _read_chunk(
+    path: Path | StorePath, compressor: str | None, chunks: tuple[int, ...], out: np.ndarray, region: Region
+) -> None:
     try:
         with path.open("rb") as raw:
             file = _Zlib(raw) if compressor == "zlib" else gzip.GzipFile(fileobj=raw) if compressor else raw

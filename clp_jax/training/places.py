@@ -35,14 +35,15 @@ def as_path(path: str | os.PathLike) -> Place:
     """An absolute path, or a name in a store; below a view, the name in the store that it is a view of.
 
     Raises:
-        ValueError: for an address that is of neither kind of store.
+        ValueError: for an address that is of no kind of store.
     """
-    text = os.fspath(path)
+    text = os.fspath(path).removeprefix("file://")
     if is_address(text):
         return StorePath.parse(text)
     if "://" in text:
         raise ValueError(
-            f"{text} is an address of another kind: expected a directory, gs://BUCKET/NAME or s3://BUCKET/NAME."
+            f"{text} is an address of another kind: expected a directory, gs://BUCKET/NAME, s3://BUCKET/NAME, or one of a "
+            "store or file system that fsspec knows by one name."
         )
     place = Path(text).expanduser().absolute()
     for folder in (place, *place.parents):

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from clp_jax.compilation.chips import CHIPS
-from clp_jax.compilation.collectives import Layout, collective, kind_of, pairs, replica_groups
+from clp_jax.compilation.collectives import (
+    Layout,
+    between_slices,
+    collective,
+    kind_of,
+    pairs,
+    rendezvous,
+    replica_groups,
+)
 from clp_jax.compilation.hlo import Module
 
 V5P, V5E = CHIPS["v5p"], CHIPS["v5e"]
@@ -112,6 +120,45 @@ def test_between_slices_every_device_sends_its_share():
     np.testing.assert_allclose(
         collective(both, read, layout, V5P).seconds, inside + 2 * 2**21 / 2 / 4 / 6.25e9, rtol=1e-12
     )
+
+
+def halves(kind: str, sent: str, received: str):
+    """A send and a receive that hosts take to other slices."""
+    told = f'frontend_attributes={{_xla_host_transfer_rendezvous="x_0",_xla_megascale_transfer_type="{kind}"}}'
+    text = (
+        f"ENTRY %m (p: {sent}) -> token[] {{\n  %p = {sent} parameter(0)\n  %t = token[] after-all()\n"
+        f"  %s = ({sent}, u32[]{{:S(2)}}, token[]) send(%p, %t), is_host_transfer=true, {told}\n"
+        f"  ROOT %r = ({received}, u32[]{{:S(2)}}, token[]) recv(%t), is_host_transfer=true, {told}\n}}\n"
+    )
+    found = Module.parse(text).instructions
+    return found["s"], found["r"]
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "sent", "received", "leaving"),
+    [
+        ("ALL_REDUCE", "all-reduce", 8, 8, 2 * 8 * 3 / 4),
+        ("ALL_GATHER", "all-gather", 2, 8, 8 * 3 / 4),
+        ("REDUCE_SCATTER", "reduce-scatter", 8, 2, 8 * 3 / 4),
+        ("ALL_TO_ALL", "all-to-all", 8, 8, 8 * 3 / 4),
+        ("ONE_TO_ONE", "collective-permute", 8, 8, 8),
+    ],
+)
+def test_hosts_take_to_other_slices_what_leaves_a_device(told, kind, sent, received, leaving):
+    layout = torus(2, 2, 1, axes=("slice", "fsdp"), dims=(4, 4), slices=4)
+    send, recv = halves(told, f"f32[{2**18 * sent}]{{0}}", f"f32[{2**18 * received}]{{0}}")
+    assert rendezvous(send) == rendezvous(recv) == "x_0"
+    found = between_slices(send, recv, layout, V5P)
+    assert (found.kind, found.axes, found.dcn, found.bytes) == (kind, ("slice",), True, 8 * 2**20)
+    np.testing.assert_allclose(found.seconds, leaving * 2**20 / 6.25e9, rtol=1e-12)
+
+
+def test_other_transfers_of_hosts_are_none_between_slices():
+    text = "ENTRY %m () -> token[] {\n  %t = token[] after-all()\n  ROOT %r = (f32[8]{0}, token[]) recv(%t), is_host_transfer=true\n}\n"
+    assert rendezvous(Module.parse(text).instructions["r"]) is None
+    send, recv = halves("BROADCAST", "f32[8]{0}", "f32[8]{0}")
+    with pytest.raises(ValueError, match="s takes BROADCAST to other slices: expected ALL_REDUCE, ALL_GATHER"):
+        between_slices(send, recv, torus(1, 1, 1, axes=("slice",), dims=(2,), slices=2), V5P)
 
 
 def test_one_device_exchanges_nothing():

@@ -12,7 +12,7 @@ QUIET = Console(quiet=True)
 
 
 def program(name: str, seconds: float, needed: int = 10, runs: int = 1, mfu: float = 0.5) -> ProgramReport:
-    memory = Memory(arguments=needed, outputs=0, temporaries=0, code=0, limit=100, needed=needed)
+    memory = Memory(arguments=needed, outputs=0, temporaries=0, code=0, limit=100, needed=needed, peak=needed)
     return ProgramReport(
         name=name, runs=runs, tokens=1000, model_flops=1.0, executed_flops=1.0, compute_seconds=seconds, kernel_seconds=0.0,
         exposed_seconds=0.0, copy_seconds=0.0, loop_seconds=(), mfu=mfu, memory=memory, exchanges=(), buffers=(),

@@ -27,10 +27,10 @@ def gather(name: str, form: str = "", operand: str = "p") -> str:
     return f"  %{name} = {shape} all-gather{form}(%{operand}){groups}\n"
 
 
-def run(body: str, trips: int = 1, more: str = ""):
+def run(body: str, trips: int = 1, more: str = "", layout: Layout = LAYOUT):
     text = f"%f (a: f32[8]) -> f32[8] {{\n  ROOT %a = f32[8]{{0}} parameter(0)\n}}\n\n{more}"
     text += f"ENTRY %m (p: {PART}) -> f32[8] {{\n  %p = {PART} parameter(0)\n{body}}}\n"
-    return Clock(Module.parse(text), CHIP, LAYOUT, trips).run()
+    return Clock(Module.parse(text), CHIP, layout, trips).run()
 
 
 def close(found: float, expected: float) -> None:
@@ -124,3 +124,29 @@ def test_a_fusion_that_scatters_a_reduction_counts_as_one():
     found = run(f"  %b = {SHAPE} broadcast()\n  %r = {PART} fusion(%b), kind=kCustom, calls=%rs\n", more=more)
     assert list(found.traffic) == [("reduce-scatter", ("fsdp",))]
     close(found.exposed, GATHER)
+
+
+def half(kind: str, name: str) -> str:
+    """A send or a receive of 8 MiB between two slices."""
+    told = '_xla_host_transfer_rendezvous="x_0",_xla_megascale_transfer_type="ALL_REDUCE"'
+    operands = "%p, %t" if kind == "send" else "%t"
+    done = f"  %{name} = token[] {kind}-done(%{name[0]})\n"
+    return (
+        done
+        if len(name) > 1
+        else (f"  %{name} = ({SHAPE}, u32[]{{:S(2)}}, token[]) {kind}({operands}), frontend_attributes={{{told}}}\n")
+    )
+
+
+@pytest.mark.parametrize("beside", [0.4e-3, 2e-3])
+def test_what_hosts_take_to_another_slice_goes_beside_the_work_and_the_links(beside):
+    layout = Layout(("slice", "fsdp"), (2, 4), np.asarray([(s, i, 0, 0) for s in (0, 1) for i in range(4)]), (4, 1, 1))
+    body = "  %t = token[] after-all()\n" + half("send", "s") + half("recv", "r") + work("a", beside) + gather("g")
+    body += half("send", "sd") + half("recv", "rd")
+    found = run(body, layout=layout)
+    network = 2 * 2**23 / 2 / 6.25e9
+    close(found.seconds, max(network, beside + GATHER))
+    traffic = found.traffic["all-reduce", ("slice",)]
+    assert (traffic.count, traffic.bytes) == (1, 2**23)
+    close(traffic.seconds, network)
+    np.testing.assert_allclose(traffic.exposed, max(0.0, network - beside - GATHER), rtol=1e-6, atol=1e-12)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +16,8 @@ from clp_jax.data.batch import Batch, PromptBatch
 from clp_jax.data.manifest import Manifest, Shard, Split, file_digest
 from clp_jax.data.reader import DataSource, prompt_batch, sequence_batch
 from clp_jax.data.vocabulary import Vocabulary, train_vocabulary
+from clp_jax.training.learner import Learner
+from clp_jax.training.optimizers import AdamW
 
 LENGTHS = {"inputs": 6, "targets": 4}
 ROOT = Path(__file__).parents[2]
@@ -149,31 +153,78 @@ def test_hosts_together_read_the_global_batch(data_dir, hosts):
         assert_equal(join(parts[1:]), parts[0])
 
 
+@functools.cache
+def learner(accumulation, noted):
+    """One that notes the ids of its micro-batches, in the order in which it takes them."""
+
+    def loss_fn(params, frozen, batch, key):
+        jax.debug.callback(lambda ids: noted.append(np.asarray(ids)), batch.example_ids, ordered=True)
+        rows = jnp.asarray(batch.example_ids.shape[0], jnp.float32)
+        return params["w"] * rows, rows, {}
+
+    return Learner(loss_fn, AdamW(0.1), logical_axes=None, accumulation=accumulation)
+
+
+class Noted(list):
+    """Ids by micro-batch; hashed by identity."""
+
+    __hash__ = object.__hash__
+
+
+NOTED = Noted()
+
+
+def trained_on(batch, accumulation):
+    """The ids of a step of so many micro-batches, in the order of its program."""
+    NOTED.clear()
+    taught = learner(accumulation, NOTED)
+    state, _ = taught.update(taught.init_state({"w": jnp.ones(())}, seed=0), {}, batch)
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    assert [len(ids) for ids in NOTED] == [len(batch.example_ids) // accumulation] * accumulation
+    return np.concatenate(NOTED)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("trial", range(6))
-def test_every_schedule_of_hosts_and_restarts_consumes_the_same_examples(tmp_path, packed, trial):
-    """Order and multiset, whatever the hosts, and wherever the run is interrupted and goes back."""
+def test_every_schedule_of_hosts_accumulation_and_restarts_consumes_the_same_examples(tmp_path, packed, trial):
+    """Order and multiset of what updates are made of, whatever the hosts and micro-batches, and wherever it goes back."""
     rng = np.random.default_rng(trial)
     directory = write(tmp_path, (9, 5), packed=packed)
     alone = source(directory, batch_size=8, seed=trial)
     whole = np.concatenate([alone.next().example_ids for _ in range(12)])
-    consumed, saved = {}, 0
+    consumed, saved, seen = {}, 0, set()
     while saved < len(whole):
         hosts, kind = int(rng.choice([1, 2, 4, 8])), str(rng.choice(["blocks", "in turn", "shared"]))
-        kind = "blocks" if hosts == 1 else kind
+        kind, accumulation = "blocks" if hosts == 1 else kind, int(rng.choice([1, 2, 4, 8]))
+        seen.add((hosts, accumulation))
         places = [rows(8) for rows in shares(hosts, kind)]
         together = [source(directory, batch_size=8, seed=trial, rows=rows) for rows in shares(hosts, kind)]
         for data in together:
             data.seek(saved)
         steps = int(rng.integers(1, 5))
         for step in range(steps):
-            for rows, data in zip(places, together, strict=True):
-                for place, example in zip(rows, data.next().example_ids, strict=True):
-                    # What was consumed after the last checkpoint is consumed again, the same.
-                    assert consumed.setdefault(saved + 8 * step + int(place), int(example)) == example
+            batch = put_together(places, [data.next() for data in together])
+            for place, example in enumerate(trained_on(batch, accumulation)):
+                # What was consumed after the last checkpoint is consumed again, the same.
+                assert consumed.setdefault(saved + 8 * step + place, int(example)) == example
         saved += 8 * int(rng.integers(1 if steps == 1 else 0, steps + 1))
     found = [consumed[position] for position in range(len(whole))]
     np.testing.assert_array_equal(found, whole)
+    assert len(seen) > 2
+
+
+def put_together(places, parts):
+    """The global batch of the rows that hosts have read, each at its place; rows of several hosts are the same in all."""
+    filled = {}
+    for name in vars(parts[0]):
+        rows = [getattr(part, name) for part in parts]
+        filled[name] = np.zeros((8, *rows[0].shape[1:]), rows[0].dtype)
+        for at, part in zip(places, rows, strict=True):
+            filled[name][at] = part
+        for at, part in zip(places, rows, strict=True):
+            np.testing.assert_array_equal(filled[name][at], part)
+    return type(parts[0])(**filled)
 
 
 def test_hosts_may_change_in_number_on_the_way(data_dir):

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import ONE_SIDED, Case, assert_close, differentiated, inputs
+from attention_cases import ONE_SIDED, Case, differentiated, inputs
 from jax.sharding import NamedSharding, PartitionSpec
+from rounding import assert_same_to_rounding, natural_scales
 
 from clp_jax.nn import vocabulary_loss
 from clp_jax.nn.attention_blockwise import blockwise_attention
@@ -43,7 +44,8 @@ def test_attention_is_that_of_one_device(name, heads, kv_heads, tensor):
     # Four examples: every device has its own, or those of one other, and its own heads.
     arrays = (*(jnp.concatenate([x, x / 2]) for x in arrays[:3]), arrays[3])
     at = tuple(jax.tree.map(lambda x: jnp.concatenate([x, x]), places) for places in at)
-    expected = differentiated(reference_attention, case)(arrays, *at)
+    reference = differentiated(reference_attention, case)
+    expected, scales = reference(arrays, *at), natural_scales(lambda arrays: reference(arrays, *at), arrays)
     mesh = make_mesh(data=8 // tensor, tensor=tensor)
     attend = differentiated(ATTEND[name], case)
     # Of arrays alone: JAX lowers trees of things that are no arrays, which `Places` refuses where fields are checked.
@@ -57,7 +59,7 @@ def test_attention_is_that_of_one_device(name, heads, kv_heads, tensor):
     with use_mesh(mesh, RULES):
         program = run.lower(tuple(placed), *rows).compile()
     found = program(tuple(placed), *rows)
-    assert_close(found, expected, 3e-6)
+    assert_same_to_rounding(found, expected, scales)
     assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
     assert found[0].sharding.shard_shape(found[0].shape) == (tensor // 2, 70, heads // tensor, 8)
 
@@ -111,4 +113,4 @@ def test_the_loss_by_chunks_gathers_nothing(table, mesh, chunk):
         program = run.lower(*placed, jax.device_put(targets, rows), chunk).compile()
     assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
     assert len(re.findall(r" while\(", program.as_text())) == 2
-    assert_close(program(*placed, jax.device_put(targets, rows)), expected, 1e-6)
+    assert_same_to_rounding(program(*placed, jax.device_put(targets, rows)), expected)

@@ -1,14 +1,13 @@
 """Everything that the project trains, under every shipped layout: the update of one device, with the exchanges that it had.
 
-Tolerances: sums over rows, positions and features are made in another order on several devices, and each addition rounds at 6e-8 of
-what is there. The loss is left 1e-6 of itself, and the update 2e-6 of its norm, since it passes through every softmax and norm twice. Of
-each array 1e-4 of the largest entry only tells that none is wrong: some are small differences of large sums, and a ring keeps normalisers
-as logarithms, which round as large logits do. Plain descent keeps that: an optimizer that divides by the gradient's size would make
-rounding as large as the gradient.
+Gradients and metrics are the same to rounding (`rounding.py`): 1e-6 of their own largest number, or of what they would change by if
+everything that they are computed from changed by itself. Gradients, not parameters after an update, which hold of a gradient what is left
+at their own size; nor what an optimizer makes of it that divides by the gradient's size, and so makes rounding as large as the gradient.
 
 After a change that is meant, `CLP_UPDATE_GOLDEN=1 pytest tests/multi_device/layouts_test.py` writes the golden numbers anew.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,8 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import assert_same_to_rounding, natural_scales
 from workloads import SIZES, WORKLOADS, Descent, layout, rollouts
 
 from clp_jax.compilation.collectives import kind_of
@@ -25,6 +26,7 @@ from clp_jax.compilation.hlo import Module
 from clp_jax.models.config import PaLMConfig
 from clp_jax.models.policy import Policy
 from clp_jax.training.learner import Learner
+from clp_jax.training.metrics import DIGEST_METRICS
 from clp_jax.training.optimizers import Adafactor, AdamW
 from clp_jax.training.supervised import SupervisedLoss
 
@@ -53,16 +55,36 @@ def _learner(name, workload):
 
 
 @functools.cache
-def _updated(name, workload_name):
-    """What an update changes, its metrics, and the program's exchanges."""
+def _program(name, workload_name):
+    """A function of parameters, what is frozen and a batch, to the gradient and the metrics; and the program's exchanges."""
     workload = _workload(workload_name)
     learner = _learner(name, workload)
     program = learner.lower(workload.params, workload.frozen, workload.batch).compile()
-    state = learner.init_state(workload.params, seed=0)
-    examples = jax.tree.leaves(learner.place_batch(workload.batch))
-    after, metrics = program(state, learner.place_frozen(workload.frozen), examples)
-    change = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.params, workload.params)
-    return change, jax.device_get(metrics), _exchanges(program.as_text())
+    first = learner.init_state(workload.params, seed=0)
+
+    def run(params, frozen, batch):
+        params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, first.params))
+        state = jax.tree.map(jnp.copy, dataclasses.replace(first, params=params))  # Is donated.
+        examples = jax.tree.leaves(learner.place_batch(batch))
+        after, metrics = program(state, learner.place_frozen(frozen), examples)
+        floats = {name: value for name, value in metrics.items() if name not in DIGEST_METRICS}
+        return jax.device_get({"gradient": after.opt_state[0].trace, "metrics": floats})
+
+    return run, _exchanges(program.as_text())
+
+
+@functools.cache
+def _updated(name, workload_name):
+    """The gradient and the metrics of an update."""
+    workload = _workload(workload_name)
+    return _program(name, workload_name)[0](workload.params, workload.frozen, workload.batch)
+
+
+@functools.cache
+def _scales(workload_name):
+    """What those are made of."""
+    workload = _workload(workload_name)
+    return natural_scales(_program("single", workload_name)[0], workload.params, workload.frozen, workload.batch)
 
 
 def _leaves(tree):
@@ -84,30 +106,39 @@ def _exchanges(text):
 @pytest.mark.parametrize(("name", "workload"), CASES)
 def test_an_update_is_that_of_one_device(name, workload):
     assert jax.device_count() == 8
-    change, metrics, _ = _updated(name, workload)
-    expected, expected_metrics, exchanges = _updated("single", workload)
-    assert not exchanges
-    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
-    pairs = list(zip(_leaves(change), jax.tree.leaves(expected), strict=True))
-    wrong = sum(np.square(now - then, dtype=np.float64).sum() for (_, now), then in pairs)
-    whole = sum(np.square(then, dtype=np.float64).sum() for _, then in pairs)
-    assert wrong**0.5 < 2e-6 * whole**0.5
-    largest = max(np.abs(then).max() for _, then in pairs)
-    for (path, now), then in pairs:
-        scale = max(np.abs(then).max(), 0.01 * largest)
-        np.testing.assert_allclose(now, then, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
+    assert not _program("single", workload)[1]
+    assert_same_to_rounding(_updated(name, workload), _updated("single", workload), _scales(workload))
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_the_updates_are_worth_comparing(workload):
-    change, metrics, _ = _updated("single", workload)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(change)) and metrics["grad_norm"] > 1e-3
-    still = {jax.tree_util.keystr(path, simple=True) for path, leaf in _leaves(change) if not np.abs(leaf).max() > 0}
+    found = _updated("single", workload)
+    gradient, norm = found["gradient"], found["metrics"]["grad_norm"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)) and norm > 1e-3
+    still = {jax.tree_util.keystr(path, simple=True) for path, leaf in _leaves(gradient) if not np.abs(leaf).max() > 0}
     assert still <= {"score_bias"}  # Pairs of completions do not see it.
 
 
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_more_than_rounding_is_found(workload):
+    """Parameters that are 1e-5 of themselves off; a metric that is; a gradient that misses a ten-thousandth of one of its arrays."""
+    at, expected, scales = _workload(workload), _updated("single", workload), _scales(workload)
+    others = jax.tree.map(lambda leaf: leaf * (1 + 1e-5 * jnp.cos(1e3 * leaf)), at.params)
+    with pytest.raises(AssertionError, match="more than rounding"):
+        assert_same_to_rounding(_program("single", workload)[0](others, at.frozen, at.batch), expected, scales)
+    metrics = expected["metrics"] | {"loss": expected["metrics"]["loss"] * np.float32(1 + 3e-6)}
+    with pytest.raises(AssertionError, match=r"more than rounding \(1e-06\): \['metrics'\]\['loss'\]"):
+        assert_same_to_rounding(expected | {"metrics": metrics}, expected, scales)
+    largest = max(_leaves(expected["gradient"]), key=lambda entry: np.abs(entry[1]).max())[0]
+    gradient = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * np.float32(1 - 1e-4 * (path == largest)), expected["gradient"]
+    )
+    with pytest.raises(AssertionError, match="more than rounding"):
+        assert_same_to_rounding(expected | {"gradient": gradient}, expected, scales)
+
+
 def test_no_layout_exchanges_more_than_it_did():
-    found = {f"{name} {workload}": _updated(name, workload)[2] for name, workload in CASES}
+    found = {f"{name} {workload}": _program(name, workload)[1] for name, workload in CASES}
     _check_golden(found, lambda key: key.split()[-1] in WORKLOADS)
 
 

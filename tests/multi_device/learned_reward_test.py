@@ -5,6 +5,7 @@ import contextvars
 import jax
 import numpy as np
 import pytest
+from rounding import assert_same_to_rounding
 from tiny_policies import tiny_config, varied_params
 
 from clp_jax.host_rows import HostRows
@@ -48,7 +49,7 @@ def test_it_lies_on_all_devices_and_gives_the_same_rewards(inputs, kind):
         rows = HostRows.of(PROMPTS)
         # In the background, as training asks for them.
         found = RewardStack([spread]).submit(RewardInputs(*inputs, rows)).result()
-    np.testing.assert_allclose(found, alone(RewardInputs(*inputs)), rtol=1e-6, atol=1e-6)
+    assert_same_to_rounding(found, alone(RewardInputs(*inputs)))
     ((score),) = spread._scorers.values()
     (held,) = score.args
     sharded = [leaf for leaf in jax.tree.leaves(held) if not leaf.sharding.is_fully_replicated]
@@ -61,5 +62,5 @@ def test_another_mesh_is_another_program(inputs):
     for sizes in (dict(data=8), dict(fsdp=8)):
         with use_mesh(make_mesh(**sizes), RULES):
             values.append(contextvars.copy_context().run(reward, RewardInputs(*inputs, HostRows.of(PROMPTS))))
-    np.testing.assert_allclose(*values, rtol=1e-6, atol=1e-6)
+    assert_same_to_rounding(*values)
     assert len(reward._scorers) == 2

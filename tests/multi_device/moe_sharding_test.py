@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from rounding import assert_same_to_rounding
 
 from clp_jax.nn.moe import MoE
 from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
@@ -80,12 +81,6 @@ def _compiled(layout, router):
         return jax.jit(functools.partial(_run, graph)).lower(*arguments).compile(), arguments
 
 
-def _close(now, then):
-    assert jax.tree.structure(now) == jax.tree.structure(then)
-    for a, b in zip(jax.tree.leaves(now), jax.tree.leaves(then), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=5e-6 * np.abs(b).max())
-
-
 @pytest.mark.parametrize(
     ("layout", "router"),
     [*((layout, router) for layout in ("expert", "all") for router in ROUTERS)]
@@ -94,7 +89,7 @@ def _close(now, then):
 def test_eight_devices_compute_what_one_does(layout, router):
     assert jax.device_count() == 8
     program, arguments = _compiled(layout, router)
-    _close(program(*arguments), _on_one(router))
+    assert_same_to_rounding(program(*arguments), _on_one(router))
     y, statistics, parameters, of_x = _on_one(router)
     assert all(np.any(leaf) for leaf in jax.tree.leaves((y, statistics.load, parameters, of_x)))
 
@@ -154,7 +149,7 @@ def test_groups_of_preferences_on_their_devices(router, num_groups):
 
     with use_mesh(mesh, rules):
         eight = jax.jit(grouped)(many, xs, masks, cotangents)
-    _close(eight, one)
+    assert_same_to_rounding(eight, one)
 
 
 def test_the_active_layout_is_asked_by_name():

@@ -92,7 +92,7 @@ def start(directory: Path, home: Path, jobs: list[dict], *, num_processes: int, 
     path = directory / "plan.json"
     path.write_text(json.dumps(plan | {"address": f"127.0.0.1:{free_port()}"}))
     environment = os.environ | compiled_programs(home)
-    environment |= {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "CLP_HEARTBEAT_SECONDS": "20"}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, PATHS))}
     processes, logs = [], []
     for number in range(num_processes):
         logs.append(directory / f"log.{number}")

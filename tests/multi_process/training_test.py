@@ -15,7 +15,7 @@ from same_runs import Comparison, read_notes
 from tiny_runs import MODEL
 
 from clp_jax.data.reader import DataSource, prompt_batch, sequence_batch
-from clp_jax.processes import FAILURE, RESTARTABLE
+from clp_jax.processes import FAILURE, HEARTBEAT_SECONDS, RESTARTABLE
 from clp_jax.rewards.pairs import Corrupter
 from clp_jax.training.checkpoint_manifest import Manifest, parse_place
 from clp_jax.training.checkpoint_steps import as_path
@@ -209,8 +209,12 @@ def wait_for_lines(group, run_dir, count):
     )
 
 
-def test_a_run_that_is_stopped_and_killed_goes_on_with_other_processes(home, undisturbed, tmp_path):
-    """SIGTERM to one process stops all at one step; SIGKILL of one ends all; four more devices finish the same run."""
+def test_a_run_that_is_stopped_and_killed_goes_on_with_other_processes(home, alone, undisturbed, tmp_path):
+    """SIGTERM to one process stops all at one step; SIGKILL of one ends all; four processes finish the same run.
+
+    They make two others from the beginning: experts that lie on all four of them, and reinforcement learning whose parameters and
+    completions do. Another mesh than that of one process of four devices: all numbers are the same to rounding.
+    """
     run_dir = tmp_path / "packed"
     made = jobs(tmp_path, "packed", num_steps=12, pause=0.3)
 
@@ -223,18 +227,37 @@ def test_a_run_that_is_stopped_and_killed_goes_on_with_other_processes(home, und
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+) of 12", group.text())[1])
     assert stopped == load_params(run_dir)[2] == lines(run_dir)[-1]["step"] < 12
 
-    group = start(tmp_path / "second", home, made, num_processes=2, devices=2, CLP_HEARTBEAT_SECONDS="5")
+    group = start(tmp_path / "second", home, made, num_processes=2, devices=2)
     wait_for_lines(group, run_dir, stopped + 1)
     group.processes[1].kill()
     before = time.monotonic()
     assert group.wait(60) == [RESTARTABLE, -signal.SIGKILL], group.text()
     assert time.monotonic() - before < 60
-    assert "process 0 of 2: process 1 was lost: no sign of life for 5 s." in group.text()
+    assert f"process 0 of 2: process 1 was lost: no sign of life for {HEARTBEAT_SECONDS} s." in group.text()
 
-    start(tmp_path / "third", home, jobs(tmp_path, "packed", num_steps=12), num_processes=4, devices=2).succeed()
+    others = jobs(tmp_path / "four", "experts", "policy", crossed=True)
+    made = [*jobs(tmp_path, "packed", num_steps=12), *others]
+    start(tmp_path / "third", home, made, num_processes=4, devices=2).succeed()
     assert_same(run_dir, undisturbed, [2, 4], exact=False)
+    for job in others:
+        assert_same(Path(job["run_dir"]), alone / job["name"], [4], exact=False)
     found = consumed(run_dir, 2) | consumed(run_dir, 4)
     assert found == expected_ids(home, 12 * 8)
+
+
+def test_a_coordinator_that_is_cut_off_is_as_lost_as_one_that_died(home, tmp_path):
+    """Nothing closes the connections of a machine that loses its power, and nothing there answers."""
+    group = start(tmp_path / "group", home, jobs(tmp_path, "packed", pause=0.5), num_processes=2, devices=2)
+    wait_for_lines(group, tmp_path / "packed", 1)
+    group.processes[0].send_signal(signal.SIGSTOP)
+    before = time.monotonic()
+    try:
+        assert group.processes[1].wait(60) == RESTARTABLE, group.text()
+        assert time.monotonic() - before > HEARTBEAT_SECONDS - 5
+        assert "process 1 of 2: process 0, the coordinator, was lost: it does not answer" in group.text()
+    finally:
+        group.processes[0].send_signal(signal.SIGCONT)
+        group.kill()
 
 
 def test_a_stop_ends_an_evaluation_in_all_processes(home, tmp_path):

@@ -220,10 +220,16 @@ def _note_reading(data, path):
 
 def mesh_of(sizes, crossed):
     """The mesh; where it is crossed, the last of its axes goes across processes."""
-    devices = jax.devices()
-    if crossed:
-        devices = [device for first in range(2) for device in devices[first::2]]
-    return make_mesh(data=-1, devices=devices, **sizes)
+    if not crossed:
+        return make_mesh(data=-1, **sizes)
+    each = jax.local_device_count()
+    mesh = make_mesh(
+        data=-1, devices=[device for first in range(each) for device in jax.devices()[first::each]], **sizes
+    )
+    last = max(sizes, key=mesh.axis_names.index)
+    along = np.moveaxis(mesh.devices, mesh.axis_names.index(last), 0).reshape(sizes[last], -1)
+    assert len({device.process_index for device in along[:, 0]}) == min(sizes[last], jax.process_count())
+    return mesh
 
 
 def run(plan, job):

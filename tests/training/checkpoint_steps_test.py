@@ -102,5 +102,7 @@ def test_what_is_set_aside_keeps_its_files_and_its_reason(tmp_path):
 
 
 def test_other_addresses_are_no_directories():
-    with pytest.raises(ValueError, match="hdfs://host/run is an address of another kind: expected a directory, gs://"):
-        as_path("hdfs://host/run")
+    with pytest.raises(
+        ValueError, match="nobodys://host/run is an address of another kind: expected a directory, gs://"
+    ):
+        as_path("nobodys://host/run")

@@ -89,9 +89,9 @@ def test_a_file_in_the_way(tmp_path):
 
 def test_other_addresses_are_no_directories():
     with pytest.raises(
-        RunDirectoryError, match="run directory hdfs://host/run is an address of another kind: expected"
+        RunDirectoryError, match="run directory nobodys://host/run is an address of another kind: expected"
     ):
-        open_run_directory("hdfs://host/run", CONFIG)
+        open_run_directory("nobodys://host/run", CONFIG)
 
 
 @pytest.mark.parametrize(

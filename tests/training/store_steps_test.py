@@ -33,9 +33,9 @@ TREE = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(params=["gs", "disk"])
 def folder(request):
-    return StorePath.parse(running("gs")) / request.node.name / "checkpoints"
+    return StorePath.parse(running(request.param)) / request.node.originalname / "checkpoints"
 
 
 def write(path, tree=TREE, **settings):
