@@ -150,7 +150,7 @@ def make_job(
     """
     words = ("clp", *command) if command and command[0] in commands else tuple(command)
     _refuse_slips(words, commands)
-    refuse_secrets([*words, *target_options.values()], os.environ)
+    refuse_secrets([*words, *target_options.values()], target_options)
     directory = str(Path.cwd())
     asked = (words, target, sorted(target_options.items()), directory)
     digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:6]
@@ -185,10 +185,10 @@ def refuse_secrets_of(cargo: Cargo) -> None:
         LaunchError: which names the variable, not the value; or a file that is a private key.
     """
     job = cargo.job
-    refuse_secrets([*job.command, *job.options.values(), *job.parameters.values()], os.environ)
+    refuse_secrets([*job.command, *job.options.values(), *job.parameters.values()], job.options)
     for name, content in cargo.files.contents.items():
         text = content.decode(errors="replace")
-        refuse_secrets([text], os.environ, name)
+        refuse_secrets([text], job.options, name)
         if holds_private_key(text):
             raise LaunchError(
                 f"{name} holds a private key, and the files of a command are stored and sent along: leave it out, and give it "
@@ -196,18 +196,18 @@ def refuse_secrets_of(cargo: Cargo) -> None:
             )
 
 
-def refuse_secrets(words: Sequence[str], environment: Mapping[str, str], where: str = "the command") -> None:
-    """Refuses words that hold the value of a variable whose name says that it is secret: they are stored and shown.
+def refuse_secrets(words: Sequence[str], options: Mapping[str, str], where: str = "the command") -> None:
+    """Refuses words that hold the value of a secret variable of the environment: they are stored and shown.
 
     Args:
         words: of a command, or the text of a file.
-        environment: values by variable.
+        options: of the target, as they were typed.
         where: the words stand.
 
     Raises:
         LaunchError: which names the variable, not the value.
     """
-    for name, value in secrets_of(environment).items():
+    for name, value in secrets_of(os.environ, options).items():
         if any(value in word for word in words):
             raise LaunchError(
                 f"the value of ${name} stands in {where}, which is stored and shown: leave it out, and give it to the "

@@ -235,7 +235,7 @@ class JobRecord:
         is_asked: bool = False,
     ) -> State:
         """Adds a state, on disk before this returns."""
-        detail = redact(detail, os.environ)
+        detail = redact(detail, os.environ, self.job.options)
         state = State(phase, self.attempt if attempt is None else attempt, time.time(), detail, step, is_seen, is_asked)
         path = self.path / "states.jsonl"
         whole = path.read_bytes() if path.is_file() else b""

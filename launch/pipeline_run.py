@@ -75,7 +75,7 @@ def run_pipeline(
         raise LaunchError(f"--max_concurrent is {max_concurrent}: expected at least 1.")
     cargos: dict[str, Cargo] = {}
     for stage in pipeline.stages.values():
-        refuse_secrets([*stage.command, *stage.target], os.environ)
+        refuse_secrets([*stage.command, *stage.target], {})
         if stage.target:
             cargos[stage.name] = Cargo.of(stage_job(pipeline.name, stage, ""), _check_outputs(stage))
             refuse_secrets_of(cargos[stage.name])

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import platform
 import re
 import time
@@ -300,6 +299,7 @@ def _run_all(
     active: list[_Run] = []
     batch = batch_of(directory, settings)
     target = batch or settings.target
+    are_named = False
     at_once = settings.max_concurrent if batch is None else max(settings.max_concurrent, in_batches)
     while True:
         while len(active) < at_once:
@@ -323,9 +323,19 @@ def _run_all(
             show(f"{run.trial.name}: {phase}" + (f": {run.last_line}" if phase != "succeeded" else ""))
             tell(run.trial)
         if ended:
-            directory.write_table()
+            rows = directory.write_table()
+            are_named = are_named or _check_names(directory.metrics, rows)
         else:
             time.sleep(settings.patience.look)
+
+
+def _check_names(metrics: Mapping[str, str], rows: Sequence[Row]) -> bool:
+    """Tells of metrics that the first trials that have any do not have, while there is time to mend a name; whether any has."""
+    known = dict.fromkeys(name for row in rows if row.state == "succeeded" for name in row.metrics)
+    missing = [name for name in metrics if name not in known]
+    if known and missing:
+        show(f"no trial has {', '.join(missing)} yet: they have {', '.join(known)}.")
+    return bool(known)
 
 
 def batch_of(directory: SweepDirectory, settings: Settings) -> Batch | None:
@@ -378,11 +388,11 @@ def _fresh_name(begin: str, path: Path, jobs: Path) -> str:
 def _check_words_and_files(sweep: Sweep, directory: SweepDirectory, settings: Settings) -> None:
     """Refuses secrets in any trial, and in what a search may choose; and what the target refuses of a new trial's files."""
     ranges = sweep.search.ranges.values() if sweep.search else ()
-    refuse_secrets([gin_text(value) for given in ranges for value in given.values], os.environ)
+    refuse_secrets([gin_text(value) for given in ranges for value in given.values], settings.options)
     seen: set[tuple[str, ...]] = set()
     for trial in _examples(sweep):
         for line in command_lines(directory.commands, trial, str(directory.run_dir(trial))):
-            refuse_secrets(line, os.environ)
+            refuse_secrets(line, settings.options)
         for job in _new_jobs(directory, trial, settings):
             cargo = Cargo.of(job, settings.target)
             # Most trials name the same files.

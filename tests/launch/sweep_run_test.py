@@ -227,6 +227,14 @@ def test_so_many_are_compiled_and_no_more(monkeypatch, capsys):
     assert len(found) == 7
 
 
+def test_a_metric_that_the_first_trials_lack_is_told_at_once(capsys):
+    sweep = Sweep(COMMAND, space.grid({"A": [1, 2, 3]}), metrics={"loss": "minimize", "accuracy": "maximize"})
+    run(sweep)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("no trial has accuracy yet: they have step, loss, A.") == 1
+    assert lines.index("no trial has accuracy yet: they have step, loss, A.") < len(lines) - 2
+
+
 def test_commands_after_the_first_wait_for_it_and_are_not_run_without_it():
     Path("broken").write_text("2")
     then = [f"{COMMAND} --run_dir={{run_dir}}"]
