@@ -4,15 +4,17 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from clp_jax.launch.calls import show
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import JobRecord
-from clp_jax.launch.target import Unreachable
+from clp_jax.launch.target import Step, Unreachable
 
 # SLURM's own limit, where a cluster does not set another one, is 1001.
 _LARGEST = 1000
 _KEPT = "array"
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,3 +126,35 @@ class Arrays:
         again = tasks[0][0]
         records = {task.index: record for task, record in tasks if task.name == again.name}
         return Array(again.name, records, min(room, again.most))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Together:
+    """What targets have in common that ask for attempts of several jobs at once: `submit` only notes them.
+
+    Attributes:
+        arrays: what was submitted, and what asks for it.
+    """
+
+    arrays: Arrays
+
+    @classmethod
+    def of(cls: type[_T], target: Any, arrays: Arrays) -> _T:
+        """The same with the options of a target that asks for each by itself."""
+        return cls(**{field.name: getattr(target, field.name) for field in dataclasses.fields(target)}, arrays=arrays)
+
+    def submit(self, record: JobRecord) -> None:
+        """Notes that an attempt is to be asked for.
+
+        Raises:
+            LaunchError: when it was refused.
+        """
+        self.arrays.note(record)
+
+    def plan(self, records: Sequence[JobRecord]) -> Sequence[Step]:
+        """The exact files and commands that ask for attempts."""
+        return self.steps(self.arrays.new(records))
+
+    def steps(self, array: Array) -> Sequence[Step]:
+        """The files and commands that ask for an array."""
+        raise NotImplementedError

@@ -24,7 +24,7 @@ _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 # What tools say when the same call may do better. Of gcloud, kubectl, ssh and SLURM.
 _PASSING = re.compile(
     r"timed out|timeout|deadline exceeded|connection (refused|reset|closed)|temporarily unavailable|UNAVAILABLE|"
-    r"Unable to contact slurm controller|Socket timed out|TLS handshake|i/o timeout|503|kex_exchange",
+    r"Unable to contact slurm controller|Socket timed out|TLS handshake|i/o timeout|\b503\b|kex_exchange",
     re.IGNORECASE,
 )
 

@@ -17,18 +17,18 @@ from typing import Any
 
 from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import begin, call_once, show
-from clp_jax.launch.code import archive, code_version
+from clp_jax.launch.cargo import Cargo
+from clp_jax.launch.code import code_version
 from clp_jax.launch.command_words import run_dir_of
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.local import local_command
 from clp_jax.launch.options import build, describe, option, split
-from clp_jax.launch.remote_code import left_behind, needed_files
+from clp_jax.launch.remote_code import left_behind
 from clp_jax.launch.secret_values import holds_private_key, secrets_of
 from clp_jax.launch.supervisor import Patience, supervise
 from clp_jax.launch.target import Note, Run, Step, Target, Write
 from clp_jax.launch.targets import TARGETS, find_target
-from clp_jax.launch.user_files import UserFiles
 
 # An archive, as text.
 _LONG = re.compile(r"[A-Za-z0-9+/=]{2000,}")
@@ -76,49 +76,48 @@ def launch(words: Sequence[str], commands: Collection[str]) -> int:
     target_options = {k: v for k, v in given.items() if k not in ours}
     target = find_target(places[0], target_options)
     job = make_job(places[0], target_options, options, command, commands)
-    target.check(job)
+    cargo = Cargo.of(job, target)
+    target.check(cargo)
     jobs = jobs_directory()
     if options.dry_run:
-        print_plan(target, [job], jobs, lambda records: target.dry_run(*records))
+        print_plan([cargo], jobs, lambda records: target.dry_run(*records))
         return 0
     record = _existing(jobs, job)
     if record is None:
-        check_before_creating(target, job, commands, options.force)
-        record = create(jobs, job, target)
+        check_before_creating(target, cargo, commands, options.force)
+        record = create(jobs, cargo)
     return look_after([record], detach=options.detach, patience=patience)
 
 
-def check_before_creating(target: Target, job: Job, commands: Collection[str], force: bool) -> None:
+def check_before_creating(target: Target, cargo: Cargo, commands: Collection[str], force: bool) -> None:
     """Finds what is wrong with a job while nothing is created.
 
     Args:
         target: where it runs.
-        job: what is asked.
+        cargo: the job, and what it brings along.
         commands: of `clp`.
         force: whether it runs even where it does not fit the slice.
 
     Raises:
         LaunchError: for a secret in the command or its files, what the target refuses, and what does not fit.
     """
-    refuse_secrets_of(job)
-    target.check(job)
-    target.check_access(job)
-    for line in left_behind(job) if target.ships_code is not None else ():
+    refuse_secrets_of(cargo)
+    target.check(cargo)
+    target.check_access(cargo.job)
+    for line in left_behind(cargo) if cargo.extra is not None else ():
         show(line)
     if not force:
-        check_that_it_fits(target, job, commands)
+        check_that_it_fits(target, cargo.job, commands)
 
 
-def create(jobs: Path, job: Job, target: Target) -> JobRecord:
-    """Writes the record of a job, with the code where its target has to bring it to the workers."""
-    files = refuse_secrets_of(job)
-    return JobRecord.create(jobs, job, files.contents, archive_of(files, target))
+def create(jobs: Path, cargo: Cargo) -> JobRecord:
+    """Writes the record of a job, with the code where its target has to bring it to the workers.
 
-
-def archive_of(files: UserFiles, target: Target) -> bytes | None:
-    """The code and the files that a target brings to the workers; None where they have them."""
-    extra = target.ships_code
-    return None if extra is None else archive(files.contents, extra or None, files.executable)
+    Raises:
+        LaunchError: for a secret in the command or its files.
+    """
+    refuse_secrets_of(cargo)
+    return JobRecord.create(jobs, cargo.job, cargo.files.contents, cargo.archive)
 
 
 def target_of(record: JobRecord, job: Job, target: Target) -> Target:
@@ -151,7 +150,7 @@ def make_job(
     """
     words = ("clp", *command) if command and command[0] in commands else tuple(command)
     _refuse_slips(words, commands)
-    refuse_secrets([*words, *target_options.values()], os.environ)
+    refuse_secrets([*words, *target_options.values()], target_options)
     directory = str(Path.cwd())
     asked = (words, target, sorted(target_options.items()), directory)
     digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:6]
@@ -179,37 +178,36 @@ def _refuse_slips(words: Sequence[str], commands: Collection[str]) -> None:
         raise LaunchError(f"there is no command {words[0]!r} (did you mean {close[0]}?).")
 
 
-def refuse_secrets_of(job: Job) -> UserFiles:
-    """Refuses a job whose command or whose files hold a secret of the environment; returns the files.
+def refuse_secrets_of(cargo: Cargo) -> None:
+    """Refuses a job whose command or whose files hold a secret of the environment.
 
     Raises:
         LaunchError: which names the variable, not the value; or a file that is a private key.
     """
-    refuse_secrets([*job.command, *job.options.values(), *job.parameters.values()], os.environ)
-    files = needed_files(job)
-    for name, content in files.contents.items():
+    job = cargo.job
+    refuse_secrets([*job.command, *job.options.values(), *job.parameters.values()], job.options)
+    for name, content in cargo.files.contents.items():
         text = content.decode(errors="replace")
-        refuse_secrets([text], os.environ, name)
+        refuse_secrets([text], job.options, name)
         if holds_private_key(text):
             raise LaunchError(
                 f"{name} holds a private key, and the files of a command are stored and sent along: leave it out, and give it "
                 "to the workers as docs/launching.md says under secrets."
             )
-    return files
 
 
-def refuse_secrets(words: Sequence[str], environment: Mapping[str, str], where: str = "the command") -> None:
-    """Refuses words that hold the value of a variable whose name says that it is secret: they are stored and shown.
+def refuse_secrets(words: Sequence[str], options: Mapping[str, str], where: str = "the command") -> None:
+    """Refuses words that hold the value of a secret variable of the environment: they are stored and shown.
 
     Args:
         words: of a command, or the text of a file.
-        environment: values by variable.
+        options: of the target, as they were typed.
         where: the words stand.
 
     Raises:
         LaunchError: which names the variable, not the value.
     """
-    for name, value in secrets_of(environment).items():
+    for name, value in secrets_of(os.environ, options).items():
         if any(value in word for word in words):
             raise LaunchError(
                 f"the value of ${name} stands in {where}, which is stored and shown: leave it out, and give it to the "
@@ -217,8 +215,14 @@ def refuse_secrets(words: Sequence[str], environment: Mapping[str, str], where: 
             )
 
 
-def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> None:
+def check_that_it_fits(target: Target, job: Job, commands: Collection[str], trial: str = "") -> None:
     """Compiles the command's step for the slice that the target would rent, where the compiler is installed.
+
+    Args:
+        target: where it runs.
+        job: whose command it is.
+        commands: of `clp`.
+        trial: one of several, with a space after it; what is true of all was said of the first.
 
     Raises:
         LaunchError: when it does not fit.
@@ -227,8 +231,8 @@ def check_that_it_fits(target: Target, job: Job, commands: Collection[str]) -> N
     if asked is None or job.command[:2] != ("clp", "train") or "compile" not in commands:
         return
     if _has_compiler():
-        show(f"compiling for {' '.join(asked)}; --force launches without")
-    else:
+        show(f"compiling {trial}for {' '.join(asked)}; --force launches without")
+    elif not trial:
         show("The extra `aot` is not installed: whether this fits the slice is not known before it runs.")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
@@ -266,21 +270,18 @@ def _gin_words(words: Sequence[str]) -> list[str]:
     return found
 
 
-def print_plan(
-    target: Target, planned: Sequence[Job], jobs: Path, plan: Callable[[Sequence[JobRecord]], Sequence[Step]]
-) -> None:
+def print_plan(planned: Sequence[Cargo], jobs: Path, plan: Callable[[Sequence[JobRecord]], Sequence[Step]]) -> None:
     """Prints the exact files and commands of a launch; what is too long to read is cut, and counted.
 
     Args:
-        target: where the jobs run.
-        planned: the jobs.
+        planned: the jobs, and what they bring along.
         jobs: the directory of their records.
         plan: the steps of jobs that are written down.
     """
-    for line in dict.fromkeys(line for job in planned for line in files_lines(job, target)):
+    for line in dict.fromkeys(line for cargo in planned for line in files_lines(cargo)):
         print(f"# {line}")
     with tempfile.TemporaryDirectory() as folder:
-        for step in plan([create(Path(folder), job, target) for job in planned]):
+        for step in plan([create(Path(folder), cargo) for cargo in planned]):
             if isinstance(step, Write):
                 text = f"# writes {step.path}\n{step.text.rstrip()}\n"
             elif isinstance(step, Note):
@@ -290,12 +291,12 @@ def print_plan(
             print(_LONG.sub(_cut, text.replace(folder, str(jobs))))
 
 
-def files_lines(job: Job, target: Target) -> list[str]:
+def files_lines(cargo: Cargo) -> list[str]:
     """What a dry run tells of the user's files: those that go to the workers, and what does not."""
-    if target.ships_code is None:
+    if cargo.extra is None:
         return []
-    sizes = [f"{name} ({len(content)} bytes)" for name, content in needed_files(job).contents.items()]
-    return [f"with the command goes: {', '.join(sizes) or 'no file of yours'}", *left_behind(job)]
+    sizes = [f"{name} ({len(content)} bytes)" for name, content in cargo.files.contents.items()]
+    return [f"with the command goes: {', '.join(sizes) or 'no file of yours'}", *left_behind(cargo)]
 
 
 def look_after(records: Sequence[JobRecord], detach: bool, patience: Patience) -> int:

@@ -14,6 +14,8 @@ from clp_jax.launch.options import suggest
 from clp_jax.launch.target import Run
 
 _RESOLVING_SECONDS = 600.0
+# Commands that have no configuration of their own: the files they name say what they do.
+WITHOUT_CONFIG = ("launch", "jobs", "sweep", "pipeline")
 
 
 def command_words(command: Any, where: str) -> tuple[str, ...]:
@@ -79,7 +81,8 @@ def run_dir_of(command: Sequence[str]) -> str | None:
     Raises:
         LaunchError: with what the command says is wrong.
     """
-    if command[:1] != ("clp",) or "--help" in command:
+    program, name = (*command, "", "")[:2]
+    if program != "clp" or name in WITHOUT_CONFIG or "--help" in command:
         return None
     try:
         config = resolved_config(command[1:])

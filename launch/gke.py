@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,11 @@ from typing import Any, Literal
 
 from clp_jax.launch.buckets import check_buckets, read_mounts
 from clp_jax.launch.calls import call, carry_out, stream
-from clp_jax.launch.code import archive
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import NOT_BEGUN
 from clp_jax.launch.job import Job, JobRecord
-from clp_jax.launch.jobset import CONTAINER, Pods, check_size, coordinator, manifest
+from clp_jax.launch.jobset import CONTAINER, Pods, check_name, check_size, coordinator, manifest
 from clp_jax.launch.options import option
 from clp_jax.launch.pods import failure, hopeless, refusal, waiting
 from clp_jax.launch.remote_code import (
@@ -22,13 +21,13 @@ from clp_jax.launch.remote_code import (
     check_run_directory,
     check_secrets,
     environment,
-    needed_files,
     remote_command,
     unpack,
 )
 from clp_jax.launch.slices import Slice
 from clp_jax.launch.target import Note, Run, Status, Step, Unreachable, Write
 from clp_jax.launch.worker_script import worker_script
+from clp_jax.launch.xpk import xpk_commands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +68,13 @@ class Gke:
         """The slices, for `clp compile`."""
         return (f"--topology={Slice.parse(self.topology).name}", f"--num_slices={self.num_slices}")
 
-    def check(self, job: Job) -> None:
-        """Raises `LaunchError` for files that can't be brought, and a run directory that pods do not share."""
-        check_files(job)
-        check_size(archive(needed_files(job).contents, self.ships_code))
+    def check(self, cargo: Cargo) -> None:
+        """Raises `LaunchError` for files that can't be brought, names too long, and a run directory that pods do not share."""
+        check_name(cargo.job.name, self.num_slices, Slice.parse(self.topology).hosts)
+        check_files(cargo)
+        check_size(cargo.archive or b"")
         check_run_directory(
-            job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on such a disk"
+            cargo.job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on such a disk"
         )
 
     def check_access(self, job: Job) -> None:
@@ -137,7 +137,12 @@ class Gke:
 
     def dry_run(self, record: JobRecord) -> Sequence[Step]:
         """The manifest, and how it is applied; and the same for who uses xpk."""
-        return [*self._steps(record), Note(f"The same with xpk, without supervision and code:\n{self._xpk(record)}")]
+        command = remote_command(record.job.command)
+        paid = f"--reservation={self.reservation}" if self.reservation is not None else f"--{self.provision}"
+        commands = xpk_commands(
+            self._pods(record), Slice.parse(self.topology), command, self.context, self.cluster, paid
+        )
+        return [*self._steps(record), Note(f"The same with xpk:\n{commands}")]
 
     def _steps(self, record: JobRecord) -> list[Step]:
         path = record.attempt_directory / "manifest.json"
@@ -212,14 +217,6 @@ class Gke:
         context = () if self.context is None else (f"--context={self.context}",)
         namespace = () if self.namespace is None else (f"--namespace={self.namespace}",)
         return Run(("kubectl", *context, *namespace, *words), timeout=120.0, attempts=3)
-
-    def _xpk(self, record: JobRecord) -> str:
-        words = [
-            *("xpk", "workload", "create", f"--cluster={self.cluster or 'CLUSTER'}", f"--workload={record.resource}"),
-            *(f"--tpu-type={Slice.parse(self.topology).accelerator_type}", f"--num-slices={self.num_slices}"),
-            *(f"--docker-image={self.image}", f"--command={shlex.join(remote_command(record.job.command))}"),
-        ]
-        return shlex.join(words)
 
 
 def _selector(record: JobRecord) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.errors import Damaged, LaunchError
 from clp_jax.launch.lock import hold, is_held
 from clp_jax.launch.secret_values import redact
 
@@ -162,16 +162,19 @@ class JobRecord:
         """Reads a record.
 
         Raises:
-            LaunchError: when there is none, or it is not whole.
+            LaunchError: when there is none.
+            Damaged: when it is not whole.
         """
         try:
             stored = json.loads((path / "job.json").read_text())
             inputs = tuple(dict(stored).get("inputs", ()))
             return cls(path, Job(**{**stored, "command": tuple(stored["command"]), "inputs": inputs}))
         except FileNotFoundError as error:
+            if path.is_dir():
+                raise Damaged(f"{path} is not the record of a job: it has no job.json.") from error
             raise LaunchError(f"there is no job {path.name!r} in {path.parent}: see clp jobs list.") from error
         except (ValueError, TypeError, KeyError) as error:
-            raise LaunchError(f"{path / 'job.json'} is not the record of a job: {error}") from error
+            raise Damaged(f"{path / 'job.json'} is not the record of a job: {error}") from error
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -181,7 +184,7 @@ class JobRecord:
         try:
             return tuple(State(**json.loads(line)) for line in lines)
         except (ValueError, TypeError) as error:
-            raise LaunchError(f"{path} is damaged: {error}") from error
+            raise Damaged(f"{path} is damaged: {error}") from error
 
     @property
     def state(self) -> State | None:
@@ -232,7 +235,7 @@ class JobRecord:
         is_asked: bool = False,
     ) -> State:
         """Adds a state, on disk before this returns."""
-        detail = redact(detail, os.environ)
+        detail = redact(detail, os.environ, self.job.options)
         state = State(phase, self.attempt if attempt is None else attempt, time.time(), detail, step, is_seen, is_asked)
         path = self.path / "states.jsonl"
         whole = path.read_bytes() if path.is_file() else b""
@@ -255,7 +258,7 @@ class JobRecord:
         try:
             return json.loads(path.read_text()) if path.is_file() else None
         except ValueError as error:
-            raise LaunchError(f"{path} is damaged: {error}. Remove it, or put back what it held.") from error
+            raise Damaged(f"{path} is damaged: {error}. Remove it, or put back what it held.") from error
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Holds the job: one launcher at a time looks after it; the lock ends with the process.

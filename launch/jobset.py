@@ -16,6 +16,8 @@ from clp_jax.launch.exit_codes import FINAL
 JOB = "slice"
 CONTAINER = "main"
 _COORDINATOR_PORT = 8476
+# JobSet refuses names of pods, with the five letters that Kubernetes adds, that are no label of DNS.
+_LONGEST_NAME, _LAST_ATTEMPT = 63, 9999
 # The API server refuses larger objects.
 _LARGEST_BYTES = 1_000_000
 
@@ -91,6 +93,22 @@ def check_size(code: bytes, script: int = 0) -> None:
         raise LaunchError(
             f"the code and your files are {size} bytes in a ConfigMap, which holds {_LARGEST_BYTES}: give large files by a "
             "path in a bucket (--mounts), or put them into the image."
+        )
+
+
+def check_name(job: str, slices: int, hosts: int) -> None:
+    """Raises `LaunchError` for the name of a job whose pods would have longer names than JobSet takes.
+
+    Args:
+        job: the name.
+        slices: how many.
+        hosts: of each slice.
+    """
+    excess = len(f"{job}-{_LAST_ATTEMPT}-{JOB}-{slices - 1}-{hosts - 1}-abcde") - _LONGEST_NAME
+    if excess > 0:
+        raise LaunchError(
+            f"the name of the job is {job!r}: names of its pods, of {slices} slices with {hosts} hosts, would be longer than "
+            f"the {_LONGEST_NAME} letters that a cluster takes: give one of at most {len(job) - excess}: --name=NAME."
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clp_jax.launch.calls import begin, call
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import verdict
 from clp_jax.launch.job import Job, JobRecord, write
@@ -50,9 +51,9 @@ class Local:
     def compile_options(self) -> None:
         """Nothing is rented."""
 
-    def check(self, job: Job) -> None:
+    def check(self, cargo: Cargo) -> None:
         """Raises `LaunchError` where the command can't be found."""
-        command = local_command(job.command)
+        command = local_command(cargo.job.command)
         if shutil.which(command[0]) is None:
             raise LaunchError(f"there is no command {command[0]!r} on this machine.")
 

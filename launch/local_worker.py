@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.errors import Damaged
 from clp_jax.launch.exit_codes import KILLED
 from clp_jax.launch.job import JobRecord
 from clp_jax.launch.target import Unreachable
@@ -41,13 +41,11 @@ def read_exit(path: Path) -> int:
     """The exit code that a worker has left.
 
     Raises:
-        LaunchError: when the file holds something else.
+        Damaged: when the file holds something else.
     """
     text = path.read_text().strip()
     if not text.isdecimal():
-        raise LaunchError(
-            f"{path} holds {text[:40]!r}: expected an exit code. Write the one that the worker ended with."
-        )
+        raise Damaged(f"{path} holds {text[:40]!r}: expected an exit code. Write the one that the worker ended with.")
     return int(text)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from clp_jax.launch.calls import show
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.command import check_before_creating, files_lines, refuse_secrets, refuse_secrets_of
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.lock import hold
@@ -72,26 +73,29 @@ def run_pipeline(
     """
     if max_concurrent < 1:
         raise LaunchError(f"--max_concurrent is {max_concurrent}: expected at least 1.")
+    cargos: dict[str, Cargo] = {}
     for stage in pipeline.stages.values():
-        refuse_secrets([*stage.command, *stage.target], os.environ)
+        refuse_secrets([*stage.command, *stage.target], {})
         if stage.target:
-            _check_outputs(stage)
-            refuse_secrets_of(stage_job(pipeline.name, stage, ""))
+            cargos[stage.name] = Cargo.of(stage_job(pipeline.name, stage, ""), _check_outputs(stage))
+            refuse_secrets_of(cargos[stage.name])
     configs = _configs(pipeline)
     # Nobody is asked about what is done.
-    for stage, reason in _reasons(pipeline, configs, StageStates(directory)).items():
-        if reason is not None and pipeline.stages[stage].target:
-            job = stage_job(pipeline.name, pipeline.stages[stage], "")
-            check_before_creating(stage_target(pipeline.stages[stage]), job, commands, force)
+    for name, reason in _reasons(pipeline, configs, StageStates(directory)).items():
+        if reason is not None and name in cargos:
+            check_before_creating(stage_target(pipeline.stages[name]), cargos[name], commands, force)
     with hold(directory / ".lock", f"another process runs this pipeline in {directory}: wait for it."):
         return _Run(pipeline, directory, configs, max_concurrent).run()
 
 
 def print_plan(pipeline: Pipeline, directory: Path) -> None:
     """Prints what would be done about each stage, and the commands."""
+    cargos: dict[str, Cargo] = {}
     for stage in pipeline.stages.values():
         if stage.target:
-            _check_outputs(stage).check(stage_job(pipeline.name, stage, ""))
+            target = _check_outputs(stage)
+            cargos[stage.name] = Cargo.of(stage_job(pipeline.name, stage, ""), target)
+            target.check(cargos[stage.name])
     for name, reason in _reasons(pipeline, _configs(pipeline), StageStates(directory)).items():
         stage = pipeline.stages[name]
         if reason is None:
@@ -99,9 +103,8 @@ def print_plan(pipeline: Pipeline, directory: Path) -> None:
             continue
         launch = f"clp launch {shlex.join(stage.target)} -- " if stage.target else ""
         print(f"{name}: would run: {reason}\n  $ {launch}{shlex.join(stage.command)}")
-        if stage.target:
-            for line in files_lines(stage_job(pipeline.name, stage, ""), stage_target(stage)):
-                print(f"  # {line}")
+        for line in files_lines(cargos[name]) if name in cargos else ():
+            print(f"  # {line}")
 
 
 def plan_of(pipeline: Pipeline, stage: Stage, configs: Mapping[str, str], states: StageStates) -> Plan:

@@ -3,12 +3,11 @@
 import re
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from clp_jax.launch.buckets import seen_from_here
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import STORES, Job
-from clp_jax.launch.user_files import UserFiles, user_files
 
 
 def unpack(archive: str, folder: str) -> list[str]:
@@ -60,30 +59,25 @@ def remote_command(command: Sequence[str]) -> tuple[str, ...]:
     return ("python3", "-P", "-m", "clp_jax.main", *rest) if first == "clp" else tuple(command)
 
 
-def check_files(job: Job) -> None:
+def check_files(cargo: Cargo) -> None:
     """Raises `LaunchError` for a file of the user that could not have the same name where the code is brought to."""
-    files = needed_files(job)
-    for name, reason in files.misplaced.items():
-        if not _is_mounted(name, job):
+    for name, reason in cargo.files.misplaced.items():
+        if not _is_mounted(name, cargo.job):
             raise LaunchError(reason)
-    for name in files.paths:
+    for name in cargo.files.paths:
         if name.startswith("/"):
             raise LaunchError(
-                f"{name} is not below {job.directory}: a worker would not find it. Launch from a directory that it is in."
+                f"{name} is not below {cargo.job.directory}: a worker would not find it. Launch from a directory that it "
+                "is in."
             )
 
 
-def needed_files(job: Job) -> UserFiles:
-    """The files of this machine that a job needs."""
-    return user_files((*job.command, *job.inputs), Path(job.directory))
-
-
-def left_behind(job: Job) -> list[str]:
+def left_behind(cargo: Cargo) -> list[str]:
     """A line for each thing of this machine that a command names and that is not brought to the workers."""
     return [
         f"{name} {reason}: it does not go with the command, and a worker finds it only on a disk that it shares."
-        for name, reason in needed_files(job).left.items()
-        if not _is_mounted(name, job)
+        for name, reason in cargo.files.left.items()
+        if not _is_mounted(name, cargo.job)
     ]
 
 

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 from clp_jax.launch.calls import show
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.code import code_version
-from clp_jax.launch.command import archive_of, refuse_secrets_of
+from clp_jax.launch.command import refuse_secrets_of
 from clp_jax.launch.job import CODE, Job, JobRecord
 from clp_jax.launch.supervisor import retry
 from clp_jax.launch.target import Target
@@ -51,12 +52,13 @@ def renew(record: JobRecord, target: Target, job: Job) -> JobRecord:
         show(f"{job.directory} is not here: {job.name} goes on with the code and the files of then.")
         return record
     job = dataclasses.replace(job, code_version=code_version())
-    files = refuse_secrets_of(job)
-    target.check(job)
+    cargo = Cargo.of(job, target)
+    refuse_secrets_of(cargo)
+    target.check(cargo)
     if record.job.code_version != job.code_version:
         record.keep(_VERSION, record.job.code_version)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=record.path) as folder:
-        new = JobRecord.create(Path(folder), job, files.contents, archive_of(files, target)).path
+        new = JobRecord.create(Path(folder), job, cargo.files.contents, cargo.archive).path
         # The job last: where this is cut short, the next retry does it again.
         for name in ("files", CODE, "job.json"):
             if (record.path / name).is_dir():

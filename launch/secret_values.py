@@ -9,20 +9,31 @@ _SHORTEST = 8
 _PRIVATE_KEY = re.compile(r'-----BEGIN [A-Z0-9 ]*PRIVATE KEY|"private_key(_id)?"\s*:')
 
 
-def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables whose names say that they are secret, with their values; those too short to tell are none."""
-    return {name: value for name, value in environment.items() if _NAME.search(name) and len(value) >= _SHORTEST}
+def secrets_of(environment: Mapping[str, str], options: Mapping[str, str]) -> dict[str, str]:
+    """The secret variables, with their values; values too short to tell are none.
+
+    Args:
+        environment: values by variable; a name may say that it is secret.
+        options: of a target, as they were typed: ``secrets`` names variables that are secret whatever their names say.
+    """
+    named = {word.partition("=")[0] for word in options.get("secrets", "").split(",")}
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name in named or _NAME.search(name)) and len(value) >= _SHORTEST
+    }
 
 
-def redact(text: str, environment: Mapping[str, str]) -> str:
+def redact(text: str, environment: Mapping[str, str], options: Mapping[str, str]) -> str:
     """A text with ``[$NAME]`` in place of every value of a secret variable.
 
     Args:
         text: that is about to be stored or shown.
         environment: values by variable.
+        options: of the target, as they were typed.
     """
     # A value may be a piece of another.
-    for name, value in sorted(secrets_of(environment).items(), key=lambda item: -len(item[1])):
+    for name, value in sorted(secrets_of(environment, options).items(), key=lambda item: -len(item[1])):
         text = text.replace(value, f"[${name}]")
     return text
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clp_jax.launch.arrays import ArrayTask
 from clp_jax.launch.calls import carry_out
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, RESTARTABLE, verdict
 from clp_jax.launch.job import STORES, Job, JobRecord, jobs_directory
@@ -53,8 +54,9 @@ class Slurm:
     def compile_options(self) -> None:
         """No TPUs are rented."""
 
-    def check(self, job: Job) -> None:
+    def check(self, cargo: Cargo) -> None:
         """Raises `LaunchError` for a run directory that the nodes could not share."""
+        job = cargo.job
         if job.run_dir is not None and not job.run_dir.startswith(STORES):
             _check_shared("the run directory", Path(job.directory) / job.run_dir)
 

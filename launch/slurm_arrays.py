@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 
-from clp_jax.launch.arrays import Array, Arrays, ArrayTask
+from clp_jax.launch.arrays import Array, ArrayTask, Together
 from clp_jax.launch.calls import carry_out
 from clp_jax.launch.job import JobRecord
 from clp_jax.launch.slurm import Slurm, array_log, entries_of
@@ -13,32 +13,13 @@ from clp_jax.launch.target import Run, Status, Step, Write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SlurmArrays(Slurm):
-    """SLURM, where what was submitted is asked for by `flush`, as one job array.
+class SlurmArrays(Together, Slurm):
+    """SLURM, where what was submitted is asked for by `flush`, as one job array."""
 
-    Attributes:
-        arrays: what was submitted, and what asks for it.
-    """
-
-    arrays: Arrays
     # What SLURM said since the last `flush`: one question for all tasks of an array.
     _queues: dict[str, Sequence[Entry]] = dataclasses.field(default_factory=dict)
     _accounts: dict[str, Sequence[Entry]] = dataclasses.field(default_factory=dict)
     _limits: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, slurm: Slurm, arrays: Arrays) -> "SlurmArrays":
-        """Arrays with the options of a target."""
-        given = {field.name: getattr(slurm, field.name) for field in dataclasses.fields(Slurm)}
-        return cls(**given, arrays=arrays)
-
-    def submit(self, record: JobRecord) -> None:
-        """Notes that an attempt is to be asked for.
-
-        Raises:
-            LaunchError: when SLURM has refused it.
-        """
-        self.arrays.note(record)
 
     def status(self, record: JobRecord) -> Status:
         """How an attempt stands, by what SLURM said since the last `flush`."""
@@ -60,13 +41,10 @@ class SlurmArrays(Slurm):
         busy = sum(min(self._limits.get(name, len(entries)), len(entries)) for name, entries in self._queues.items())
         for memory in (self._queues, self._accounts, self._limits):
             memory.clear()
-        self.arrays.flush(busy, lambda array: carry_out(self._steps(array)))
+        self.arrays.flush(busy, lambda array: carry_out(self.steps(array)))
 
-    def plan(self, records: Sequence[JobRecord]) -> Sequence[Step]:
-        """The exact files and commands that ask for attempts."""
-        return self._steps(self.arrays.new(records))
-
-    def _steps(self, array: Array) -> list[Step]:
+    def steps(self, array: Array) -> list[Step]:
+        """The scripts of the tasks, that of the array, and how it is submitted."""
         records, directory = array.records, self.arrays.directory
         tasks = [f"  [{index}]={shlex.quote(str(self.task_file(record)))}" for index, record in records.items()]
         script = directory / f"{array.name}.sh"

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import show
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.code import code_version
 from clp_jax.launch.command import create, target_of
 from clp_jax.launch.command_words import run_dir_of
-from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.errors import Held, LaunchError
 from clp_jax.launch.job import Job, JobRecord, jobs_directory
 from clp_jax.launch.options import build, option, split
 from clp_jax.launch.pipeline import Stage
 from clp_jax.launch.renewal import renew
-from clp_jax.launch.supervisor import Patience, advance, describe, standing, told_of
+from clp_jax.launch.supervisor import Patience, Watch
 from clp_jax.launch.target import Target
 from clp_jax.launch.targets import find_target
 
@@ -84,7 +85,7 @@ class StageJob:
         self._target = target_of(self._record, job, target)
         self._locks = contextlib.ExitStack()
         self._is_mine = False
-        self._told = ""
+        self._watch = Watch(self._record.job.name, self._held, patience)
         self._next_look = 0.0
         if not self._record.is_held:
             self._hold()
@@ -99,27 +100,26 @@ class StageJob:
         if time.monotonic() < self._next_look:
             return None
         self._next_look = time.monotonic() + self._patience.look
-        try:
-            if not self._is_mine and self._record.is_held:
-                raise LaunchError("another launcher looks after it.")
-            self._hold()
-            advance(self._record, self._target, self._patience)
-            text = describe(self._record)
-            state, is_done = standing(self._record)
-        except Exception as error:  # A pipeline that gave up here would leave what was rented alone.
-            text, state, is_done = f"{self._record.job.name}: {told_of(error)} Asking again.", None, False
-        if text != self._told:
-            self._told = text
-            show(text)
-        if state is None or not is_done:
+        sight = self._watch.look()
+        if sight.is_damaged:
+            self._locks.close()
+            return f"the record {self._record.path} is damaged, and nobody looks after what runs of it"
+        if sight.state is None or not sight.is_done:
             return None
         self._locks.close()
-        return "" if state.phase == "succeeded" else f"{state.phase}: clp jobs logs {self._record.job.name}"
+        name, phase = self._record.job.name, sight.state.phase
+        return "" if phase == "succeeded" else f"{phase}: clp jobs logs {name}"
 
     def stop(self, number: signal.Signals) -> None:
         """Leaves it running: it does not need this process."""
         show(f"{self._record.job.name} runs on; clp jobs stop {self._record.job.name} ends it.")
         self._locks.close()
+
+    def _held(self) -> tuple[JobRecord, Target]:
+        if not self._is_mine and self._record.is_held:
+            raise Held("another launcher looks after it.")
+        self._hold()
+        return self._record, self._target
 
     def _hold(self) -> None:
         if not self._is_mine:
@@ -148,7 +148,7 @@ def _record_of(job: Job, target: Target) -> JobRecord:
     for record in records:
         if (record.job.target, record.job.options) == (job.target, job.options):
             return record
-    return create(jobs, dataclasses.replace(job, name=names[len(records)]), target)
+    return create(jobs, Cargo.of(dataclasses.replace(job, name=names[len(records)]), target))
 
 
 def patience_for(target: Target) -> Patience:

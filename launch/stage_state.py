@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clp_jax.launch.command_words import resolved_config
+from clp_jax.launch.command_words import WITHOUT_CONFIG, resolved_config
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.fingerprint import fingerprint, is_remote
 from clp_jax.launch.job import write
 from clp_jax.launch.pipeline import Pipeline, Stage
 
 STATE_FILE = "stages.json"
-# Commands that have no configuration of their own: the files they name say what they do.
-_WITHOUT_CONFIG = ("launch", "jobs", "sweep", "pipeline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ def config_of(stage: Stage) -> str:
         LaunchError: with what the command says is wrong.
     """
     program, *words = stage.command
-    if program != "clp" or words[0] in _WITHOUT_CONFIG:
+    if program != "clp" or words[0] in WITHOUT_CONFIG:
         return ""
     try:
         return hashlib.sha256(resolved_config(words).encode()).hexdigest()

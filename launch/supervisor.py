@@ -11,10 +11,10 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from clp_jax.launch.calls import show
-from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.errors import Damaged, LaunchError
 from clp_jax.launch.exit_codes import RESTARTABLE, may_restart
 from clp_jax.launch.job import BETWEEN, FINAL, JobRecord, Phase, State
 from clp_jax.launch.run_directory import Unseen, newest_step
@@ -95,38 +95,69 @@ def supervise(records: Sequence[JobRecord], targets: Sequence[Target], patience:
         How each ended.
     """
     patience = patience or Patience()
-    told: dict[str, str] = {}
+    pairs = zip(records, targets, strict=True)
+    watches = [Watch(pair[0].job.name, lambda pair=pair: pair, patience) for pair in pairs]
+    known = [Sight() for _ in watches]
     while True:
-        before = [standing(record) for record in records]
-        for record, target in zip(records, targets, strict=True):
-            try:
-                advance(record, target, patience)
-                text = describe(record)
-            except (
-                Exception
-            ) as error:  # A launcher that gave up here would leave what was rented, and the others, alone.
-                text = f"{record.job.name}: {told_of(error)} Trying again."
-            if told.get(record.job.name) != text:
-                told[record.job.name] = text
-                show(text)
-        now = [standing(record) for record in records]
-        if all(is_done for _, is_done in now):
-            return [state for state, _ in now if state is not None]
-        if now == before:
+        # Of a damaged record too: a person may mend it, and what is rented is not given back before.
+        now = [watch.look() for watch in watches]
+        if all(sight.is_done for sight in now):
+            return [sight.state for sight in now if sight.state is not None]
+        before, known = known, [new if new.state is not None else old for new, old in zip(now, known, strict=True)]
+        if known == before:
             time.sleep(patience.look)
 
 
-def standing(record: JobRecord) -> tuple[State | None, bool]:
-    """A job's last state, and whether nothing more is to be done for it; of a damaged record None, and that something is."""
-    try:
-        return record.state, record.is_over and bool(record.kept("deleted"))
-    except LaunchError:
-        return None, False
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What a look at a job has found.
+
+    Attributes:
+        state: the job's, after it; None where it could not be looked at.
+        is_done: whether nothing more is to be done for the job.
+        is_damaged: whether its record can't be read: asking again alone does not help.
+    """
+
+    state: State | None = None
+    is_done: bool = False
+    is_damaged: bool = False
 
 
-def told_of(error: Exception) -> str:
-    """An error that a launcher goes on after, in a line: of what it did not expect, the kind too."""
-    return str(error) if isinstance(error, LaunchError) else f"{type(error).__name__}: {error}."
+class Watch:
+    """Looks after one job, again and again.
+
+    What goes wrong is told, once, and asked again with the next look: a launcher that gave up there would leave what was
+    rented, and other jobs, alone.
+
+    Args:
+        name: of the job.
+        hold: gives its record, which this process holds from then on, and its target; called at every look.
+        patience: how long to wait between attempts.
+        tells_states: whether the job's states are told too, as they change.
+    """
+
+    def __init__(
+        self, name: str, hold: Callable[[], tuple[JobRecord, Target]], patience: Patience, tells_states: bool = True
+    ):
+        self._name, self._hold, self._patience, self._tells_states = name, hold, patience, tells_states
+        self._told = ""
+
+    def look(self) -> Sight:
+        """Looks once, and does one thing."""
+        try:
+            record, target = self._hold()
+            advance(record, target, self._patience)
+            sight = Sight(record.state, record.is_over and bool(record.kept("deleted")))
+            text = describe(record) if self._tells_states else self._told
+        except Damaged as error:
+            sight, text = Sight(is_damaged=True), f"{self._name}: {error}"
+        except Exception as error:
+            reason = str(error) if isinstance(error, LaunchError) else f"{type(error).__name__}: {error}."
+            sight, text = Sight(), f"{self._name}: {reason} Asking again."
+        if text != self._told:
+            self._told = text
+            show(text)
+        return sight
 
 
 def describe(record: JobRecord) -> str:

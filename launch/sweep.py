@@ -49,6 +49,11 @@ class Trial:
         return [*(f"--gin.{name}={text}" for name, text in self.bindings.items()), *seed]
 
     @property
+    def shape(self) -> frozenset[tuple[str, str]]:
+        """The bindings that may change what is compiled, and how much memory that needs: not numbers with a point."""
+        return frozenset((name, text) for name, text in self.bindings.items() if _kind(text) != "float")
+
+    @property
     def parameters(self) -> dict[str, str]:
         """What it tries, by name: the bindings and the seed."""
         return {**self.bindings, **({} if self.seed is None else {"seed": str(self.seed)})}

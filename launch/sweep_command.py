@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from clp_jax.launch.calls import show
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.command import print_plan
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job
@@ -95,9 +96,9 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
         for number, job in enumerate(jobs[0]):
             print(f"\nThe first one runs: {shlex.join(job.command)}")
             if batch is None:
-                print_plan(target, [job], directory.jobs, lambda records: target.dry_run(*records))
+                print_plan([Cargo.of(job, target)], directory.jobs, lambda records: target.dry_run(*records))
             else:
-                print_plan(target, [these[number] for these in jobs], directory.jobs, batch.plan)
+                print_plan([Cargo.of(these[number], target) for these in jobs], directory.jobs, batch.plan)
         return 0
     try:
         rows = run_sweep(found, path, settings)
@@ -108,9 +109,16 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
         return 128 + 2
     write_report(SweepDirectory.load(path), {})
     failed = [row.trial.name for row in rows if row.state in ("failed", "stopped")]
+    # What was given up goes on under the state that its record had last.
+    damaged = [row.trial.name for row in rows if row.state not in ("succeeded", "waiting", "failed", "stopped")]
     if failed:
         show(f"{len(failed)} of {len(rows)} trials failed: {', '.join(failed)}. --retry_failed tries them again.")
-    return int(bool(failed))
+    if damaged:
+        show(
+            f"{len(damaged)} of {len(rows)} trials have damaged records: {', '.join(damaged)}. See that nothing of them runs, "
+            "and move the records away: the same command begins these trials again, in their run directories."
+        )
+    return int(bool(failed or damaged))
 
 
 def write_report(directory: SweepDirectory, metrics: Mapping[str, str]) -> list[Path]:
@@ -128,7 +136,7 @@ def write_report(directory: SweepDirectory, metrics: Mapping[str, str]) -> list[
     """
     from clp_jax.launch.sweep_plots import plot_fronts, plot_parallel
 
-    rows = directory.rows()
+    rows = directory.rows(show)
     shown = shown_metrics(rows, metrics or directory.metrics)
     table = to_markdown(rows, shown)
     written = [directory.path / "table.md", directory.path / "table.csv"]

@@ -143,9 +143,11 @@ def plot_fronts(settings: Sequence[Setting], names: Sequence[str], metrics: Mapp
             panel.annotate(str(number), place, textcoords="offset points", xytext=(6, 6), fontsize=9, weight="bold")
             bound = [f"{_short(name)} = {_short(setting.bindings[name])}" for name in names if name in setting.bindings]
             lines.append(f"{number}  " + "\n    ".join(bound))
+        if len(lines) > _MOST_TICKS:
+            lines[_MOST_TICKS:] = [f"…  {len(lines) - _MOST_TICKS} more: table.md"]
         panel.legend(
             loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8,
-            title=_plain("\n".join(lines[:_MOST_TICKS])), title_fontsize=8, alignment="left",
+            title=_plain("\n".join(lines)), title_fontsize=8, alignment="left",
         )  # fmt: skip
         figures[f"front_{_file_name(first)}_{_file_name(second)}"] = figure
     return figures

@@ -11,10 +11,10 @@ The record of a trial's job is where those of all jobs are, so `clp jobs` knows 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
-import os
 import platform
 import re
 import time
@@ -23,20 +23,33 @@ from pathlib import Path
 
 from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.calls import show
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.code import code_version
-from clp_jax.launch.command import check_before_creating, create, refuse_secrets, refuse_secrets_of, target_of
+from clp_jax.launch.command import (
+    check_before_creating,
+    check_that_it_fits,
+    create,
+    refuse_secrets,
+    refuse_secrets_of,
+    target_of,
+)
 from clp_jax.launch.command_words import program_words
-from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.errors import Held, LaunchError
 from clp_jax.launch.job import Job, JobRecord, jobs_directory, write
 from clp_jax.launch.lock import hold
 from clp_jax.launch.renewal import begin_again
-from clp_jax.launch.supervisor import Patience, advance, told_of
+from clp_jax.launch.supervisor import Patience, Watch
 from clp_jax.launch.sweep import Sweep, Trial, check_trials, command_lines, gin_text
 from clp_jax.launch.sweep_table import Row, add_trial, read_metrics, read_trials, shown_metrics, to_csv, to_markdown
 from clp_jax.launch.target import Batch, Target
 from clp_jax.launch.targets import find_batch, find_target
 
 SWEEP_FILE, TRIALS, ARRAYS = "sweep.json", "trials", "arrays"
+# The state of a trial whose record can't be read.
+DAMAGED = "damaged"
+# Compiling takes minutes each.
+_MOST_COMPILED = 8
+_NEARLY_ONE = 1.0 - 2.0**-20
 # Trials that are looked after at once where the target itself keeps the cap: each holds a file open.
 _MOST_LOOKED_AFTER = 200
 
@@ -112,23 +125,31 @@ class SweepDirectory:
         """The name of the job that runs a command of a trial."""
         return f"{self.name}-{trial.name}" + (f"-{number}" if number else "")
 
-    def state(self, trial: Trial) -> str:
-        """``waiting``, or the phase of the job that the trial has come to; ``damaged`` where its record can't be read."""
+    def state(self, trial: Trial, tell: Callable[[str], None] | None = None) -> str:
+        """``waiting``, or the phase of the job that the trial has come to; `DAMAGED` where its record can't be read.
+
+        Args:
+            trial: of the sweep.
+            tell: is told what is wrong with its record.
+        """
         for number in range(len(self.commands)):
             path = self.jobs / self.job_name(trial, number)
             try:
-                state = JobRecord.load(path).state if path.is_dir() else None
+                record = JobRecord.load(path) if path.is_dir() else None
+                state = None if record is None else record.state
+                _ = record is not None and record.kept("deleted")
             except LaunchError as error:
                 # One that is damaged hides no other.
-                show(str(error))
-                return "damaged"
+                if tell is not None:
+                    tell(str(error))
+                return DAMAGED
             if state is None or state.phase != "succeeded":
                 return "waiting" if state is None else state.phase
         return "succeeded"
 
-    def rows(self) -> list[Row]:
-        """The table."""
-        return [Row(t, self.state(t), read_metrics(self.run_dir(t))) for t in read_trials(self.path)]
+    def rows(self, tell: Callable[[str], None] | None = None) -> list[Row]:
+        """The table; `tell` is told what is wrong with records."""
+        return [Row(t, self.state(t, tell), read_metrics(self.run_dir(t))) for t in read_trials(self.path)]
 
     def write_table(self) -> list[Row]:
         """Writes ``table.md`` and ``table.csv``; returns the table."""
@@ -145,52 +166,42 @@ class _Run:
 
     def __init__(self, trial: Trial, jobs: Sequence[Job], records: Path, target: Target, patience: Patience):
         self.trial = trial
-        self._jobs, self._records = jobs, records
-        self._target, self._patience = target, patience
+        self._records, self._target = records, target
         self._locks = contextlib.ExitStack()
         self._held: dict[str, tuple[JobRecord, Target]] = {}
-        self._told = ""
+        self._watches = [
+            Watch(job.name, functools.partial(self._hold, job), patience, tells_states=False) for job in jobs
+        ]
+        # What is known of how it ended.
+        self.last_line = ""
 
     def look(self) -> str | None:
-        """Looks after the trial once; its last phase when it is over."""
-        for job in self._jobs:
-            try:
-                record, target = self._hold(job)
-                state = record.state
-                if state is not None and state.phase == "succeeded" and record.kept("deleted"):
-                    continue
-                state = advance(record, target, self._patience)
-            except Exception as error:  # Whoever gave up here would leave all that was rented alone.
-                self._tell(f"{job.name}: {told_of(error)} Asking again.")
+        """Looks after the trial once; its last phase when it is over, or `DAMAGED`."""
+        phase = ""
+        for watch in self._watches:
+            sight = watch.look()
+            if sight.is_damaged:
+                self.last_line = "what runs of it, if anything, runs on, and nobody looks after it"
+                phase = DAMAGED
+                break
+            if sight.state is None or not sight.is_done:
                 return None
-            if not record.is_over or not record.kept("deleted"):
-                return None
-            if state.phase != "succeeded":
-                self._locks.close()
-                return state.phase
+            phase, self.last_line = sight.state.phase, sight.state.detail.strip().rpartition("\n")[2]
+            if phase != "succeeded":
+                break
         self._locks.close()
-        return "succeeded"
-
-    def last_line(self) -> str:
-        """What is known of how it ended."""
-        states = [record.state for record, _ in self._held.values()]
-        return states[-1].detail.strip().rpartition("\n")[2] if states and states[-1] else ""
+        return phase
 
     def _hold(self, job: Job) -> tuple[JobRecord, Target]:
         if job.name not in self._held:
             path = self._records / job.name
-            record = JobRecord.load(path) if path.is_dir() else create(self._records, job, self._target)
+            record = JobRecord.load(path) if path.is_dir() else create(self._records, Cargo.of(job, self._target))
             if record.is_held:
-                raise LaunchError("another launcher looks after it.")
+                raise Held("another launcher looks after it.")
             target = target_of(record, job, self._target)
             self._locks.enter_context(record.lock())
             self._held[job.name] = (record, target)
         return self._held[job.name]
-
-    def _tell(self, text: str) -> None:
-        if text != self._told:
-            self._told = text
-            show(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +257,7 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
         LaunchError: for a binding that does not exist, another sweep's directory, or another launcher at work.
     """
     directory = SweepDirectory.of(path, sweep)
-    _refuse_secrets(sweep, directory, settings)
+    _check_words_and_files(sweep, directory, settings)
     if sweep.search is not None:
         from clp_jax.launch.search import Searcher, find_optuna
 
@@ -256,11 +267,11 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
     check_trials(
         sweep, [t for t in _examples(sweep) if t.name not in known], str(path / TRIALS / "HASH"), settings.commands
     )
-    new = (job for t in _examples(sweep) for job in jobs_of(directory, t, settings))
-    for job in itertools.islice(
-        (job for job in new if not (directory.jobs / job.name).is_dir()), len(sweep.commands())
-    ):
-        check_before_creating(settings.target, job, settings.commands, settings.force)
+    new = [(t, jobs) for t in _examples(sweep) if (jobs := _new_jobs(directory, t, settings))]
+    for job in new[0][1] if new else ():
+        check_before_creating(settings.target, Cargo.of(job, settings.target), settings.commands, settings.force)
+    if not settings.force:
+        _check_that_others_fit(new, settings)
     with hold(path / ".lock", f"another launcher runs the sweep in {path}: wait for it."):
         directory.write()
         if settings.retry_failed:
@@ -288,6 +299,7 @@ def _run_all(
     active: list[_Run] = []
     batch = batch_of(directory, settings)
     target = batch or settings.target
+    are_named = False
     at_once = settings.max_concurrent if batch is None else max(settings.max_concurrent, in_batches)
     while True:
         while len(active) < at_once:
@@ -308,12 +320,22 @@ def _run_all(
             batch.flush()
         for run, phase in ended:
             active.remove(run)
-            show(f"{run.trial.name}: {phase}" + (f": {run.last_line()}" if phase != "succeeded" else ""))
+            show(f"{run.trial.name}: {phase}" + (f": {run.last_line}" if phase != "succeeded" else ""))
             tell(run.trial)
         if ended:
-            directory.write_table()
+            rows = directory.write_table()
+            are_named = are_named or _check_names(directory.metrics, rows)
         else:
             time.sleep(settings.patience.look)
+
+
+def _check_names(metrics: Mapping[str, str], rows: Sequence[Row]) -> bool:
+    """Tells of metrics that the first trials that have any do not have, while there is time to mend a name; whether any has."""
+    known = dict.fromkeys(name for row in rows if row.state == "succeeded" for name in row.metrics)
+    missing = [name for name in metrics if name not in known]
+    if known and missing:
+        show(f"no trial has {', '.join(missing)} yet: they have {', '.join(known)}.")
+    return bool(known)
 
 
 def batch_of(directory: SweepDirectory, settings: Settings) -> Batch | None:
@@ -348,12 +370,9 @@ def preview(sweep: Sweep, path: Path, settings: Settings) -> tuple[list[Trial], 
         LaunchError: for a binding that does not exist, another sweep's directory, a secret, or what the target refuses.
     """
     directory = SweepDirectory.of(path, sweep)
-    _refuse_secrets(sweep, directory, settings)
+    _check_words_and_files(sweep, directory, settings)
     check_trials(sweep, _examples(sweep), str(path / TRIALS / "HASH"), settings.commands)
-    trials = list(_examples(sweep))
-    for job in jobs_of(directory, trials[0], settings):
-        settings.target.check(job)
-    return trials, directory
+    return list(_examples(sweep)), directory
 
 
 def _fresh_name(begin: str, path: Path, jobs: Path) -> str:
@@ -366,16 +385,50 @@ def _fresh_name(begin: str, path: Path, jobs: Path) -> str:
     raise AssertionError
 
 
-def _refuse_secrets(sweep: Sweep, directory: SweepDirectory, settings: Settings) -> None:
-    """Refuses secrets in any trial, and in what a search may choose."""
+def _check_words_and_files(sweep: Sweep, directory: SweepDirectory, settings: Settings) -> None:
+    """Refuses secrets in any trial, and in what a search may choose; and what the target refuses of a new trial's files."""
     ranges = sweep.search.ranges.values() if sweep.search else ()
-    refuse_secrets([gin_text(value) for given in ranges for value in given.values], os.environ)
-    for number, trial in enumerate(_examples(sweep)):
+    refuse_secrets([gin_text(value) for given in ranges for value in given.values], settings.options)
+    seen: set[tuple[str, ...]] = set()
+    for trial in _examples(sweep):
         for line in command_lines(directory.commands, trial, str(directory.run_dir(trial))):
-            refuse_secrets(line, os.environ)
-        # Bindings name no files: those of one trial are those of all.
-        for job in () if number else jobs_of(directory, trial, settings):
-            refuse_secrets_of(job)
+            refuse_secrets(line, settings.options)
+        for job in _new_jobs(directory, trial, settings):
+            cargo = Cargo.of(job, settings.target)
+            # Most trials name the same files.
+            named = (*cargo.files.paths, "", *cargo.files.misplaced)
+            if named not in seen:
+                seen.add(named)
+                refuse_secrets_of(cargo)
+                settings.target.check(cargo)
+
+
+def _new_jobs(directory: SweepDirectory, trial: Trial, settings: Settings) -> list[Job]:
+    """The jobs of a trial that have no record yet."""
+    return [job for job in jobs_of(directory, trial, settings) if not (directory.jobs / job.name).is_dir()]
+
+
+def _check_that_others_fit(new: Sequence[tuple[Trial, Sequence[Job]]], settings: Settings) -> None:
+    """Compiles the trials after the first that may need other memory: one of each shape, so many in all.
+
+    Raises:
+        LaunchError: for one that does not fit the slice.
+    """
+    if settings.target.compile_options() is None:
+        return
+    shapes: dict[frozenset[tuple[str, str]], tuple[Trial, Job]] = {}
+    for trial, jobs in new:
+        shapes.setdefault(trial.shape, (trial, jobs[0]))
+    for trial, job in list(shapes.values())[1:_MOST_COMPILED]:
+        try:
+            check_that_it_fits(settings.target, job, settings.commands, f"{trial} ")
+        except LaunchError as error:
+            raise LaunchError(f"the trial {trial}: {error}") from None
+    if len(shapes) > _MOST_COMPILED:
+        show(
+            f"{len(shapes) - _MOST_COMPILED} more kinds of trials are not compiled before they run: clp compile looks at "
+            "those that you name."
+        )
 
 
 def _retry_failed(directory: SweepDirectory, settings: Settings) -> None:
@@ -391,9 +444,9 @@ def _retry_failed(directory: SweepDirectory, settings: Settings) -> None:
 
 
 def _examples(sweep: Sweep) -> Iterator[Trial]:
-    """Trials that bind all that the sweep binds."""
+    """Trials that bind all that the sweep binds; of a search those at the ends and in the middle of its ranges."""
     if sweep.search is None:
         yield from sweep.trials()
         return
-    for place in (0.0, 0.5):
+    for place in (0.0, 0.5, _NEARLY_ONE):
         yield from sweep.repeats({name: given.at(place) for name, given in sweep.search.ranges.items()})[:1]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job, JobRecord, Under
 
@@ -91,7 +92,7 @@ class Target(Protocol):
     def compile_options(self) -> Sequence[str] | None:
         """What `clp compile` is asked, to know whether a run fits what would be rented; None where nothing is."""
 
-    def check(self, job: Job) -> None:
+    def check(self, cargo: Cargo) -> None:
         """Raises `LaunchError` for what can be known to be wrong of a job to come; creates nothing, asks nobody."""
 
     def check_access(self, job: Job) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from clp_jax.launch.buckets import check_buckets, mount_lines, read_mounts
 from clp_jax.launch.calls import at_once, call, carry_out, stream
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, NOT_BEGUN, verdict
 from clp_jax.launch.job import Job, JobRecord
@@ -95,11 +96,11 @@ class TpuVm:
         """The slices, for `clp compile`."""
         return (f"--topology={self.slice.name}", f"--num_slices={self.num_slices}")
 
-    def check(self, job: Job) -> None:
+    def check(self, cargo: Cargo) -> None:
         """Raises `LaunchError` for files that can't be brought, and a run directory that workers do not share."""
-        check_files(job)
+        check_files(cargo)
         check_run_directory(
-            job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on such a disk"
+            cargo.job, [self.shared_disk] if self.shared_disk else [], "--shared_disk=FOLDER, if it is on such a disk"
         )
 
     def check_access(self, job: Job) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +31,9 @@ class UserFiles:
     misplaced: Mapping[str, str]
     left: Mapping[str, str]
 
-    @property
+    @functools.cached_property
     def contents(self) -> dict[str, bytes]:
-        """Of the files that go along."""
+        """Of the files that go along, as they are when they are first asked for."""
         return {name: path.read_bytes() for name, path in self.paths.items()}
 
     @property

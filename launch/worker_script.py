@@ -32,12 +32,15 @@ def worker_script(
     words = '"$@"' if command is None else shlex.join(command)
     lines = [
         "#!/usr/bin/env bash",
+        # Read to its end before it begins: a repeated start copies the script to workers that run it.
+        "{",
         "set -u",
         f"here={here}",
         'mkdir -p "$here"',
         f'mkdir "$here/{CLAIM}" 2>/dev/null || exit 0',
-        f'echo $$ > "$here/{PID}"',
-        f'finish() {{ echo "$1" > "$here/{EXIT}.new"; mv "$here/{EXIT}.new" "$here/{EXIT}"; exit "$1"; }}',
+        # On a full disk there is no code rather than an empty one, and nothing begins that nobody could see running.
+        f'finish() {{ echo "$1" > "$here/{EXIT}.new" && mv "$here/{EXIT}.new" "$here/{EXIT}"; exit "$1"; }}',
+        f'echo $$ > "$here/{PID}" || finish 75',
         "child=",
         # The setup may take minutes, and may be stopped too.
         'trap \'if [ -z "$child" ]; then finish 143; fi; told=1; kill -TERM "$child" 2>/dev/null\' TERM INT',
@@ -49,5 +52,6 @@ def worker_script(
         # A trap interrupts `wait`, whose code is then the signal's; asked again it has the child's.
         'while true; do told=; wait "$child"; code=$?; [ -n "$told" ] || break; done',
         'finish "$code"',
+        "}",
     ]
     return "\n".join(lines) + "\n"

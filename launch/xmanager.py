@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from clp_jax.launch.arrays import Array, ArrayTask
 from clp_jax.launch.calls import begin, call, carry_out
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.exit_codes import KILLED, verdict
 from clp_jax.launch.job import Job, JobRecord
@@ -21,7 +22,7 @@ from clp_jax.launch.local import local_command
 from clp_jax.launch.local_worker import SCRIPT, end, exit_code, forbid, read_exit
 from clp_jax.launch.log_files import read_logs
 from clp_jax.launch.options import option
-from clp_jax.launch.remote_code import check_run_directory, needed_files
+from clp_jax.launch.remote_code import check_run_directory
 from clp_jax.launch.target import Run, Status, Step, Write
 from clp_jax.launch.worker_script import CLAIM, EXIT, LOG, worker_script
 
@@ -59,16 +60,16 @@ class XManager:
     def compile_options(self) -> None:
         """No slice of a known shape is rented."""
 
-    def check(self, job: Job) -> None:
+    def check(self, cargo: Cargo) -> None:
         """Raises `LaunchError` for a run directory that Vertex would lose, and for files that it would not have."""
         if self.executor == "vertex":
-            files = needed_files(job).paths
+            files = cargo.files.paths
             if files:
                 raise LaunchError(
                     f"Vertex has no {', '.join(files)} of this directory: use a gin file of the package with "
                     "--gin.NAME=VALUE, or build it into the image and give its path there."
                 )
-            check_run_directory(job, ("/gcs",), "a path below /gcs, where Vertex has buckets")
+            check_run_directory(cargo.job, ("/gcs",), "a path below /gcs, where Vertex has buckets")
 
     def check_access(self, job: Job) -> None:
         """Raises `LaunchError` where `xmanager` is not installed, lacks credentials, or does not know what is required."""

@@ -1,40 +1,20 @@
 """Attempts of many jobs as the work units of XManager experiments: one for all that is asked for together."""
 
 import dataclasses
-from collections.abc import Sequence
 
-from clp_jax.launch.arrays import Array, Arrays, ArrayTask
+from clp_jax.launch.arrays import Array, ArrayTask, Together
 from clp_jax.launch.job import JobRecord
 from clp_jax.launch.target import Status, Step
 from clp_jax.launch.xmanager import XManager
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiments(XManager):
-    """XManager, where what was submitted is asked for by `flush`, as one experiment.
+class Experiments(Together, XManager):
+    """XManager, where what was submitted is asked for by `flush`, as one experiment."""
 
-    Attributes:
-        arrays: what was submitted, and what asks for it.
-    """
-
-    arrays: Arrays
     # Of each experiment, what was seen since the last `flush` to be still to end, and how many of it run at once.
     _unfinished: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     _limits: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, target: XManager, arrays: Arrays) -> "Experiments":
-        """Experiments with the options of a target."""
-        given = {field.name: getattr(target, field.name) for field in dataclasses.fields(XManager)}
-        return cls(**given, arrays=arrays)
-
-    def submit(self, record: JobRecord) -> None:
-        """Notes that an attempt is to be asked for.
-
-        Raises:
-            LaunchError: when it was refused.
-        """
-        self.arrays.note(record)
 
     def status(self, record: JobRecord) -> Status:
         """How an attempt stands; it is remembered until the next `flush` where it is still to end."""
@@ -50,11 +30,8 @@ class Experiments(XManager):
         busy = sum(min(self._limits[name], len(names)) for name, names in self._unfinished.items())
         self._unfinished.clear()
         self._limits.clear()
-        self.arrays.flush(busy, lambda array: self.start_experiment(self._steps(array)))
+        self.arrays.flush(busy, lambda array: self.start_experiment(self.steps(array)))
 
-    def plan(self, records: Sequence[JobRecord]) -> Sequence[Step]:
-        """The exact files and commands that ask for attempts."""
-        return self._steps(self.arrays.new(records))
-
-    def _steps(self, array: Array) -> list[Step]:
+    def steps(self, array: Array) -> list[Step]:
+        """The files of the experiment, and how its script is started."""
         return self.experiment(array, self.arrays.directory, self.arrays.prefix)

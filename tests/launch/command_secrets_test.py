@@ -52,6 +52,17 @@ def test_a_secret_that_a_worker_prints_is_not_in_the_record(world, here, monkeyp
     assert "0123456789abcdef" not in capsys.readouterr().err
 
 
+def test_the_value_of_a_named_secret_is_refused_and_redacted(world, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB", "the-secret-value")
+    where = ["tpu-vm", "--topology=v5e:2x2", "--zone=us-west4-a", "--secrets=WANDB=mine", "--name=job", "--look=0.05"]
+    assert clp("launch", *where, "--", "true", "--key=the-secret-value") == 2
+    assert "the value of $WANDB stands in the command" in capsys.readouterr().err
+    program = "import os, sys; print('it is', os.environ['WANDB']); sys.exit(1)"
+    assert clp("launch", *where, "--", "python3", "-c", program) == 1
+    assert record().state.detail.endswith("it is [$WANDB]")
+    assert not [path for path in jobs_directory().rglob("*") if path.is_file() and b"the-secret" in path.read_bytes()]
+
+
 @pytest.mark.parametrize(
     "text", ["-----BEGIN OPENSSH PRIVATE KEY-----\n", '{"type": "service_account", "private_key": "x"}']
 )

@@ -215,6 +215,7 @@ def test_the_run_directory_is_what_the_configuration_says(tmp_path):
     words = ("clp", "train", "--gin_file=examples/pydoc_sft.gin", f"--gin.SFT_DIR='{tmp_path}/a run'")
     assert run_dir_of(words) == f"{tmp_path}/a run"
     assert run_dir_of(("python3", "x.py")) is None
+    assert run_dir_of(("clp", "pipeline", "x.yaml")) is None and run_dir_of(("clp", "sweep", "--file=x.py")) is None
     assert run_dir_of((*words[:-1], "--gin.SFT_DIR='gs://b/run'")) == "gs://b/run"
     with pytest.raises(LaunchError, match="'hdfs://b/run': expected a directory, gs://BUCKET/NAME or s3://BUCKET/NAME"):
         run_dir_of((*words[:-1], "--gin.SFT_DIR='hdfs://b/run'"))

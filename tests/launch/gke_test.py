@@ -5,20 +5,23 @@ import dataclasses
 import datetime
 import io
 import json
+import shlex
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from clp_jax.launch import calls
+from clp_jax.launch import calls, cargo
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import JobRecord
 from clp_jax.launch.jobset import manifest
 from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Note, Run, Write
 from clp_jax.launch.targets import find_target
-from kubernetes_fields import unknown_fields
+from kubernetes_fields import broken_limits, unknown_fields
 
-from .conftest import AWKWARD, QUICK, are_gone, phases, until
+from .conftest import AWKWARD, QUICK, are_gone, clp, phases, until
 
 TWO_HOSTS = {"topology": "v5p:2x2x2"}
 ONE_HOST = {"topology": "v5e:2x2"}
@@ -44,7 +47,8 @@ def written(record, target):
 )
 def test_the_manifest_has_only_what_kubernetes_knows(world, options):
     record, target = world.record("gke", options, words=(AWKWARD,))
-    assert unknown_fields(written(record, target)) == []
+    document = written(record, target)
+    assert unknown_fields(document) == [] and broken_limits(document) == []
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,31 @@ def test_a_wrong_manifest_is_found(world, change, wrong):
     document = written(record, target)
     change(document["items"][1])
     assert unknown_fields(document) == [wrong]
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda job: job["spec"]["network"].update(subdomain="a.b"), "subdomain: 'a.b' is no label of DNS"),
+        (lambda job: job["metadata"].update(name="a" * 60), f"pod: '{'a' * 60}-slice-1-3-abcde' is no label of DNS"),
+        (lambda job: rule(job)["onExitCodes"].update(values=[2, 1]), "exit codes: [2, 1] are not in rising order"),
+        (lambda job: rule(job)["onExitCodes"].update(values=[0, 1]), "exit codes: 0 is no failure"),
+        (lambda job: job_of(job).update(parallelism=2**30), "replicas by parallelism: 2147483648 are too many"),
+    ],
+)
+def test_a_broken_limit_is_found(world, change, wrong):
+    record, target = world.record("gke", ALL)
+    document = written(record, target)
+    change(document["items"][1])
+    assert broken_limits(document) == [wrong]
+
+
+def job_of(jobset):
+    return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def rule(jobset):
+    return job_of(jobset)["podFailurePolicy"]["rules"][0]
 
 
 def test_slices_hosts_and_rights_are_in_the_manifest(world):
@@ -229,12 +258,54 @@ def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
     assert len(world.runs) == 1 and world.state["created"] == ["job-1"]
 
 
-def test_a_dry_run_calls_nothing_and_tells_xpk_users_their_command(world):
+def xpk(record, target):
+    """The commands for xpk, as words, and the line about what it can't say."""
+    (note,) = [step.text for step in target.dry_run(record) if isinstance(step, Note)]
+    first, *commands, last = note.split("\n")
+    assert first == "The same with xpk:"
+    return [shlex.split(command) for command in commands], last
+
+
+def test_xpk_users_get_all_that_its_flags_say(world):
+    """Accepted by xpk 1.16: ``xpk workload create ... --dry-run --output-manifest-file=FILE``."""
+    context = "gke_my-project_us-west4-a_my-cluster"
+    record, target = world.record("gke", {**ALL, "context": context, "mounts": "my.runs=/mnt/b"}, words=("a b",))
+    (storage, workload), last = xpk(record, target)
+    where = ["--cluster=my-cluster", "--zone=us-west4-a", "--project=my-project", "--namespace=research"]
+    assert storage == [
+        *("xpk", "storage", "attach", "my-runs", "--type=gcsfuse", *where),
+        *("--bucket=my.runs", "--mount-point=/mnt/b", "--auto-mount=true", "--readonly=false", "--size=1"),
+    ]
+    assert workload == [
+        *("xpk", "workload", "create", *where, "--workload=job", "--tpu-type=v6e-4x4"),
+        *("--num-slices=2", "--spot", "--termination-grace-period-seconds=60", "--docker-image=python:3.12"),
+        f"--command={shlex.join(record.job.command)}",
+    ]
+    assert last == (
+        "xpk has no flags for: supervision, the code and your files (the image has to hold them), "
+        "--service_account=trainer, --secrets (of WANDB_API_KEY)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "paid", "missing"),
+    [
+        ({"topology": "v5p:4x4x8", "provision": "reserved", "reservation": "r"}, "--reservation=r", ""),
+        ({"topology": "v5e:2x4"}, "--on-demand", ", 8 chips in one host (it asks for two)"),
+        ({"topology": "v5e:2x2", "context": "other"}, "--on-demand", ", slices of less than 8 chips"),
+    ],
+)
+def test_what_xpk_can_not_say_is_a_line(world, options, paid, missing):
+    record, target = world.record("gke", options)
+    (words,), last = xpk(record, target)
+    assert paid in words and "--cluster=CLUSTER" in words and "--zone=ZONE" in words
+    assert last.endswith(f"(the image has to hold them){missing}.")
+
+
+def test_a_dry_run_calls_nothing(world):
     record, target = world.record("gke", ONE_HOST, words=("a b",))
     steps = target.dry_run(record)
     assert world.calls() == []
-    (note,) = [step.text for step in steps if isinstance(step, Note)]
-    assert "xpk workload create --cluster=CLUSTER --workload=job-1 --tpu-type=v5litepod-4 --num-slices=1" in note
     planned = [list(step.words) for step in steps if isinstance(step, Run)]
     world.run(record, target)
     assert [call for call in world.calls("kubectl") if "apply" in call] == planned
@@ -258,7 +329,7 @@ def test_options_are_checked_before_anything(world, options, message):
 def test_access_is_checked_before_anything_is_created(world):
     record, target = world.record("gke", ONE_HOST, run_dir="runs/x")
     with pytest.raises(LaunchError, match="which the workers do not share"):
-        target.check(record.job)
+        target.check(Cargo.of(record.job, target))
     world.trouble("rights")
     with pytest.raises(LaunchError, match="kubectl may not create JobSets in this cluster: no"):
         target.check_access(record.job)
@@ -278,7 +349,32 @@ def test_files_too_large_for_a_config_map_are_refused(world):
     (world.path / "here" / "noise.bin").write_bytes(np.random.default_rng(0).bytes(700_000))
     job = dataclasses.replace(record.job, command=("cat", "noise.bin"), run_dir="gs://b/r")
     with pytest.raises(LaunchError, match="in a ConfigMap, which holds 1000000"):
-        target.check(job)
+        target.check(Cargo.of(job, target))
+
+
+def test_names_of_pods_are_no_longer_than_a_cluster_takes(world):
+    long = {"topology": "v5p:16x16x24", "num_slices": "11"}
+    record, target = world.record("gke", long, name="a" * 40)
+    with pytest.raises(
+        LaunchError, match="of 11 slices with 1536 hosts, would be longer than the 63 letters .* at most 38"
+    ):
+        target.check(Cargo.of(record.job, target))
+    record, target = world.record("gke", long, name="b" * 38)
+    for attempt in (1, 9999):
+        record.append("queued", attempt=attempt)
+        assert broken_limits(written(record, target)) == []
+
+
+def test_files_are_read_and_packed_once(world, monkeypatch):
+    done = []
+    for name in ("user_files", "archive"):
+        real = getattr(cargo, name)
+        monkeypatch.setattr(cargo, name, lambda *given, name=name, real=real: (done.append(name), real(*given))[1])
+    monkeypatch.chdir(world.path / "here")
+    Path("list.txt").write_text("x")
+    world.trouble("apply", "quota")
+    assert clp("launch", "gke", "--topology=v5e:2x2", "--name=job", "--look=0.05", "--", "cat", "list.txt") == 1
+    assert sorted(done) == ["archive", "user_files"]
 
 
 def test_hosts_that_are_slices_share_a_pool(world):

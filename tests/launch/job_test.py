@@ -4,7 +4,7 @@ import json
 import multiprocessing
 
 import pytest
-from clp_jax.launch.errors import Held, LaunchError
+from clp_jax.launch.errors import Damaged, Held, LaunchError
 from clp_jax.launch.job import Job, JobRecord, all_records, jobs_directory
 from clp_jax.launch.jobs import jobs
 
@@ -91,6 +91,8 @@ def test_directories_that_are_no_records(tmp_path):
         JobRecord.load(tmp_path / "x")
     (tmp_path / "y").mkdir()
     (tmp_path / "x" / "job.json").unlink()
+    with pytest.raises(Damaged, match=r"x is not the record of a job: it has no job.json"):
+        JobRecord.load(tmp_path / "x")
     JobRecord.create(tmp_path, job())
     assert [record.job.name for record in all_records(tmp_path, pytest.fail)] == ["job"]
     assert all_records(tmp_path / "absent", pytest.fail) == []

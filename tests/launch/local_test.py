@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.namespaces import check_namespaces
@@ -146,7 +147,7 @@ def test_a_command_that_is_not_there(world, tmp_path):
     record, target = world.record("local", {})
     absent = dataclasses.replace(record.job, command=("no-such-program",))
     with pytest.raises(LaunchError, match="there is no command 'no-such-program' on this machine"):
-        target.check(absent)
+        target.check(Cargo.of(absent, target))
 
 
 @pytest.mark.parametrize(

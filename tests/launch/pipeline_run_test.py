@@ -291,6 +291,32 @@ def test_a_call_that_fails_is_made_again_and_another_launcher_is_waited_for(capf
     until(lambda: third.poll() == "")
 
 
+def test_a_damaged_record_is_a_failed_stage(capfd):
+    write(ONE.replace("}", ", target: local --max_failures=1}"))
+    Path("broken").write_text("")
+    assert run() == (1, ["one"])
+    (record,) = all_records(Path("jobs"), pytest.fail)
+    (record.path / "states.jsonl").write_text("{\n")
+    Path("broken").unlink()
+    capfd.readouterr()
+    assert run() == (1, [])
+    assert f"one: failed: {record.path.absolute()}/states.jsonl is damaged" in capfd.readouterr().err
+
+
+def test_a_record_that_is_damaged_while_its_stage_runs_ends_it(capfd):
+    write(ONE.replace("}", ", target: local}"), more="--until=go")
+    codes = []
+    runner = threading.Thread(target=lambda: codes.append(main(["pipeline", "p.yaml"])), daemon=True)
+    runner.start()
+    until(notes)
+    (record,) = all_records(Path("jobs"), pytest.fail)
+    (record.path / "states.jsonl").write_text("{\n")
+    runner.join(60)
+    Path("go").touch()
+    assert codes == [1]
+    assert f"one: failed: the record {record.path.absolute()} is damaged, and nobody" in capfd.readouterr().err
+
+
 def test_an_input_that_vanishes_is_a_failed_stage_and_what_runs_ends_well(capfd):
     write(ONE, THREE.replace("outputs", "inputs: [out/one/more], outputs"), more="--together=1")
     Path("notes").write_text("")

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from clp_jax.launch import calls
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import JobRecord
 from clp_jax.launch.jobs import jobs
@@ -155,7 +156,7 @@ def test_a_dry_run_calls_nothing(world):
 def test_bad_input(world):
     record, target = world.record("slurm", {}, run_dir="/tmp/run")
     with pytest.raises(LaunchError, match="each node has a /tmp of its own"):
-        target.check(record.job)
+        target.check(Cargo.of(record.job, target))
     with pytest.raises(LaunchError, match="--nodes is 0: expected at least 1"):
         find_target("slurm", {"nodes": "0"})
     record.append("queued", attempt=1)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 from clp_jax.launch import supervisor
-from clp_jax.launch.errors import LaunchError
+from clp_jax.launch.errors import Damaged, LaunchError
 from clp_jax.launch.exit_codes import may_restart, verdict
 from clp_jax.launch.job import Job, JobRecord
 from clp_jax.launch.jobs import jobs
-from clp_jax.launch.supervisor import Patience, advance, describe, ends_without_progress, retry, supervise
+from clp_jax.launch.supervisor import Patience, Sight, Watch, advance, describe, ends_without_progress, retry, supervise
 from clp_jax.launch.target import Status, Target, Unavailable, Unreachable
 
 NOW = Patience(look=0.01, first_wait=0.0)
@@ -38,7 +38,7 @@ class Place:
     def compile_options(self):
         return None
 
-    def check(self, job):
+    def check(self, cargo):
         pass
 
     def check_access(self, job):
@@ -297,7 +297,7 @@ def test_errors_do_not_end_the_supervision_of_others(tmp_path, capsys):
             return Status("succeeded")
 
     assert [state.phase for state in supervise(records, [Moody(), Moody()], NOW)] == ["succeeded", "succeeded"]
-    assert "a: credentials have expired. Trying again." in capsys.readouterr().err
+    assert "a: credentials have expired. Asking again." in capsys.readouterr().err
 
 
 def test_one_line_about_a_job(record):
@@ -377,8 +377,8 @@ def test_nothing_that_goes_wrong_leaves_the_others_alone(record, tmp_path, capsy
     ends = supervise([record, other], [place, odd], NOW)
     assert [end.phase for end in ends] == ["succeeded", "succeeded"]
     told = capsys.readouterr().err
-    assert "other: RuntimeError: what nobody expects. Trying again." in told
-    assert "job: OSError: [Errno 28] No space left on device. Trying again." in told
+    assert "other: RuntimeError: what nobody expects. Asking again." in told
+    assert "job: OSError: [Errno 28] No space left on device. Asking again." in told
 
 
 def test_a_damaged_record_is_told_and_looked_at_again(record, tmp_path, monkeypatch, capsys):
@@ -399,6 +399,29 @@ def test_a_damaged_record_is_told_and_looked_at_again(record, tmp_path, monkeypa
     monkeypatch.setattr(supervisor.time, "sleep", nap)
     assert [end.phase for end in supervise([record, other], [place, place], NOW)] == ["succeeded", "succeeded"]
     assert f"{damaged} is damaged" in capsys.readouterr().err
+
+
+def test_a_watch_tells_what_goes_wrong_once_and_asks_again(record, capsys):
+    place, errors = Place(), [LaunchError("no room."), LaunchError("no room."), ValueError("odd"), Damaged("torn")]
+
+    def hold():
+        if errors:
+            raise errors.pop(0)
+        return record, place
+
+    watch = Watch("job", hold, NOW)
+    assert [watch.look() for _ in range(4)] == [Sight(), Sight(), Sight(), Sight(is_damaged=True)]
+    assert capsys.readouterr().err.splitlines() == [
+        "job: no room. Asking again.",
+        "job: ValueError: odd. Asking again.",
+        "job: torn",
+    ]
+    watch.look()
+    sight = watch.look()
+    assert (sight.state.phase, sight.is_done) == ("queued", False)
+    place.there["job-1"] = Status("succeeded")
+    watch.look()
+    assert watch.look().is_done and capsys.readouterr().err.splitlines() == ["job: queued", "job: succeeded"]
 
 
 def test_lines_that_can_not_be_had_keep_no_job_from_ending(record):

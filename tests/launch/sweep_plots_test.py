@@ -56,6 +56,13 @@ def test_fronts_are_of_pairs_with_goals():
     assert plot_fronts([Setting({}, 0, {}, {})], [], GOALS) == {}
 
 
+def test_what_a_legend_has_no_room_for_is_counted():
+    settings = [Setting({"A": str(i)}, 1, {"loss": float(i), "reward": float(i)}, {}) for i in range(10)]
+    (figure,) = plot_fronts(settings, ["A"], GOALS).values()
+    lines = figure.axes[0].get_legend().get_title().get_text().splitlines()
+    assert (lines[0], lines[7:]) == ("1  A = 0", ["8  A = 7", "…  2 more: table.md"])
+
+
 def test_names_with_dollars_and_long_values_are_drawn(tmp_path):
     long = Setting({"A$B": "x" * 300}, 1, {"a$b$": 1.0, "c": 1.0}, {})
     figure = plot_parallel([long, long], ["A$B"], {"a$b$": "minimize"})

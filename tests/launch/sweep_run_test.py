@@ -9,7 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from clp_jax.launch import renewal, space
+from clp_jax.launch import command, renewal, space, sweep_run
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.command import create
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import all_records, jobs_directory
@@ -105,6 +106,135 @@ def test_a_damaged_record_hides_no_other_trial(capsys):
         assert said.err.count("\n") == 2
 
 
+def within(seconds, words):
+    """The exit code of a command that ends in time."""
+    codes = []
+    runner = threading.Thread(target=lambda: codes.append(main(words)), daemon=True)
+    runner.start()
+    runner.join(seconds)
+    assert codes, "it did not end"
+    return codes[0]
+
+
+def test_a_damaged_record_ends_its_trial_and_the_sweep(capsys):
+    Path("sweep.yaml").write_text(YAML.replace("0.2", "0").replace("[1, 2, 3]", "[2]").replace("seeds: 2", "seeds: 1"))
+    words = ["sweep", "--file=sweep.yaml", "local", "--look=0.05"]
+    assert main(words) == 0
+    (damaged,) = all_records(jobs_directory(), pytest.fail)
+    (damaged.path / "states.jsonl").write_text("{\n")
+    Path("sweep.yaml").write_text(Path("sweep.yaml").read_text().replace("[2]", "[1, 2, 3]"))
+    capsys.readouterr()
+    assert within(120, words) == 1
+    said = capsys.readouterr()
+    assert f"{damaged.job.name}: {damaged.path}/states.jsonl is damaged" in said.err
+    assert "1 of 3 trials have damaged records: " in said.err and "Asking again" not in said.err
+    rows = SweepDirectory.load(Path("runs/sweeps/sweep")).rows()
+    assert sorted(row.state for row in rows) == ["damaged", "succeeded", "succeeded"] and len(begun()) == 3
+    # Moved away it is a trial that has not begun.
+    shutil.rmtree(damaged.path)
+    assert within(120, words) == 0 and len(begun()) == 4
+
+
+def test_what_is_damaged_while_a_trial_runs_ends_it_and_no_other(capsys):
+    Path("sweep.yaml").write_text(
+        YAML.replace("0.2", "2").replace("[1, 2, 3]", "[1, 2]").replace("seeds: 2", "seeds: 1")
+    )
+
+    def damage():
+        until(begun)
+        (record,) = [record for record in all_records(jobs_directory(), pytest.fail) if record.state is not None]
+        (record.attempt_directory / "worker-0" / "exit").write_text("x")
+
+    saboteur = threading.Thread(target=damage)
+    saboteur.start()
+    assert within(120, ["sweep", "--file=sweep.yaml", "local", "--look=0.05"]) == 1
+    saboteur.join()
+    said = capsys.readouterr().err
+    assert "worker-0/exit holds 'x': expected an exit code" in said
+    assert ": damaged: what runs of it, if anything, runs on, and nobody looks after it" in said
+    assert "1 of 2 trials have damaged records" in said
+    assert [row.state for row in SweepDirectory.load(Path("runs/sweeps/sweep")).rows()] == ["running", "succeeded"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("here.gin", "X = '0123456789abcdef'", r"the value of \$WANDB_API_KEY stands in here.gin"),
+        ("../other.txt", "x", r"\.\./other.txt is not below"),
+    ],
+)
+def test_files_of_later_trials_are_looked_at_before_anything(world, here, monkeypatch, name, text, message):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    Path(name).write_text(text)
+    options = {"topology": "v5e:2x2", "zone": "us-west4-a", "mounts": "runs=/mnt/runs"}
+    settings = Settings(find_target("tpu-vm", options), options, ["train"])
+    sweep = Sweep(COMMAND, [{"FILE": "'none'"}, {"FILE": repr(name)}])
+    with pytest.raises(LaunchError, match=message):
+        run_sweep(sweep, Path("/mnt/runs/sweep"), settings)
+    assert not jobs_directory().exists() and world.calls() == []
+
+
+def refuses(monkeypatch, what):
+    """A compiler for which trials with one binding do not fit; what it was asked."""
+    asked = []
+
+    def compile_all(target, job, commands, trial=""):
+        asked.append(trial)
+        if what in trial:
+            raise LaunchError("it does not fit v5e:2x2")
+
+    for module in (command, sweep_run):
+        monkeypatch.setattr(module, "check_that_it_fits", compile_all)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message", "asked"),
+    [
+        (
+            Sweep(COMMAND, space.grid({"RATE": [1e-3, 2e-3], "BATCH": [8, 32, 64]}), seeds=2),
+            "the trial RATE=0.001 BATCH=64 seed=0: it does not fit v5e:2x2",
+            ["", "RATE=0.001 BATCH=32 seed=0 ", "RATE=0.001 BATCH=64 seed=0 "],
+        ),
+        (
+            Sweep(COMMAND, search=Search({"BATCH": space.integers(1, 64)}, 3), metrics=METRICS),
+            "the trial BATCH=64: it does not fit v5e:2x2",
+            ["", "BATCH=33 ", "BATCH=64 "],
+        ),
+    ],
+)
+def test_trials_that_may_need_other_memory_are_compiled_too(world, here, monkeypatch, sweep, message, asked):
+    found = refuses(monkeypatch, "BATCH=64")
+    (world.path / "buckets" / "runs").mkdir(parents=True)
+    options = {"topology": "v5e:2x2", "zone": "us-west4-a", "mounts": "runs=/mnt/runs"}
+    settings = Settings(find_target("tpu-vm", options), options, ["train"])
+    with pytest.raises(LaunchError, match=f"^{message}"):
+        run_sweep(sweep, Path("/mnt/runs/sweep"), settings)
+    assert found == asked and not jobs_directory().exists() and not world.state.get("created")
+
+
+def test_so_many_are_compiled_and_no_more(monkeypatch, capsys):
+    found = refuses(monkeypatch, "none")
+    options = {"topology": "v5e:2x2", "zone": "us-west4-a"}
+    settings = Settings(find_target("tpu-vm", options), options, ["train"])
+    sweep = Sweep(COMMAND, space.grid({"BATCH": list(range(10))}), seeds=3)
+    directory = SweepDirectory.of(Path("sweep"), sweep)
+    new = [(trial, jobs_of(directory, trial, settings)) for trial in sweep.trials()]
+    sweep_run._check_that_others_fit(new, settings)
+    assert found == [f"BATCH={number} seed=0 " for number in range(1, 8)]
+    assert "2 more kinds of trials are not compiled" in capsys.readouterr().err
+    sweep_run._check_that_others_fit(new, Settings(Local(), {}, ["train"]))
+    assert len(found) == 7
+
+
+def test_a_metric_that_the_first_trials_lack_is_told_at_once(capsys):
+    sweep = Sweep(COMMAND, space.grid({"A": [1, 2, 3]}), metrics={"loss": "minimize", "accuracy": "maximize"})
+    run(sweep)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("no trial has accuracy yet: they have step, loss, A.") == 1
+    assert lines.index("no trial has accuracy yet: they have step, loss, A.") < len(lines) - 2
+
+
 def test_commands_after_the_first_wait_for_it_and_are_not_run_without_it():
     Path("broken").write_text("2")
     then = [f"{COMMAND} --run_dir={{run_dir}}"]
@@ -136,7 +266,7 @@ def begun_before(sweep, options):
     directory = SweepDirectory.of(Path("sweep"), sweep)
     directory.write()
     (job,) = jobs_of(directory, sweep.trials()[0], Settings(target, options, ["train"]))
-    record = create(directory.jobs, job, target)
+    record = create(directory.jobs, Cargo.of(job, target))
     with record.lock():
         advance(record, target, QUICK)
         advance(record, target, QUICK)

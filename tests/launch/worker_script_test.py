@@ -50,9 +50,34 @@ def test_it_runs_once(tmp_path):
     assert (tmp_path / "here it is" / "log").read_text() == "x\n"
 
 
+def test_a_script_that_is_copied_again_while_it_runs_goes_on(tmp_path):
+    command = ["bash", "-c", f"until [ -f '{tmp_path}/go' ]; do sleep 0.05; done; exit 5"]
+    process = run(tmp_path, command, wait=False, setup=[f"until [ -f '{tmp_path}/set' ]; do sleep 0.05; done"])
+    until((tmp_path / "here it is" / "pid").exists)
+    (tmp_path / "run.sh").write_text("\n" * 4000 + f"touch '{tmp_path}/hacked'\n")
+    for name in ("set", "go"):
+        (tmp_path / name).touch()
+    assert process.wait(60) == 5 and (tmp_path / "here it is" / "exit").read_text() == "5\n"
+    assert not (tmp_path / "hacked").exists()
+
+
 def test_a_setup_that_fails_is_the_exit_code(tmp_path):
     assert run(tmp_path, ["true"], setup=["false || finish 75"]) == 75
     assert (tmp_path / "here it is" / "exit").read_text() == "75\n"
+
+
+def test_on_a_full_disk_nothing_begins_unseen_and_no_code_is_made_up(tmp_path):
+    """A folder in place of a file: what can't be written to, also by root."""
+    here = tmp_path / "here it is"
+    (here / "pid").mkdir(parents=True)
+    assert run(tmp_path, ["touch", str(tmp_path / "begun")]) == 75
+    assert not (tmp_path / "begun").exists() and (here / "exit").read_text() == "75\n"
+    for path in (here / "pid", here / "claimed"):
+        path.rmdir()
+    (here / "exit").unlink()
+    (here / "exit.new").mkdir()
+    assert run(tmp_path, ["bash", "-c", "exit 3"]) == 3
+    assert not (here / "exit").exists()
 
 
 @pytest.mark.parametrize("during", ["setup", "command"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from clp_jax.launch import space, xmanager_experiment
+from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
 from clp_jax.launch.job import all_records, jobs_directory
 from clp_jax.launch.supervisor import advance
@@ -317,13 +318,15 @@ def test_vertex_has_no_files_of_this_machine(world):
     (world.path / "here" / "my.gin").write_text("A = 1\n")
     named = dataclasses.replace(record.job, command=("clp", "train", "--gin_file=my.gin"))
     with pytest.raises(LaunchError, match=r"Vertex has no my.gin of this directory"):
-        target.check(named)
-    find_target("xmanager", {}).check(named)
-    target.check(dataclasses.replace(named, command=("clp", "train", "--gin_file=/configs/my.gin")))
-    target.check(dataclasses.replace(named, command=("clp", "train", "--gin_file=examples/pydoc_sft.gin")))
+        target.check(Cargo.of(named, target))
+    find_target("xmanager", {}).check(Cargo.of(named, target))
+    target.check(Cargo.of(dataclasses.replace(named, command=("clp", "train", "--gin_file=/configs/my.gin")), target))
+    target.check(
+        Cargo.of(dataclasses.replace(named, command=("clp", "train", "--gin_file=examples/pydoc_sft.gin")), target)
+    )
 
 
 def test_vertex_needs_a_run_directory_in_a_bucket(world):
     record, target = world.record("xmanager", {"executor": "vertex", "image": "i"}, run_dir="runs/x")
     with pytest.raises(LaunchError, match="a path below /gcs"):
-        target.check(record.job)
+        target.check(Cargo.of(record.job, target))
