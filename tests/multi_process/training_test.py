@@ -237,7 +237,7 @@ def test_a_run_that_is_stopped_and_killed_goes_on_with_other_processes(home, alo
 
     others = jobs(tmp_path / "four", "experts", "policy", crossed=True)
     made = [*jobs(tmp_path, "packed", num_steps=12), *others]
-    start(tmp_path / "third", home, made, num_processes=4, devices=2).succeed()
+    start(tmp_path / "third", home, made, num_processes=4, devices=2).succeed(1800)
     assert_same(run_dir, undisturbed, [2, 4], exact=False)
     for job in others:
         assert_same(Path(job["run_dir"]), alone / job["name"], [4], exact=False)
