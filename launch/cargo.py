@@ -3,14 +3,10 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clp_jax.launch.code import archive
 from clp_jax.launch.job import Job
 from clp_jax.launch.user_files import UserFiles, user_files
-
-if TYPE_CHECKING:
-    from clp_jax.launch.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +20,6 @@ class Cargo:
 
     job: Job
     extra: str | None
-
-    @classmethod
-    def of(cls, job: Job, target: "Target") -> "Cargo":
-        """What a target brings to the workers for a job."""
-        return cls(job, target.ships_code)
 
     @functools.cached_property
     def files(self) -> UserFiles:

@@ -76,7 +76,7 @@ def launch(words: Sequence[str], commands: Collection[str]) -> int:
     target_options = {k: v for k, v in given.items() if k not in ours}
     target = find_target(places[0], target_options)
     job = make_job(places[0], target_options, options, command, commands)
-    cargo = Cargo.of(job, target)
+    cargo = Cargo(job, target.ships_code)
     target.check(cargo)
     jobs = jobs_directory()
     if options.dry_run:

@@ -77,7 +77,7 @@ def run_pipeline(
     for stage in pipeline.stages.values():
         refuse_secrets([*stage.command, *stage.target], {})
         if stage.target:
-            cargos[stage.name] = Cargo.of(stage_job(pipeline.name, stage, ""), _check_outputs(stage))
+            cargos[stage.name] = Cargo(stage_job(pipeline.name, stage, ""), _check_outputs(stage).ships_code)
             refuse_secrets_of(cargos[stage.name])
     configs = _configs(pipeline)
     # Nobody is asked about what is done.
@@ -94,7 +94,7 @@ def print_plan(pipeline: Pipeline, directory: Path) -> None:
     for stage in pipeline.stages.values():
         if stage.target:
             target = _check_outputs(stage)
-            cargos[stage.name] = Cargo.of(stage_job(pipeline.name, stage, ""), target)
+            cargos[stage.name] = Cargo(stage_job(pipeline.name, stage, ""), target.ships_code)
             target.check(cargos[stage.name])
     for name, reason in _reasons(pipeline, _configs(pipeline), StageStates(directory)).items():
         stage = pipeline.stages[name]

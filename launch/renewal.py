@@ -52,7 +52,7 @@ def renew(record: JobRecord, target: Target, job: Job) -> JobRecord:
         show(f"{job.directory} is not here: {job.name} goes on with the code and the files of then.")
         return record
     job = dataclasses.replace(job, code_version=code_version())
-    cargo = Cargo.of(job, target)
+    cargo = Cargo(job, target.ships_code)
     refuse_secrets_of(cargo)
     target.check(cargo)
     if record.job.code_version != job.code_version:

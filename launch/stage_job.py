@@ -148,7 +148,7 @@ def _record_of(job: Job, target: Target) -> JobRecord:
     for record in records:
         if (record.job.target, record.job.options) == (job.target, job.options):
             return record
-    return create(jobs, Cargo.of(dataclasses.replace(job, name=names[len(records)]), target))
+    return create(jobs, Cargo(dataclasses.replace(job, name=names[len(records)]), target.ships_code))
 
 
 def patience_for(target: Target) -> Patience:

@@ -96,9 +96,9 @@ def sweep(words: Sequence[str], commands: Collection[str]) -> int:
         for number, job in enumerate(jobs[0]):
             print(f"\nThe first one runs: {shlex.join(job.command)}")
             if batch is None:
-                print_plan([Cargo.of(job, target)], directory.jobs, lambda records: target.dry_run(*records))
+                print_plan([Cargo(job, target.ships_code)], directory.jobs, lambda records: target.dry_run(*records))
             else:
-                print_plan([Cargo.of(these[number], target) for these in jobs], directory.jobs, batch.plan)
+                print_plan([Cargo(these[number], target.ships_code) for these in jobs], directory.jobs, batch.plan)
         return 0
     try:
         rows = run_sweep(found, path, settings)

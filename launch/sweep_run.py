@@ -195,7 +195,9 @@ class _Run:
     def _hold(self, job: Job) -> tuple[JobRecord, Target]:
         if job.name not in self._held:
             path = self._records / job.name
-            record = JobRecord.load(path) if path.is_dir() else create(self._records, Cargo.of(job, self._target))
+            record = (
+                JobRecord.load(path) if path.is_dir() else create(self._records, Cargo(job, self._target.ships_code))
+            )
             if record.is_held:
                 raise Held("another launcher looks after it.")
             target = target_of(record, job, self._target)
@@ -269,8 +271,11 @@ def run_sweep(sweep: Sweep, path: Path, settings: Settings) -> list[Row]:
     )
     new = [(t, jobs) for t in _examples(sweep) if (jobs := _new_jobs(directory, t, settings))]
     for job in new[0][1] if new else ():
-        check_before_creating(settings.target, Cargo.of(job, settings.target), settings.commands, settings.force)
-    if not settings.force:
+        check_before_creating(
+            settings.target, Cargo(job, settings.target.ships_code), settings.commands, settings.force
+        )
+    # What a search that goes on may ask for was looked at when it began.
+    if not settings.force and not (sweep.search is not None and known):
         _check_that_others_fit(new, settings)
     with hold(path / ".lock", f"another launcher runs the sweep in {path}: wait for it."):
         directory.write()
@@ -394,7 +399,7 @@ def _check_words_and_files(sweep: Sweep, directory: SweepDirectory, settings: Se
         for line in command_lines(directory.commands, trial, str(directory.run_dir(trial))):
             refuse_secrets(line, settings.options)
         for job in _new_jobs(directory, trial, settings):
-            cargo = Cargo.of(job, settings.target)
+            cargo = Cargo(job, settings.target.ships_code)
             # Most trials name the same files.
             named = (*cargo.files.paths, "", *cargo.files.misplaced)
             if named not in seen:

@@ -329,7 +329,7 @@ def test_options_are_checked_before_anything(world, options, message):
 def test_access_is_checked_before_anything_is_created(world):
     record, target = world.record("gke", ONE_HOST, run_dir="runs/x")
     with pytest.raises(LaunchError, match="which the workers do not share"):
-        target.check(Cargo.of(record.job, target))
+        target.check(Cargo(record.job, target.ships_code))
     world.trouble("rights")
     with pytest.raises(LaunchError, match="kubectl may not create JobSets in this cluster: no"):
         target.check_access(record.job)
@@ -349,7 +349,7 @@ def test_files_too_large_for_a_config_map_are_refused(world):
     (world.path / "here" / "noise.bin").write_bytes(np.random.default_rng(0).bytes(700_000))
     job = dataclasses.replace(record.job, command=("cat", "noise.bin"), run_dir="gs://b/r")
     with pytest.raises(LaunchError, match="in a ConfigMap, which holds 1000000"):
-        target.check(Cargo.of(job, target))
+        target.check(Cargo(job, target.ships_code))
 
 
 def test_names_of_pods_are_no_longer_than_a_cluster_takes(world):
@@ -358,7 +358,7 @@ def test_names_of_pods_are_no_longer_than_a_cluster_takes(world):
     with pytest.raises(
         LaunchError, match="of 11 slices with 1536 hosts, would be longer than the 63 letters .* at most 38"
     ):
-        target.check(Cargo.of(record.job, target))
+        target.check(Cargo(record.job, target.ships_code))
     record, target = world.record("gke", long, name="b" * 38)
     for attempt in (1, 9999):
         record.append("queued", attempt=attempt)

@@ -147,7 +147,7 @@ def test_a_command_that_is_not_there(world, tmp_path):
     record, target = world.record("local", {})
     absent = dataclasses.replace(record.job, command=("no-such-program",))
     with pytest.raises(LaunchError, match="there is no command 'no-such-program' on this machine"):
-        target.check(Cargo.of(absent, target))
+        target.check(Cargo(absent, target.ships_code))
 
 
 @pytest.mark.parametrize(

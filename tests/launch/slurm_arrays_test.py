@@ -119,7 +119,7 @@ def test_a_failed_trial_is_tried_again_alone(world, capsys):
 
 
 def test_a_single_trial_is_shown_stopped_and_retried(world, capsys):
-    until_go = sweep(seeds=None, words="--seconds=3")
+    until_go = sweep(seeds=None, words="--until=go")
     first, second, third = (f"{name}" for name in (trial.name for trial in until_go.trials()))
     rows = []
     thread = threading.Thread(target=lambda: rows.extend(run(until_go, "slurm", max_concurrent=2)))
@@ -127,6 +127,7 @@ def test_a_single_trial_is_shown_stopped_and_retried(world, capsys):
     until(lambda: len(begun()) == 2)
     waits = next(record for record in all_records(jobs_directory(), pytest.fail) if record.path.name.endswith(third))
     assert main(["jobs", "stop", waits.job.name]) == 0
+    Path("go").touch()
     thread.join()
     assert [row.state for row in rows] == ["succeeded", "succeeded", "stopped"]
     assert sorted(begun()) == sorted([first, second])

@@ -156,7 +156,7 @@ def test_a_dry_run_calls_nothing(world):
 def test_bad_input(world):
     record, target = world.record("slurm", {}, run_dir="/tmp/run")
     with pytest.raises(LaunchError, match="each node has a /tmp of its own"):
-        target.check(Cargo.of(record.job, target))
+        target.check(Cargo(record.job, target.ships_code))
     with pytest.raises(LaunchError, match="--nodes is 0: expected at least 1"):
         find_target("slurm", {"nodes": "0"})
     record.append("queued", attempt=1)

@@ -266,7 +266,7 @@ def begun_before(sweep, options):
     directory = SweepDirectory.of(Path("sweep"), sweep)
     directory.write()
     (job,) = jobs_of(directory, sweep.trials()[0], Settings(target, options, ["train"]))
-    record = create(directory.jobs, Cargo.of(job, target))
+    record = create(directory.jobs, Cargo(job, target.ships_code))
     with record.lock():
         advance(record, target, QUICK)
         advance(record, target, QUICK)

@@ -78,7 +78,7 @@ def test_a_machine_with_an_old_python_gets_another(world):
 def test_a_command_that_names_no_file_of_the_user(world):
     job = Job("job", ("python3", str(FAKES / "training.py")), "tpu-vm", {**SPOT, "topology": "v5e:2x2"})
     target = find_target(job.target, job.options)
-    assert world.run(create(world.jobs, Cargo.of(job, target)), target).phase == "succeeded"
+    assert world.run(create(world.jobs, Cargo(job, target.ships_code)), target).phase == "succeeded"
     assert world.runs[0]["files"] == []
 
 
@@ -274,9 +274,9 @@ def test_a_bucket_is_a_folder_of_the_workers(world):
     step = f"{folder}/a/run/checkpoints/7"
     job = Job("job", ("mkdir", "-p", step), "tpu-vm", options, run_dir)
     target = find_target("tpu-vm", options)
-    target.check(Cargo.of(job, target))
+    target.check(Cargo(job, target.ships_code))
     target.check_access(job)
-    end = world.run(create(world.jobs, Cargo.of(job, target)), target)
+    end = world.run(create(world.jobs, Cargo(job, target.ships_code)), target)
     assert (end.phase, end.step) == ("succeeded", 7)
     assert (world.path / "buckets/runs/a/run/checkpoints/7").is_dir()
     assert (world.path / "mounts.log").read_text() == f"gcsfuse --implicit-dirs runs {folder}\n"
@@ -353,9 +353,9 @@ def test_access_is_checked_before_anything_is_created(world):
 def test_a_run_directory_that_ends_with_the_workers_is_refused(world):
     record, target = world.record("tpu-vm", SPOT, run_dir="runs/x")
     with pytest.raises(LaunchError, match="the run directory is 'runs/x', which the workers do not share"):
-        target.check(Cargo.of(record.job, target))
+        target.check(Cargo(record.job, target.ships_code))
     shared = find_target("tpu-vm", {**SPOT, "shared_disk": "runs"})
-    shared.check(Cargo.of(record.job, shared))
+    shared.check(Cargo(record.job, shared.ships_code))
 
 
 def test_a_silent_worker_is_no_verdict(world):

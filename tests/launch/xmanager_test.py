@@ -318,15 +318,19 @@ def test_vertex_has_no_files_of_this_machine(world):
     (world.path / "here" / "my.gin").write_text("A = 1\n")
     named = dataclasses.replace(record.job, command=("clp", "train", "--gin_file=my.gin"))
     with pytest.raises(LaunchError, match=r"Vertex has no my.gin of this directory"):
-        target.check(Cargo.of(named, target))
-    find_target("xmanager", {}).check(Cargo.of(named, target))
-    target.check(Cargo.of(dataclasses.replace(named, command=("clp", "train", "--gin_file=/configs/my.gin")), target))
+        target.check(Cargo(named, target.ships_code))
+    find_target("xmanager", {}).check(Cargo(named, target.ships_code))
     target.check(
-        Cargo.of(dataclasses.replace(named, command=("clp", "train", "--gin_file=examples/pydoc_sft.gin")), target)
+        Cargo(dataclasses.replace(named, command=("clp", "train", "--gin_file=/configs/my.gin")), target.ships_code)
+    )
+    target.check(
+        Cargo(
+            dataclasses.replace(named, command=("clp", "train", "--gin_file=examples/pydoc_sft.gin")), target.ships_code
+        )
     )
 
 
 def test_vertex_needs_a_run_directory_in_a_bucket(world):
     record, target = world.record("xmanager", {"executor": "vertex", "image": "i"}, run_dir="runs/x")
     with pytest.raises(LaunchError, match="a path below /gcs"):
-        target.check(Cargo.of(record.job, target))
+        target.check(Cargo(record.job, target.ships_code))
