@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rounding import assert_same_to_rounding, natural_scales
+from same_runs import natural_scale
 from workloads import SIZES, WORKLOADS, Descent, layout, rollouts
 
 from clp_jax.compilation.collectives import kind_of
@@ -84,7 +85,11 @@ def _updated(name, workload_name):
 def _scales(workload_name):
     """What those are made of."""
     workload = _workload(workload_name)
-    return natural_scales(_program("single", workload_name)[0], workload.params, workload.frozen, workload.batch)
+    scales = natural_scales(_program("single", workload_name)[0], workload.params, workload.frozen, workload.batch)
+    # Some metrics are differences whatever they are computed from, as the mean of advantages that are centred.
+    line = {name: float(value) for name, value in _updated("single", workload_name)["metrics"].items()}
+    metrics = {name: max(float(scale), natural_scale(name, line)) for name, scale in scales["metrics"].items()}
+    return scales | {"metrics": metrics}
 
 
 def _leaves(tree):
