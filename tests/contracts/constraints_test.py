@@ -8,7 +8,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("", "tpu", "cuda", "test", "hf", "optuna", "xmanager", "serve", "wandb")
+# XManager needs an older protobuf than the pins have, and so an environment of its own (docs/launching.md).
+EXTRAS = ("", "tpu", "cuda", "test", "hf", "optuna", "serve", "wandb")
 
 
 def pins():
