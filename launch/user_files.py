@@ -5,8 +5,11 @@ import dataclasses
 import functools
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from clp_jax.launch.yaml_files import read_yaml
 
 # Data of a run is in a bucket; a list of prompts, or a tokenizer, goes with the command.
 LARGEST_BYTES = 16 * 2**20
@@ -46,8 +49,8 @@ def user_files(command: Sequence[str], directory: Path) -> UserFiles:
     """The files here that a command needs.
 
     Gin files, wherever they are, and any other word, or value of an option, that is the name of a file below the directory,
-    also in a list; modules that Python is to run; what these include, import and, in gin files, name in turn. What comes
-    with the package is none of them.
+    also in a list; modules that Python is to run; what these include, import and, in gin files, name in turn, and the
+    commands of pipelines and sweeps. What comes with the package is none of them.
 
     Args:
         command: its words.
@@ -75,6 +78,10 @@ def user_files(command: Sequence[str], directory: Path) -> UserFiles:
             waiting += _named_in_gin(path.read_text(errors="replace"), path, directory, searched)
         if path.suffix == ".py":
             waiting += _imported(path.read_bytes(), path, directory)
+        if path.suffix in (".yaml", ".yml"):
+            for words in _commands_in_yaml(path):
+                searched += [folder for folder in _search_paths(words) if folder not in searched]
+                waiting += _named(words, directory, searched)
     for folder in searched:
         left.pop(folder, None)
         inside = os.path.normpath(folder)
@@ -161,6 +168,20 @@ def _named_in_gin(text: str, path: Path, directory: Path, searched: Sequence[str
             yield from _modules(name, directory)
     for one, other in _STRING.findall(text):
         yield from _texts(one or other)
+
+
+def _commands_in_yaml(path: Path) -> Iterator[tuple[str, ...]]:
+    """The commands of a pipeline's stages, with their inputs, and that of a sweep."""
+    try:
+        content = read_yaml(path)
+        stages = content.get("stages")
+        for each in stages if isinstance(stages, list) else [content]:
+            if isinstance(each, dict):
+                texts = [each.get(key, ()) for key in ("command", "inputs")]
+                words = [shlex.split(text) if isinstance(text, str) else text for text in texts]
+                yield "clp", *(word for some in words for word in some if isinstance(word, str))
+    except (ValueError, TypeError):
+        return  # Whoever runs it is told.
 
 
 def _imported(source: bytes, path: Path, directory: Path) -> Iterator[Path]:

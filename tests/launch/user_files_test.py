@@ -1,5 +1,6 @@
 """Which files of the user go with a command: those that it names, what they include and import, and nothing else."""
 
+import json
 import os
 import subprocess
 import sys
@@ -124,6 +125,24 @@ def test_modules_that_python_runs_and_programs(tmp_path):
     assert sorted(files_of(("python3", "-m", "pack"), tmp_path)) == ["pack/__init__.py", "pack/__main__.py"]
     assert list(files_of(("python3", "-c", "import words"), tmp_path)) == ["words.py"]
     assert user_files.user_files(("./run.sh", "words.py"), tmp_path).executable == {"run.sh"}
+
+
+def test_commands_of_pipelines_and_sweeps_name_files(tmp_path):
+    stages = [
+        {"name": "sft", "command": "train --gin_file=sft.gin --gin.F=words.txt", "outputs": ["out.txt"]},
+        {"name": "more", "command": ["train", "--gin_search_paths=own", "--gin_file=more.gin"], "inputs": ["in.txt"]},
+    ]
+    files = dict.fromkeys(["words.txt", "out.txt", "in.txt", "own/more.gin", "base.gin", "unused.gin"], "")
+    files["sft.gin"] = "include 'base.gin'\n"
+    files["all.yaml"] = json.dumps({"name": "all", "stages": stages})
+    files["sweep.yml"] = json.dumps({"command": "train --gin_file=sft.gin", "space": {}})
+    write(tmp_path, files)
+    found = files_of(("clp", "pipeline", "all.yaml"), tmp_path)
+    assert sorted(found) == ["all.yaml", "base.gin", "in.txt", "own/more.gin", "sft.gin", "words.txt"]
+    assert sorted(files_of(("clp", "sweep", "--file=sweep.yml"), tmp_path)) == ["base.gin", "sft.gin", "sweep.yml"]
+    for text in ("stages: [1, {command: ''}, {command: [2]}]", "a: b: c", "[]", "stages: {}", "command: x\ninputs: 3"):
+        write(tmp_path, {"odd.yaml": text})
+        assert list(files_of(("clp", "pipeline", "odd.yaml"), tmp_path)) == ["odd.yaml"]
 
 
 def test_lists_of_files(tmp_path):
