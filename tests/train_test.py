@@ -204,6 +204,15 @@ def test_before_training_begins_there_is_nothing_to_save(tmp_path, number):
     assert run(tmp_path, 2).step == 2
 
 
+@pytest.fixture
+def _interruptible():
+    """Where the tests were started in the background, a shell had SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_the_second_sigint_ends_at_once(tmp_path):
     def insist(step, run_dir):
         if step == 2:
