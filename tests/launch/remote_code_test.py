@@ -43,13 +43,3 @@ def test_what_goes_and_what_does_not_is_told_before_anything_is_rented(world, he
         for dry in ([], ["--dry_run"]):
             assert clp("launch", *TPU, *dry, "--", "python3", name) == 2
             assert advice in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "text", ["-----BEGIN OPENSSH PRIVATE KEY-----\n", '{"type": "service_account", "private_key": "x"}']
-)
-def test_a_private_key_does_not_go_along(here, capsys, text):
-    (here / "key").write_text(text)
-    assert clp("launch", "local", "--", "true", "--key=key") == 2
-    assert "key holds a private key" in capsys.readouterr().err
-    assert not jobs_directory().exists()
