@@ -16,12 +16,16 @@ import pytest
 from clp_jax.launch import calls
 from clp_jax.launch.code import archive
 from clp_jax.launch.job import Job, JobRecord, jobs_directory
-from clp_jax.launch.supervisor import Patience, supervise
+from clp_jax.launch.supervisor import Patience, advance, supervise
 from clp_jax.launch.targets import find_target
 
 from clp_jax.main import main
 
 FAKES = Path(__file__).parent / "fakes"
+sys.path.append(str(FAKES))
+
+from kept_json import lets_go_wrong
+
 TRAINING = ("python3", str(FAKES / "training.py"))
 TOOLS = {"gcloud": "gcloud", "kubectl": "kubectl"} | dict.fromkeys(
     ("sbatch", "squeue", "sacct", "scancel", "srun", "scontrol"), "slurm"
@@ -47,9 +51,7 @@ class World:
 
     def trouble(self, name, value=True, times=1):
         """Lets something go wrong the next time."""
-        file = self.path / "troubles.json"
-        waiting = json.loads(file.read_text()) if file.is_file() else []
-        file.write_text(json.dumps(waiting + [[name, value]] * times))
+        lets_go_wrong(self.path, name, value, times)
 
     def calls(self, tool=None):
         """What was called."""
@@ -101,6 +103,21 @@ def until(condition, seconds=60.0):
     while not condition():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.02)
+
+
+def one_launcher_each(record):
+    """Looks after a job until it is over, each time by a launcher that knows the disk alone; how many looks that took."""
+    looks = 0
+
+    def look():
+        nonlocal looks
+        looks += 1
+        again = JobRecord.load(record.path)
+        advance(again, find_target(again.job.target, again.job.options), QUICK)
+        return record.is_over and record.kept("deleted")
+
+    until(look)
+    return looks
 
 
 def are_gone(pids):

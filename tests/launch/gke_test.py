@@ -14,14 +14,13 @@ import pytest
 from clp_jax.launch import calls, cargo
 from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.job import JobRecord
 from clp_jax.launch.jobset import manifest
 from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Note, Run, Write
 from clp_jax.launch.targets import find_target
 from kubernetes_fields import broken_limits, unknown_fields
 
-from .conftest import AWKWARD, QUICK, are_gone, clp, phases, until
+from .conftest import AWKWARD, QUICK, are_gone, clp, one_launcher_each, phases, until
 
 TWO_HOSTS = {"topology": "v5p:2x2x2"}
 ONE_HOST = {"topology": "v5e:2x2"}
@@ -252,9 +251,7 @@ def test_a_call_that_does_not_answer_is_repeated(world, monkeypatch):
 
 def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
     record, _ = world.record("gke", ONE_HOST)
-    while not (record.is_over and record.kept("deleted")):
-        again = JobRecord.load(record.path)
-        advance(again, find_target(again.job.target, again.job.options), QUICK)
+    one_launcher_each(record)
     assert len(world.runs) == 1 and world.state["created"] == ["job-1"]
 
 

@@ -7,13 +7,12 @@ import pytest
 from clp_jax.launch import calls
 from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.job import JobRecord
 from clp_jax.launch.jobs import jobs
 from clp_jax.launch.supervisor import advance
 from clp_jax.launch.target import Run, Write
 from clp_jax.launch.targets import find_target
 
-from .conftest import AWKWARD, QUICK, phases, until
+from .conftest import AWKWARD, QUICK, one_launcher_each, phases, until
 
 TWO = {"nodes": "2", "partition": "gpu queue", "time": "1:00:00", "gpus_per_node": "8"}
 
@@ -108,9 +107,7 @@ def test_a_submission_that_does_not_answer_is_not_repeated_blindly(world, monkey
 
 def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
     record, _ = world.record("slurm", {})
-    while not (record.is_over and record.kept("deleted")):
-        again = JobRecord.load(record.path)
-        advance(again, find_target(again.job.target, again.job.options), QUICK)
+    one_launcher_each(record)
     assert len(world.runs) == 1 and len(world.calls("sbatch")) == 1
 
 

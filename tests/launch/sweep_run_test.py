@@ -310,8 +310,7 @@ def test_a_trial_that_another_launcher_looks_after_is_waited_for(capsys):
         runner = threading.Thread(target=run, args=(sweep,), kwargs={"max_concurrent": 2})
         runner.start()
         until(lambda: len(begun()) == 2)
-        while not (record.is_over and record.kept("deleted")):
-            advance(record, target, QUICK)
+        until(lambda: advance(record, target, QUICK) and record.is_over and record.kept("deleted"))
     runner.join()
     assert "another launcher looks after it" in capsys.readouterr().err
     assert [row.state for row in SweepDirectory.load(Path("sweep")).rows()] == ["succeeded"] * 2 and len(begun()) == 2

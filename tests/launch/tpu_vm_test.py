@@ -11,12 +11,12 @@ from clp_jax.launch.buckets import seen_from_here
 from clp_jax.launch.cargo import Cargo
 from clp_jax.launch.command import create
 from clp_jax.launch.errors import LaunchError
-from clp_jax.launch.job import Job, JobRecord
+from clp_jax.launch.job import Job
 from clp_jax.launch.supervisor import advance, retry
 from clp_jax.launch.target import Run, Unreachable, Write
 from clp_jax.launch.targets import find_target
 
-from .conftest import AWKWARD, FAKES, QUICK, are_gone, phases, until
+from .conftest import AWKWARD, FAKES, QUICK, are_gone, one_launcher_each, phases, until
 
 SPOT = {"topology": "v5e:4x4", "zone": "us-west4-a", "provision": "spot"}
 
@@ -51,11 +51,9 @@ def test_the_environment_is_made_once_for_the_same_requirements(world):
     record.append("queued", attempt=1)
     world.trouble("training", {"code": 75})
     target.submit(record)
-    while target.status(record).phase != "starting":
-        pass
+    until(lambda: target.status(record).phase == "starting")
     target.start(record)
-    while target.status(record).phase == "running":
-        pass
+    until(lambda: target.status(record).phase != "running")
     # The machine is still there: a second attempt on it, under its own name.
     node = world.path / "nodes" / "job-1" / "w-0"
     (log,) = (world.path / "pip.log").read_text().splitlines()
@@ -85,8 +83,7 @@ def test_a_command_that_names_no_file_of_the_user(world):
 def test_a_spot_node_disappears(world):
     record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"}, run_dir=None)
     world.trouble("training", {"sleep": 60})
-    while record.state is None or record.state.phase != "running":
-        advance(record, target, QUICK)
+    until(lambda: advance(record, target, QUICK).phase == "running" and world.runs)
     world.trouble("preempt")
     assert world.run(record, target).phase == "succeeded"
     assert phases(record)[-4:] in (
@@ -205,13 +202,7 @@ def test_ssh_that_is_refused_for_a_while(world):
 
 def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
     record, _ = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
-    looks = 0
-    while not (record.is_over and record.kept("deleted")):
-        # Each look is by a launcher that knows the disk alone.
-        again = JobRecord.load(record.path)
-        advance(again, find_target(again.job.target, again.job.options), QUICK)
-        looks += 1
-    assert looks >= 4
+    assert one_launcher_each(record) >= 4
     assert len(world.runs) == 1
     assert actions(world) == [("create", "job-1"), ("delete", "job-1")]
 
@@ -219,8 +210,7 @@ def test_a_launcher_dies_at_every_step_and_another_goes_on(world):
 def test_stopping_lets_workers_save_and_leaves_nothing(world):
     record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"})
     world.trouble("training", {"sleep": 60})
-    while record.state is None or record.state.phase != "running" or not world.runs:
-        advance(record, target, QUICK)
+    until(lambda: advance(record, target, QUICK).phase == "running" and world.runs)
     record.stop_request.touch()
     home = world.path / "nodes" / "job-1" / "w-0" / "clp" / "job-1" / "state"
     advance(record, target, QUICK)
@@ -247,9 +237,12 @@ def test_checkpoints_in_a_bucket_count_as_progress(world):
     record, target = world.record("tpu-vm", {**SPOT, "topology": "v5e:2x2"}, run_dir="gs://b/run", max_failures=2)
     steps = world.path / "buckets" / "b" / "run" / "checkpoints"
     world.trouble("training", {"code": 134}, times=3)
-    while record.state is None or record.state.phase != "succeeded":
-        advance(record, target, QUICK)
+
+    def saves():
         (steps / str(10 * record.attempt)).mkdir(parents=True, exist_ok=True)
+        return advance(record, target, QUICK).phase == "succeeded"
+
+    until(saves)
     assert [state.step for state in record.states if state.phase == "broken"] == [10, 20, 30]
 
 

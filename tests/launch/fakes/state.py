@@ -9,21 +9,16 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
+
+from kept_json import kept, taken
 
 WORLD = Path(os.environ["FAKES"])
 
 
-@contextmanager
 def world():
     """The state, read and written by one process at a time."""
-    with open(WORLD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = WORLD / "state.json"
-        state = json.loads(path.read_text()) if path.is_file() else {}
-        yield state
-        path.write_text(json.dumps(state))
+    return kept(WORLD / "state.json", {})
 
 
 def log_call(tool):
@@ -35,16 +30,7 @@ def log_call(tool):
 
 def trouble(name):
     """What a test wants to go wrong here: taken once for each time it was asked for."""
-    with open(WORLD / "troubles.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = WORLD / "troubles.json"
-        waiting = json.loads(path.read_text()) if path.is_file() else []
-        for i, (asked, value) in enumerate(waiting):
-            if asked == name:
-                del waiting[i]
-                path.write_text(json.dumps(waiting))
-                return value
-    return None
+    return taken(WORLD, name)
 
 
 def machine():

@@ -25,9 +25,9 @@ def end(number, frame):
 signal.signal(signal.SIGTERM, end)
 told = {"words": sys.argv[1:], "folder": os.getcwd(), "pid": os.getpid(), "files": sorted(os.listdir("."))}
 told |= {name: os.environ[name] for name in NAMES if name in os.environ}
+plan = trouble("training") or {}  # Before it is seen to run: whoever takes it away then has no trouble left over.
 with open(WORLD / "runs.jsonl", "a") as file:
     file.write(json.dumps(told) + "\n")
-plan = trouble("training") or {}
 if "step" in plan:
     (WORLD / "run" / "checkpoints" / str(plan["step"])).mkdir(parents=True, exist_ok=True)
 print(f"training {sys.argv[1:]}", flush=True)
