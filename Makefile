@@ -8,6 +8,8 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := $(VENV)/bin
 CLP := $(BIN)/clp
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
+# A test that hangs ends its process, which is tried once more.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --max-worker-restart=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint types bench experiment clean
@@ -32,9 +34,9 @@ quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own doc
 	$(CLP) pipeline examples/pydoc.yaml
 
 test: $(INSTALLED) ## All tests; those that need several devices, or processes, by themselves.
-	$(BIN)/python -m pytest tests --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadfile
-	$(BIN)/python -m pytest tests/multi_device
-	$(BIN)/python -m pytest tests/multi_process
+	$(PYTEST) tests --maxprocesses=8
+	$(PYTEST) tests/multi_device --maxprocesses=4
+	$(PYTEST) tests/multi_process --maxprocesses=2
 
 lint: $(INSTALLED) ## Style.
 	$(BIN)/ruff check .
