@@ -47,6 +47,11 @@ class EngineConfig:
     prefill: int = 1
 
     def __post_init__(self):
+        if not isinstance(self.sampling, SamplingConfig):
+            raise TypeError(
+                f"EngineConfig.sampling is a {type(self.sampling).__name__}: expected a SamplingConfig. A beam search ends for "
+                "all beams of a prompt at once, and has no slots: call beam_search, or give a Server either of them."
+            )
         for name in ("slots", "num_samples", "chunk", "prefill"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EngineConfig.{name} is {getattr(self, name)}: expected at least 1.")

@@ -224,7 +224,21 @@ def scale_by_parameter_rms(logical_axes: PyTree, min_scale: float) -> optax.Grad
 
 
 def _clip(max_grad_norm: float | None) -> optax.GradientTransformation:
-    return optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    """Clips the global norm, as `optax.clip_by_global_norm` does but for rounding.
+
+    That one divides every gradient, and XLA keeps quotients where several things read them: another copy of the gradient,
+    written once and read by both moments and the step. What is multiplied is computed where it is read.
+    """
+    if max_grad_norm is None:
+        return optax.identity()
+
+    def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
+        del params
+        # No quotient of 0 by 0; a norm that is not finite makes updates that are not, which `Guards` leaves out.
+        factor = max_grad_norm / jnp.maximum(optax.tree.norm(updates), max_grad_norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
+
+    return optax.stateless(update)
 
 
 def _rms(x: Array, stacked: int) -> Array:

@@ -10,6 +10,7 @@ from compilations import counted
 from slot_policies import HashDecoder, hash_table
 from tiny_policies import MarkovDecoder
 
+from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.engine import Engine, EngineConfig, Request
 from clp_jax.sampling.generate import SamplingConfig, generate, request_keys
 from clp_jax.sampling.processors import ForcedLast, NoRepeatNGram, OccurrencePenalty
@@ -223,6 +224,11 @@ def test_a_decoder_of_slots_says_so():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_search_is_refused():
+    with pytest.raises(TypeError, match=r"EngineConfig\.sampling is a BeamConfig: expected a SamplingConfig"):
+        EngineConfig(BeamConfig(4, num_beams=2), (8,))
 
 
 def test_requests_that_cannot_be_served_are_refused():

@@ -112,6 +112,23 @@ def test_global_norm_clipping():
     np.testing.assert_allclose(optax.tree.norm(first_moment), 0.1, rtol=1e-6)  # (1 - b1) times the clipped norm.
 
 
+@pytest.mark.parametrize("size", [0.0, 0.1, 1.0, 7.0, np.inf, np.nan])
+def test_the_global_norm_is_clipped_as_by_optax(size):
+    """One gradient has the size; to the bit where nothing is clipped."""
+    grads = {"a": jnp.asarray([size, -0.2]), "b": jnp.full((2, 2), 0.1)}
+
+    def first_moment(clipping):
+        steps = optax.chain(clipping, optax.scale_by_adam())
+        return steps.update(grads, steps.init(grads))[1][1].mu
+
+    ours = AdamW(1.0, max_grad_norm=2.0).build(None)
+    found = ours.update(grads, ours.init(grads), grads)[1][1].mu
+    expected = first_moment(optax.clip_by_global_norm(2.0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    if size < 2:
+        jax.tree.map(np.testing.assert_array_equal, found, first_moment(optax.identity()))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
