@@ -9,6 +9,7 @@ them in one chunk.
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,20 +128,19 @@ def convert(
     (kind, place), (target_kind, target_place) = _parse("source", source), _parse("target", target)
     if target_place.exists() and (not target_place.is_dir() or any(target_place.iterdir())):
         raise ValueError(f"{target_place} exists: it was not overwritten. Give another directory.")
-    _check_options(
-        kind,
-        target_kind,
-        weights=weights,
-        dtype=dtype,
-        step=step,
-        overrides=overrides,
-        model=model,
-        layout=layout,
-        scanned=scanned,
-        scan_axis=scan_axis,
-        optimizer=optimizer,
-        max_shard_gb=max_shard_gb,
-    )
+    given: dict[str, Any] = {
+        "weights": weights,
+        "dtype": dtype,
+        "step": step,
+        "overrides": overrides,
+        "model": model,
+        "layout": layout,
+        "scanned": scanned,
+        "scan_axis": scan_axis,
+        "optimizer": optimizer,
+        "max_shard_gb": max_shard_gb,
+    }
+    _check_options(kind, target_kind, **given)
     tokenizer = None if vocabulary is None else _given_tokenizer(Path(vocabulary).expanduser())
     readers: dict[str, Callable[[], Converted]] = {
         "hf": lambda: _read_hf(place, dtype, overrides),
@@ -150,16 +150,17 @@ def convert(
     console = Console(emoji=False, markup=False, highlight=False)
     found = _with_tokenizer(readers[kind](), tokenizer)
     console.print(f"{source}: {type(found.config).__name__}, {Policy(found.config).num_params():,} parameters.")
+    line = _typed(source, target, vocabulary=vocabulary, **given)
+    found = dataclasses.replace(found, provenance=(*found.provenance, line))
     told: tuple[str, ...] = ()
     if target_kind == "clp":
         _write_clp(target_place, found, dtype)
     else:
-        line = f"`clp convert {source} {target}`"
         if target_kind == "hf":
-            _write_hf(target_place, found, dtype, max_shard_gb, line)
+            _write_hf(target_place, found, dtype, max_shard_gb)
         else:
             files = t5x.layout_of(found.config, found.origin, form=layout, scanned=scanned, scan_axis=scan_axis)
-            told = _write_t5x(target_place, found, dtype, files, line)
+            told = _write_t5x(target_place, found, dtype, files)
         if found.tokenizer is not None:
             _carry(found.tokenizer, target_place, found.config)
     console.print("\n".join(f"{target}: {line}" for line in ("written.", *told)), soft_wrap=True)
@@ -180,6 +181,24 @@ def _check_options(kind: str, target_kind: str, **given: Any) -> None:
     size = given["max_shard_gb"]
     if size is not None and size <= 0:
         raise ValueError(f"max_shard_gb is {size}: expected a positive number, 5 by default.")
+
+
+def _typed(source: str, target: str, **given: Any) -> str:
+    """What model cards say was typed. The KL weight is told where it says anything, with the rewards' weights."""
+    words = ["clp", "convert", source, target]
+    for name, value in given.items():
+        if value is None or (value is False and name == "optimizer") or name == "model":
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}={str(value).lower()}")
+        elif isinstance(value, Mapping):
+            words.append(f"--{name}=" + ",".join(f"{field}={setting}" for field, setting in value.items()))
+        elif isinstance(value, str | int | float):
+            words.append(f"--{name}={value}")
+        else:
+            words.append(f"--{name}=" + ",".join(f"{float(each):g}" for each in value))
+    of_gin = ", with the configuration below from gin" if given["model"] is not None else ""
+    return f"`{shlex.join(words)}`{of_gin}"
 
 
 def _parse(name: str, text: str) -> tuple[str, Path]:
@@ -243,7 +262,8 @@ def _read_clp(place: Path, weights: Sequence[float] | None, alpha: float, optimi
             params = _mixed(loaded.conditioning, params, loaded.reference, preference)
         point = np.asarray(preference.weights)
         named = ", ".join(f"{name} {value:.4g}" for name, value in zip(loaded.objectives, point, strict=True))
-        mixed = (f"Mixed at the reward weights {named}.",)
+        kl = f" and the KL weight {alpha:g}" if getattr(loaded.conditioning, "alpha_min", None) is not None else ""
+        mixed = (f"Mixed at the reward weights {named}{kl}.",)
     elif weights is not None:
         raise ValueError(f"{place} has no rewards to weigh: leave weights out.")
     provenance = (*loaded.provenance, f"From the run `{loaded.run_dir.name}` at step {loaded.step}.", *mixed)
@@ -274,7 +294,7 @@ def _mixed(conditioning: ParameterConditioning, params: Params, reference: Param
     return hold_arrays(unflatten({path: mixed[path] for path in expanded}))
 
 
-def _write_hf(place: Path, found: Converted, dtype: str | None, max_shard_gb: float | None, line: str) -> None:
+def _write_hf(place: Path, found: Converted, dtype: str | None, max_shard_gb: float | None) -> None:
     huggingface.write(
         place,
         found.config,
@@ -282,11 +302,11 @@ def _write_hf(place: Path, found: Converted, dtype: str | None, max_shard_gb: fl
         origin=found.origin,
         dtype=dtype,
         max_shard_bytes=int((5.0 if max_shard_gb is None else max_shard_gb) * 1e9),
-        card=model_card(found.config, (*found.provenance, line)),
+        card=model_card(found.config, found.provenance),
     )
 
 
-def _write_t5x(place: Path, found: Converted, dtype: str | None, layout: t5x.Layout, line: str) -> tuple[str, ...]:
+def _write_t5x(place: Path, found: Converted, dtype: str | None, layout: t5x.Layout) -> tuple[str, ...]:
     """Writes it, and gives what a reader of the directory must be told, if anything."""
     told: tuple[str, ...] = ()
     if isinstance(found.config, T5Config):
@@ -301,7 +321,7 @@ def _write_t5x(place: Path, found: Converted, dtype: str | None, layout: t5x.Lay
         origin=found.origin,
         layout=layout,
         dtype=dtype,
-        card=model_card(found.config, (*found.provenance, line, *told), library="t5x"),
+        card=model_card(found.config, (*found.provenance, *told), library="t5x"),
     )
     return told
 

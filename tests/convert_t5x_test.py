@@ -194,7 +194,10 @@ def test_what_t5xs_directories_do_not_say_is_told(home, capfd):
     assert "assumed, as T5X's directories don't say it: norm_eps=1e-06, max_distance=128, dropout_rate=0.0." in assumed
     clp("convert", "clp:run_told", "t5x:told")
     line = "T5X's directories don't say activation=silu, eos_ids=2: read it with --overrides activation=silu,eos_ids=2."
-    assert f"t5x:told: {line}" in capfd.readouterr().out and line in (home / "told" / "README.md").read_text()
+    card = (home / "told" / "README.md").read_text()
+    assert f"t5x:told: {line}" in capfd.readouterr().out and line in card
+    # How it was read counts for what it is now.
+    assert f"clp convert t5x:{legacy(home)} clp:run_told --overrides=activation=silu,eos_ids=2" in card
     clp("convert", "t5x:told", "clp:run_told_again", *words)
     assert load_policy("run_told_again").policy.config == load_policy("run_told").policy.config
 

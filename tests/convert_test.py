@@ -96,6 +96,7 @@ def test_what_was_trained_since_is_not_rounded(home):
     write_params(home / "run_trained/checkpoints/3", trained, description, 3)
     clp("convert", "clp:run_trained", "hf:trained")
     clp("convert", "clp:run_trained", "hf:rounded", "--dtype=bfloat16")
+    assert "`clp convert clp:run_trained hf:rounded --dtype=bfloat16`" in (home / "rounded" / "README.md").read_text()
     exact = huggingface.open_checkpoint(home / "trained").loaded()
     for path, leaf in flatten(trained):
         np.testing.assert_array_equal(dict(flatten(exact.params))[path], leaf)
@@ -289,6 +290,9 @@ def test_one_array_at_a_time_is_mixed_as_all_are(home, subset, alpha_min):
     expected = dict(flatten(jax.jit(conditioning.mix)(copies, reference, preference)))
     for path, leaf in flatten(huggingface.open_checkpoint(home / f"mixed_{subset}").loaded().params):
         np.testing.assert_array_equal(leaf, expected[path], err_msg="/".join(path))
+    card = (home / f"mixed_{subset}" / "README.md").read_text()
+    assert f"weights a 0.25, b 0.75{' and the KL weight 0.3' if alpha_min else ''}.\n" in card
+    assert f"`clp convert clp:{run} hf:mixed_{subset} --weights=0.25,0.75`" in card
 
 
 def zip_leaves(*trees):

@@ -41,6 +41,7 @@ FAMILIES = {
     "deep": PaLMConfig.llama(**(SIZES | dict(num_layers=5)), window=4, scan_unroll=2),
     "t5 bias": PaLMConfig.llama(**SIZES, rope=None, num_buckets=8, max_distance=6),
     "bias per layer": PaLMConfig.llama(**SIZES, rope=None, num_buckets=8, max_distance=6, bias_per_layer=True),
+    "no positions": PaLMConfig.llama(**SIZES, rope=None),
     "prefix": PaLMConfig.llama(**SIZES, prefix_lm=True, activation="relu2", gated=False),
     "post norms alone": PaLMConfig.llama(**SIZES, pre_norm=False, post_norm=True),
 }
@@ -96,6 +97,16 @@ def test_where_the_prompt_ends_changes_nothing(name):
         decoder_inputs = np.concatenate([[[0]], sequence[:1, length:]], axis=1)
         parts = forward(policy, params, sequence[:1, :length], decoder_inputs)
         np.testing.assert_allclose(parts, none[:, length - 1 :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("positions", "same"), [(dict(rope=None), True), (dict(), False)])
+def test_without_positions_a_layer_reads_a_bag_of_tokens(positions, same):
+    """Of one layer; of several, the mask tells those after the first how far they are."""
+    policy = Policy(PaLMConfig.llama(**(SIZES | dict(num_layers=1)), **positions))
+    sequence = np.asarray([[0, 3, 7, 5, 9, 2]], np.int32)
+    shuffled = sequence[:, [0, 3, 1, 4, 2, 5]]
+    last, other = (forward(policy, varied_params(policy), PROMPTS[:1, :0], x)[0, -1] for x in (sequence, shuffled))
+    assert np.allclose(last, other, rtol=1e-5, atol=1e-6) == same
 
 
 def test_what_is_behind_the_padding_does_not_matter(policy, whole):
