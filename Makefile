@@ -36,7 +36,7 @@ quickstart: $(INSTALLED) ## Trains and steers a policy on this machine's own doc
 test: $(INSTALLED) ## All tests; those that need several devices, or processes, by themselves.
 	$(PYTEST) tests --maxprocesses=8
 	$(PYTEST) tests/multi_device --maxprocesses=4
-	$(PYTEST) tests/multi_process --maxprocesses=2
+	$(PYTEST) tests/multi_process --maxprocesses=1
 
 lint: $(INSTALLED) ## Style.
 	$(BIN)/ruff check .
