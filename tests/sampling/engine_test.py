@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from compilations import counted
@@ -226,7 +227,15 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
-def test_a_search_is_refused():
+@pytest.fixture
+def unchecked():
+    """What is not of its type gets as far as it does for users, whose types nobody checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_a_search_is_refused(unchecked):
     with pytest.raises(TypeError, match=r"EngineConfig\.sampling is a BeamConfig: expected a SamplingConfig"):
         EngineConfig(BeamConfig(4, num_beams=2), (8,))
 
