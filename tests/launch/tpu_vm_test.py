@@ -97,7 +97,7 @@ def test_a_spot_node_disappears(world):
 
 def test_a_worker_fails_and_the_others_are_ended(world):
     record, target = world.record("tpu-vm", SPOT)
-    world.trouble("training", {"code": 9})
+    world.trouble("training", {"code": 9, "among": 4})
     world.trouble("training", {"sleep": 60}, times=3)
     assert world.run(record, target).phase == "succeeded"
     broken = next(state for state in record.states if state.phase == "broken")

@@ -1,6 +1,7 @@
 """Stands for training: says what it was given, saves checkpoints, and ends as the test's troubles say.
 
-A trouble ``training`` is what one process does: ``{"code": 3, "step": 10, "sleep": 60, "until": "file"}``.
+A trouble ``training`` is what one process does: ``{"code": 3, "step": 10, "sleep": 60, "until": "file", "among": 4}``: it ends when
+the file is there, and so many have begun.
 """
 
 import json
@@ -32,8 +33,15 @@ if "step" in plan:
     (WORLD / "run" / "checkpoints" / str(plan["step"])).mkdir(parents=True, exist_ok=True)
 print(f"training {sys.argv[1:]}", flush=True)
 time.sleep(plan.get("sleep", 0))
-end = time.monotonic() + 120
-while "until" in plan and not (WORLD / plan["until"]).exists() and time.monotonic() < end:
+limit = time.monotonic() + 120
+
+
+def waits():
+    begun = len((WORLD / "runs.jsonl").read_text().splitlines())
+    return begun < plan.get("among", 1) or ("until" in plan and not (WORLD / plan["until"]).exists())
+
+
+while waits() and time.monotonic() < limit:
     time.sleep(0.02)
 print("the last line", flush=True)
 sys.exit(plan.get("code", 0))
