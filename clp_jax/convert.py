@@ -196,7 +196,7 @@ def _typed(source: str, target: str, **given: Any) -> str:
         elif isinstance(value, str | int | float):
             words.append(f"--{name}={value}")
         else:
-            words.append(f"--{name}=" + ",".join(f"{float(each):g}" for each in value))
+            words.append(f"--{name}=" + ",".join(str(float(each)) for each in value))
     of_gin = ", with the configuration below from gin" if given["model"] is not None else ""
     return f"`{shlex.join(words)}`{of_gin}"
 

@@ -234,7 +234,7 @@ def _clip(max_grad_norm: float | None) -> optax.GradientTransformation:
 
     def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
         del params
-        # No quotient of 0 by 0; a norm that is not finite makes updates that are not, which `Guards` leaves out.
+        # No quotient of 0 by 0. Where the norm is not finite, `Guards` leave the update out whatever it is.
         factor = max_grad_norm / jnp.maximum(optax.tree.norm(updates), max_grad_norm)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
 
