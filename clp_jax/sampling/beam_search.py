@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
+from clp_jax.partitioning import over_rows
 from clp_jax.sampling.beam_policies import (
     BrevityPenalty,
     CurrentBound,
@@ -142,7 +143,7 @@ class _Hypotheses:
 
     def best(self, number: int) -> tuple["_Hypotheses", Array]:
         """Those with the highest scores, the highest first, and which they were."""
-        chosen = jax.lax.top_k(self.scores, number)[1]
+        chosen = _top_k(self.scores, number)[1]
         return self.take(chosen), chosen
 
 
@@ -207,7 +208,7 @@ def _advance(config: BeamConfig, decoder: Decoder, t: Array, *own: Any) -> tuple
     size, vocab_size = log_probs.shape[1:]
     ways_to_end = len(decoder.eos_ids) + len(config.stop)
     scores = (live.scores[..., None] + changed).reshape(-1, size * vocab_size)
-    top, flat = jax.lax.top_k(scores, min(max(2, 1 + ways_to_end), vocab_size) * size)
+    top, flat = _top_k(scores, min(max(2, 1 + ways_to_end), vocab_size) * size)
     source, token = flat // vocab_size, (flat % vocab_size).astype(jnp.int32)
     log_prob = jnp.take_along_axis(log_probs.reshape(scores.shape), flat, axis=1)
     candidates = live.take(source)
@@ -253,6 +254,10 @@ def _ranked(config: BeamConfig, pad_id: int, live: Any, pool: Any) -> Beams:
         mask=written.astype(jnp.float32).reshape(-1, config.max_length),
     )
     return Beams(completions, found.scores.reshape(-1))
+
+
+def _top_k(scores: Float[Array, "B c"], number: int) -> tuple[Array, Array]:
+    return over_rows(lambda own: tuple(jax.lax.top_k(own, number)), scores)
 
 
 def _nothing(lead: tuple[int, ...], max_length: int, pad_id: int) -> Any:
