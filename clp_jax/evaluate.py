@@ -116,18 +116,13 @@ def evaluate(
         sweep = _earlier(target, settings)
         if sweep is None:
             worker = _Worker(loaded, steerable, RewardStack(rewards, statistics), data, num_prompts, config, seed)
-            samples = []
-            with Progress("evaluating", len(preferences), 0, worker.tokens_per_preference, unit="weights") as progress:
-                for done, preference in enumerate(preferences, start=1):
-                    samples.append(worker(preference))
-                    progress.update(done, f"KL {samples[-1].kl.mean():.2f}")
             sweep = summarise(
                 method=name or (loaded.run_dir.name if method == "checkpoint" else method),
                 objectives=names,
                 alpha=alpha,
                 reference_mean=statistics.mean,
                 reference_std=statistics.std,
-                samples=samples,
+                samples=worker.at_all(preferences),
                 prompts=worker.prompts[:_EXAMPLES],
                 references=worker.references[:_EXAMPLES],
                 decode_calls_per_token=steerable.decode_calls_per_token,
@@ -240,7 +235,16 @@ class _Worker:
         self.tokens_per_preference = len(self._batches) * data.batch_size * config.max_length
         self.references = [t for b in self._batches for t in decode(b.targets[b.example_ids >= 0])]
 
-    def __call__(self, preference: Preference) -> Samples:
+    def at_all(self, preferences: Sequence[Preference]) -> list[Samples]:
+        """Completions at each preference, with progress."""
+        samples = []
+        with Progress("evaluating", len(preferences), 0, self.tokens_per_preference, unit="weights") as progress:
+            for done, preference in enumerate(preferences, start=1):
+                samples.append(self._at(preference))
+                progress.update(done, f"KL {samples[-1].kl.mean():.2f}")
+        return samples
+
+    def _at(self, preference: Preference) -> Samples:
         """Completions at one preference."""
         rewards, kls, lengths = [], [], []
         texts: list[str] = []

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
-from clp_jax.partitioning import over_rows
+from clp_jax.partitioning import constrain, over_rows
 from clp_jax.sampling.beam_policies import (
     BrevityPenalty,
     CurrentBound,
@@ -158,6 +158,7 @@ def beam_search(decoder: Decoder, inputs: Int[Array, "B S"], config: BeamConfig)
         inputs: prompts, padded with the decoder's `pad_id`.
         config: what to search for.
     """
+    inputs = constrain(inputs, "batch", None)
     batch, groups, size = inputs.shape[0], config.num_groups, config.group_size
     first, state = decoder.start(inputs, config.max_length, config.num_beams)
     prompts = jnp.repeat(align_right(inputs, decoder.pad_id), config.num_beams, axis=0)

@@ -14,7 +14,7 @@ import numpy as np
 from clp_jax.array_types import Array, Params
 from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.models.conditioning import Conditioning
-from clp_jax.partitioning import active_sizes, constrain
+from clp_jax.partitioning import active_sizes
 from clp_jax.preferences import Preference
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.engine import Engine, EngineConfig, Request, Sample
@@ -174,7 +174,7 @@ class Server:
     def _beams(self):
         @functools.partial(jax.jit, static_argnames="config")
         def run(params, inputs, config):
-            return beam_search(self._bind(params), constrain(inputs, "batch", None), config)
+            return beam_search(self._bind(params), inputs, config)
 
         return run
 

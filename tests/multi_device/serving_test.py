@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from compilations import counted
 from tiny_policies import tiny_config, varied_params
-from tiny_runs import MODEL, make_data, make_supervised
+from tiny_runs import MODEL, REWARDS, make_data, make_steerable, make_supervised
 
+from clp_jax.evaluate import evaluate
 from clp_jax.models.config import MoEConfig, PaLMConfig
 from clp_jax.models.policy import Policy
 from clp_jax.nn.routing import Dropless
-from clp_jax.partitioning import MESH_AXES, active_mesh, constrain, tree_shardings, use_mesh
+from clp_jax.partitioning import MESH_AXES, active_mesh, tree_shardings, use_mesh
 from clp_jax.sample import sample
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.decoder import CachedDecoder
@@ -106,7 +107,7 @@ def test_copies_tell_each_other_only_whether_they_are_done(policy, params):
     beams = BeamConfig(6, 4)
 
     def searched(params, inputs):
-        return beam_search(CachedDecoder(policy.bind(params)), constrain(inputs, "batch", None), beams).completions
+        return beam_search(CachedDecoder(policy.bind(params)), inputs, beams).completions
 
     def sampled(params, inputs):
         keys = request_keys(jnp.arange(4, dtype=jnp.uint32), 2)
@@ -190,6 +191,25 @@ def test_files_are_scored_on_all_devices(home):
         found[name] = _lines(output)
     for one, eight in zip(found["one"], found["eight"], strict=True):
         np.testing.assert_allclose(eight["logprobs"], one["logprobs"], rtol=0, atol=1e-5)
+
+
+def test_sweeps_generate_on_all_devices(home):
+    """A policy of two components, mixed where they lie: the completions and KL divergences of one device."""
+
+    def differing(params, k):
+        rng = np.random.default_rng(k)
+        return jax.tree.map(lambda p: np.asarray(p + 0.3 * rng.normal(size=p.shape), np.float32), params)
+
+    path = make_steerable(home, "steerable", differing, sft="run")
+    given = dict(data_dir=str(home / "data"), rewards=REWARDS, num_prompts=8, batch_size=4, resolution=2)
+    one, eight = (
+        evaluate(checkpoint=str(path), output=str(home / f"{number}.json"), devices=devices, **given)
+        for number, devices in enumerate((Devices(replicas=1), Devices(tensor=2)))
+    )
+    assert [e.completions for e in eight.examples] == [e.completions for e in one.examples]
+    kl = [[point.kl.mean for point in sweep.points] for sweep in (one, eight)]
+    np.testing.assert_allclose(kl[1], kl[0], rtol=1e-5)
+    assert min(kl[0]) > 0.1
 
 
 @pytest.mark.parametrize(

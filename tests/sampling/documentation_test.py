@@ -54,5 +54,6 @@ def test_every_strategy_and_flag_is_there():
     named = set(re.findall(r"--(\w+)", PAGE.read_text("utf-8"))) - {"help"}
     text = (PAGE.parents[1] / "clp_jax" / "sampling" / "decoding.py").read_text("utf-8")
     text += (PAGE.parents[1] / "clp_jax" / "training" / "partners.py").read_text("utf-8")
+    text += (PAGE.parents[1] / "clp_jax" / "sampling" / "devices.py").read_text("utf-8")
     text += (PAGE.parents[1] / "clp_jax" / "sample.py").read_text("utf-8")
     assert not [name for name in named if not re.search(rf"^    {name}: ", text, flags=re.MULTILINE)]
