@@ -4,7 +4,8 @@
 
 Both generate the same number of tokens for the same prompts; an end of sequence stops neither. "torch, products alone"
 reads the prompts and multiplies the rows of every token with the weights, in torch, and does nothing else: a decoder
-whose products are as fast as torch's gains at most `generate`'s time over that.
+whose products are as fast as torch's gains at most `generate`'s time over that. "prompts alone" is JAX reading them, before the
+first token.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from measure import (
 from clp_jax.data.vocabulary import EOS_ID
 from clp_jax.host_rows import place_active
 from clp_jax.models.policy import Policy
-from clp_jax.partitioning import active_sizes
+from clp_jax.partitioning import active_sizes, constrain
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.devices import Devices
@@ -43,7 +44,7 @@ from clp_jax.sampling.strategies import Greedy, Sampling
 BATCH_SIZE = 32
 NUM_SAMPLES = 4
 SHARED, BEAMS = "sampling, 4 of a prompt", "4 beams"
-PRODUCTS = "torch, products alone"
+READING, PRODUCTS = "prompts alone", "torch, products alone"
 PROMPTS = {"sampling": BATCH_SIZE, "greedy": BATCH_SIZE, SHARED: BATCH_SIZE // 4, BEAMS: BATCH_SIZE // 4}
 
 
@@ -76,7 +77,7 @@ def compare(arguments: argparse.Namespace) -> None:
         rows, found = measure(measured, shape, torch_model(), arguments)
         figures = {**figures, "decoder_only": found} if figures else found
         sizes = f"{BATCH_SIZE} rows, {shape.inputs} tokens in, {shape.targets} out"
-        where = f"{jax.default_backend()}, {math.prod(active_sizes('batch'))} devices"
+        where = f"{jax.default_backend()}, devices: {math.prod(active_sizes('batch'))}"
         report(f"{arguments.size}{kind}: {sizes}, {where}", rows, figures, arguments.json)
 
 
@@ -98,6 +99,8 @@ def measure(
     programs: dict[str, Any] = {
         name: lambda run=run, x=given[name]: jax.block_until_ready(run(params, x, key)) for name, run in runs.items()
     }
+    start = jax.jit(functools.partial(started, policy, shape.targets))
+    programs[READING] = lambda: jax.block_until_ready(start(params, given["greedy"]))
     if torch_model is not None:
         programs |= torch_programs(torch_model, shape, prompts)
 
@@ -108,7 +111,8 @@ def measure(
         f"{name} / torch generate": times[f"torch {name}"] / times[name] for name in runs if f"torch {name}" in times
     }
     if PRODUCTS in times:
-        ratios["products alone / torch generate"] = times["torch greedy"] / times[PRODUCTS]
+        for name in (READING, PRODUCTS):
+            ratios[f"{name} / torch generate"] = times["torch greedy"] / times[name]
     rows += [(name, f"{value:8.2f}") for name, value in ratios.items()]
     memory = {
         "parameters": num_bytes(params),
@@ -146,13 +150,15 @@ def searched(policy: Policy, length: int, num_beams: int) -> Any:
     return run
 
 
+def started(policy: Policy, length: int, params: Any, inputs: Any, *, int8: bool = False) -> Any:
+    """What generation starts from: the prompts, read."""
+    return CachedDecoder(policy.bind(params), int8=int8).start(constrain(inputs, "batch", None), length, 1)[1]
+
+
 def cache_bytes(policy: Policy, params: Any, inputs: Any, length: int, *, int8: bool = False) -> int:
     """Bytes that generation remembers, from shapes alone."""
 
-    def start(params: Any, inputs: Any) -> Any:
-        return CachedDecoder(policy.bind(params), int8=int8).start(inputs, length, 1)[1]
-
-    return num_bytes(jax.eval_shape(start, params, inputs))
+    return num_bytes(jax.eval_shape(functools.partial(started, policy, length, int8=int8), params, inputs))
 
 
 def torch_programs(model: Any, shape: Shape, prompts: Any) -> dict[str, Any]:
