@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clp_jax import __version__, processes
+from clp_jax import __version__, huge_pages, processes
 from clp_jax.command_line import SPANNING, EntryPoint, Invocation, parse, usage
 from clp_jax.compilation import libtpu
 from clp_jax.gin_utils.files import ConfigError, Header, SearchPath, all_files, bindings, read_file, suggest
@@ -59,6 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a failure of the machine (a full disk), 2 for a mistake of the user, and
         `clp_jax.processes.RESTARTABLE` for what goes on when the same command is started again.
     """
+    is_program = words is None
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -76,6 +77,8 @@ def main(words: Sequence[str] | None = None) -> int:
             code = _launch(command, rest)
             sys.stdout.flush()
             return code
+        if is_program:
+            huge_pages.begin_again_with_them()
         return processes.leave(_run(command, rest))
     except SystemExit as stop:
         processes.leave(stop.code if isinstance(stop.code, int) else processes.FAILURE)

@@ -33,12 +33,15 @@ FLOORS = (
         "checkpoints",
         "replay",
     ),
-    ("gin_utils", "command_line", "main"),
+    ("gin_utils", "command_line", "huge_pages", "main"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TOP = len(FLOORS) - 1
 # `clp_jax/__init__.py` holds the version, and finds the folders beside it.
 BELOW_ALL = -1
+
+# Where devices are told what to do by hand.
+_BY_HAND = r"clp_jax/(partitioning|nn/(moe|attention\w*))\.py"
 
 # Packages that only some modules may import: a pattern for the package, one for the paths, and why.
 CONFINED = (
@@ -58,8 +61,8 @@ CONFINED = (
     (r"orbax", r"clp_jax/training/array_store\.py", "one module knows the format of checkpoints"),
     (
         r"jax\.shard_map|jax\.experimental\.shard_map|jax\.experimental\.pallas",
-        r"clp_jax/nn/(moe|attention\w*)\.py",
-        "sharding is a table, but for experts and attention kernels",
+        _BY_HAND,
+        "sharding is a table, but for experts, attention kernels and what the compiler can't split by rows",
     ),
     (r"pickle|cPickle|dill|cloudpickle|shelve|marshal", r"(?!)", "stored data must not run code"),
     (r"flax\.linen|jax\.experimental\.(pjit|maps)|jax\.(pmap|interpreters)", r"(?!)", "one way to write a model"),
@@ -178,7 +181,7 @@ def check_calls(path: str, tree: ast.Module) -> Iterator[str]:
     """Violations that are not imports."""
     for node in ast.walk(tree):
         is_shard_map = isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.shard_map"
-        if is_shard_map and not re.fullmatch(r"clp_jax/nn/(moe|attention\w*)\.py", path):
+        if is_shard_map and not re.fullmatch(_BY_HAND, path):
             yield f"{path}:{node.lineno}: uses jax.shard_map: sharding is a table"
         if isinstance(node, ast.With) and any(ast.unparse(item.context_expr) == "mesh" for item in node.items):
             yield f"{path}:{node.lineno}: `with mesh`: shardings are stated"

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clp_jax.partitioning import Rules, make_mesh, use_mesh
 from clp_jax.training.digests import digest
 
 
@@ -19,8 +20,19 @@ def expected(*arrays):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.int32])
 def test_it_is_the_sum_of_the_bits(dtype):
     rng = np.random.default_rng(0)
-    tree = [jnp.asarray(rng.normal(size=shape) * 50, dtype) for shape in ((3, 5), (), (7,))]
+    tree = [
+        jnp.asarray(rng.normal(size=shape) * 50, dtype) for shape in ((3, 5), (), (7,), (2, 5, 31), (4, 64), (0, 3))
+    ]
     assert int(jax.jit(digest)(tree)) == expected(*tree)
+    with use_mesh(make_mesh(num_devices=1), Rules()):
+        assert int(jax.jit(lambda tree: digest(tree))(tree)) == expected(*tree)
+
+
+def test_bits_are_not_written_before_they_are_summed():
+    """On a CPU: what the program needs besides its arguments is a small part of them."""
+    x = jnp.ones((64, 4096))
+    analysis = jax.jit(digest).lower([x]).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < x.nbytes / 8
 
 
 def test_every_single_bit_counts():
