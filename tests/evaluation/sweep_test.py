@@ -7,20 +7,15 @@ import jax
 import numpy as np
 import pytest
 from sweeps import NAMES, make_samples, make_sweep
-from tiny_runs import MODEL, make_data, make_supervised
+from tiny_runs import MODEL, make_data, make_steerable, make_supervised
 
 from clp_jax.evaluate import evaluate
 from clp_jax.evaluation.pareto import hypervolume, non_dominated
 from clp_jax.evaluation.statistics import bootstrap
 from clp_jax.evaluation.sweep import REFERENCE_POINT, Sweep
-from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.config import MoEConfig
-from clp_jax.models.serialization import to_json
 from clp_jax.nn.routing import TokenChoice
-from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
-from clp_jax.rewards.stack import fingerprints
-from clp_jax.training.saved_params import load_params, save_params
 
 
 @pytest.mark.parametrize("names", [NAMES, ("a", "b", "c")])
@@ -107,24 +102,7 @@ REWARDS = (Brevity(limit=4), FunctionReward("letters", lambda p, completions, r:
 
 
 def make_run(home, name, components, sft="sft"):
-    """What a run of the multi-objective stage leaves, with these components."""
-    params, description, _ = load_params(home / sft)
-    conditioning = ParameterConditioning("full", 2)
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(components(params, k) for k in range(2)))
-    path = home / name
-    path.mkdir()
-    save_params(path / "reference", params, description)
-    own = {
-        "stage": "clp",
-        "conditioning": to_json(conditioning),
-        "rewards": ["brevity", "letters"],
-        "reward_fingerprints": fingerprints(REWARDS),
-        "max_length": 4,
-    }
-    save_params(path / "checkpoints" / "3", {"policy": stacked, "baseline": {}}, description | own, step=3)
-    (path / "vocabulary.model").write_bytes((home / "sft" / "vocabulary.model").read_bytes())
-    RewardStatistics(("brevity", "letters"), (0.5, 2.0), (0.25, 1.5), 9).save(path)
-    return path
+    return make_steerable(home / name, home / sft, REWARDS, components)
 
 
 @pytest.fixture(scope="module")
