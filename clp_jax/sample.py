@@ -135,7 +135,9 @@ class Session:
                 self._stream.end(completions[0].text)
                 continue
             for completion in completions:
-                console.print(completion.text or "(empty)", highlight=False, markup=False)
+                console.out(
+                    completion.text or "(empty)", highlight=False
+                )  # As it is: nothing wrapped, no names of emoji.
 
     def set_samples(self, number: int) -> None:
         """Changes the number of completions."""
@@ -313,7 +315,7 @@ def talk(session: Session, lines: Any, console: Console) -> None:
                 session.answer(line, console)
                 session.seed = (session.seed + 1) % 2**32
         except ValueError as error:
-            console.print(f"error: {error}", style="red", highlight=False, markup=False)
+            console.out(f"error: {error}", style="red", highlight=False)
 
 
 def _read(lines: Any, interactive: bool) -> Iterator[str]:

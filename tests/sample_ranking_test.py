@@ -119,10 +119,19 @@ def test_rewards_compare_with_the_targets_of_a_line(home, tmp_path):
     ],
 )
 def test_rewards_that_do_not_fit(home, run, words, message, capsys):
-    rewards = ["--gin_file=rewards/coverage_brevity.gin", "--gin.sample.rewards=%REWARDS", "--strategy=best_of_n"]
-    assert main(["sample", f"--checkpoint={home / run}", "--prompt=the fox", *rewards, *words]) == 2
+    rewards = ["--gin_file=rewards/coverage_brevity.gin", "--gin.sample.rewards=%REWARDS"]
+    words = [*rewards, "--strategy=best_of_n", "--num_samples=2", *words]
+    assert main(["sample", f"--checkpoint={home / run}", "--prompt=the fox", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_a_completion_is_printed_as_it_is(home, capsys):
+    """Whatever its length: what a pipe gets is not wrapped."""
+    words = ["--prompt=a fox", "--strategy=beam", "--num_samples=2", "--max_tokens=100", "--min_tokens=100"]
+    assert main(["sample", f"--checkpoint={home / 'sft'}", *words]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2 and all(len(line) > 80 for line in shown)
 
 
 def test_lines_that_say_how_they_are_completed(home, capsys):

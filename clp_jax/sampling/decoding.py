@@ -110,6 +110,10 @@ class Decoding:
         for name, number in (("num_samples", self.num_samples), ("max_tokens", self.max_tokens)):
             if number is not None and not 1 <= number < 2**31:
                 raise ValueError(f"{name} is {number}: expected at least 1, and less than 2**31.")
+        if self.strategy == "best_of_n" and self.num_samples == 1:
+            raise ValueError(
+                "num_samples is 1 with strategy=best_of_n: expected at least 2, of which the best is returned."
+            )
         if self.no_repeat_ngram < 0:
             raise ValueError(f"no_repeat_ngram is {self.no_repeat_ngram}: expected 0, which allows all, or more.")
         for name, texts in (("stop", self.stop), ("banned", self.banned)):

@@ -105,8 +105,8 @@ def test_rules_of_tokens(model, strategy):
 @pytest.mark.parametrize(
     ("asked", "penalty"),
     [
-        (dict(strategy="best_of_n"), PowerPenalty(0.0)),
-        (dict(strategy="best_of_n", length_penalty=1.0), PowerPenalty(1.0)),
+        (dict(strategy="best_of_n", num_samples=2), PowerPenalty(0.0)),
+        (dict(strategy="best_of_n", num_samples=2, length_penalty=1.0), PowerPenalty(1.0)),
         (dict(strategy="sample"), None),
         (dict(strategy="beam", length_penalty=1.0), None),
     ],
@@ -131,7 +131,7 @@ def test_a_length_penalty_is_refused_where_nothing_is_ranked(strategy):
 @pytest.mark.parametrize("strategy", ["sample", "greedy", "best_of_n"])
 def test_words_of_a_search_are_refused_without_one(name, strategy):
     with pytest.raises(ValueError, match=f"^{name} does nothing with strategy={strategy}: leave it out.$"):
-        Decoding(strategy=strategy, **{name: SEARCH[name]})
+        Decoding(strategy=strategy, num_samples=2, **{name: SEARCH[name]})
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p"])
@@ -146,6 +146,7 @@ def test_words_of_samples_are_refused_without_them(name, strategy):
     [
         (dict(strategy="greedy", top_k=1, num_beams=2), "top_k and num_beams do nothing with strategy=greedy: leave them"),
         (dict(num_samples=0), "num_samples is 0: expected at least 1"),
+        (dict(strategy="best_of_n"), "num_samples is 1 with strategy=best_of_n: expected at least 2"),
         (dict(max_tokens=2**31), r"max_tokens is 2147483648: expected at least 1, and less than 2\*\*31"),
         (dict(no_repeat_ngram=-1), "no_repeat_ngram is -1"),
         (dict(stop=("a", "")), r"stop is \('a', ''\): expected texts of one character at least; an empty one"),
