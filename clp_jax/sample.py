@@ -135,9 +135,8 @@ class Session:
                 self._stream.end(completions[0].text)
                 continue
             for completion in completions:
-                console.out(
-                    completion.text or "(empty)", highlight=False
-                )  # As it is: nothing wrapped, no names of emoji.
+                # As it is: nothing wrapped, no name of an emoji replaced.
+                console.out(completion.text or "(empty)", highlight=False)
 
     def set_samples(self, number: int) -> None:
         """Changes the number of completions."""

@@ -126,8 +126,9 @@ def test_rewards_that_do_not_fit(home, run, words, message, capsys):
     assert message in said and said.count("\n") == 1
 
 
-def test_a_completion_is_printed_as_it_is(home, capsys):
+def test_a_completion_is_printed_as_it_is(home, capsys, monkeypatch):
     """Whatever its length: what a pipe gets is not wrapped."""
+    monkeypatch.setenv("COLUMNS", "80")
     words = ["--prompt=a fox", "--strategy=beam", "--num_samples=2", "--max_tokens=100", "--min_tokens=100"]
     assert main(["sample", f"--checkpoint={home / 'sft'}", *words]) == 0
     shown = capsys.readouterr().out.splitlines()
