@@ -4,19 +4,21 @@
 
 Both generate the same number of tokens for the same prompts; an end of sequence stops neither. "torch, products alone"
 reads the prompts and multiplies the rows of every token with the weights, in torch, and does nothing else: a decoder
-whose products are as fast as torch's gains at most `generate`'s time over that.
+whose products are as fast as torch's gains at most `generate`'s time over that. "prompts alone" is JAX reading them, before the
+first token.
 """
 
 import argparse
 import functools
+import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from measure import (
     SHAPES,
     Shape,
     decoder_only,
+    finished,
     mebibytes,
     medians,
     num_bytes,
@@ -24,21 +26,25 @@ from measure import (
     peak_bytes,
     random_tokens,
     report,
+    torch_device,
     torch_llama,
     torch_t5,
 )
 
 from clp_jax.data.vocabulary import EOS_ID
+from clp_jax.host_rows import place_active
 from clp_jax.models.policy import Policy
+from clp_jax.partitioning import active_sizes, constrain
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.decoder import CachedDecoder
+from clp_jax.sampling.devices import Devices
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.strategies import Greedy, Sampling
 
 BATCH_SIZE = 32
 NUM_SAMPLES = 4
 SHARED, BEAMS = "sampling, 4 of a prompt", "4 beams"
-PRODUCTS = "torch, products alone"
+READING, PRODUCTS = "prompts alone", "torch, products alone"
 PROMPTS = {"sampling": BATCH_SIZE, "greedy": BATCH_SIZE, SHARED: BATCH_SIZE // 4, BEAMS: BATCH_SIZE // 4}
 
 
@@ -53,7 +59,13 @@ class Endless(CachedDecoder):
 
 def main() -> None:
     """Measures, and prints."""
-    arguments = parse_arguments(__doc__ or "")
+    arguments = parse_arguments(__doc__ or "", shares=True)
+    with Devices().use(min(PROMPTS.values())):
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Both kinds of policy, on the devices that share their rows."""
     shape = SHAPES[arguments.size]
     policy, other = Policy(shape.model), Policy(decoder_only(shape.model))
     kinds = {
@@ -65,14 +77,15 @@ def main() -> None:
         rows, found = measure(measured, shape, torch_model(), arguments)
         figures = {**figures, "decoder_only": found} if figures else found
         sizes = f"{BATCH_SIZE} rows, {shape.inputs} tokens in, {shape.targets} out"
-        report(f"{arguments.size}{kind}: {sizes}, {jax.default_backend()}", rows, figures, arguments.json)
+        where = f"{jax.default_backend()}, devices: {math.prod(active_sizes('batch'))}"
+        report(f"{arguments.size}{kind}: {sizes}, {where}", rows, figures, arguments.json)
 
 
 def measure(
     policy: Policy, shape: Shape, torch_model: Any, arguments: argparse.Namespace
 ) -> tuple[list[tuple[str, str]], dict]:
     """Rows to print and figures to write, of one policy."""
-    params = policy.init(jax.random.key(0))
+    params = place_active(policy.init(jax.random.key(0)), policy.logical_axes())
     prompts = random_tokens(BATCH_SIZE, shape.inputs, shape.model.vocab_size, seed=0)
     runs = {
         "sampling": sampled(policy, Sampling(), shape.targets, 1),
@@ -81,11 +94,13 @@ def measure(
         SHARED: sampled(policy, Sampling(), shape.targets, NUM_SAMPLES),
         BEAMS: searched(policy, shape.targets, NUM_SAMPLES),
     }
-    given = {name: jnp.asarray(prompts[:count]) for name, count in PROMPTS.items()}
+    given = {name: place_active(prompts[:count], ("batch", None)) for name, count in PROMPTS.items()}
     key = jax.random.key(1)
     programs: dict[str, Any] = {
         name: lambda run=run, x=given[name]: jax.block_until_ready(run(params, x, key)) for name, run in runs.items()
     }
+    start = jax.jit(functools.partial(started, policy, shape.targets))
+    programs[READING] = lambda: jax.block_until_ready(start(params, given["greedy"]))
     if torch_model is not None:
         programs |= torch_programs(torch_model, shape, prompts)
 
@@ -96,7 +111,8 @@ def measure(
         f"{name} / torch generate": times[f"torch {name}"] / times[name] for name in runs if f"torch {name}" in times
     }
     if PRODUCTS in times:
-        ratios["products alone / torch generate"] = times["torch greedy"] / times[PRODUCTS]
+        for name in (READING, PRODUCTS):
+            ratios[f"{name} / torch generate"] = times["torch greedy"] / times[name]
     rows += [(name, f"{value:8.2f}") for name, value in ratios.items()]
     memory = {
         "parameters": num_bytes(params),
@@ -134,13 +150,15 @@ def searched(policy: Policy, length: int, num_beams: int) -> Any:
     return run
 
 
+def started(policy: Policy, length: int, params: Any, inputs: Any, *, int8: bool = False) -> Any:
+    """What generation starts from: the prompts, read."""
+    return CachedDecoder(policy.bind(params), int8=int8).start(constrain(inputs, "batch", None), length, 1)[1]
+
+
 def cache_bytes(policy: Policy, params: Any, inputs: Any, length: int, *, int8: bool = False) -> int:
     """Bytes that generation remembers, from shapes alone."""
 
-    def start(params: Any, inputs: Any) -> Any:
-        return CachedDecoder(policy.bind(params), int8=int8).start(inputs, length, 1)[1]
-
-    return num_bytes(jax.eval_shape(start, params, inputs))
+    return num_bytes(jax.eval_shape(functools.partial(started, policy, length, int8=int8), params, inputs))
 
 
 def torch_programs(model: Any, shape: Shape, prompts: Any) -> dict[str, Any]:
@@ -150,16 +168,16 @@ def torch_programs(model: Any, shape: Shape, prompts: Any) -> dict[str, Any]:
     model.eval()
 
     def program(name: str, **settings: Any) -> Any:
-        x = torch.from_numpy(prompts[: PROMPTS[name]]).long()
+        x = torch.from_numpy(prompts[: PROMPTS[name]]).long().to(torch_device())
         length = {"max_new_tokens": shape.targets, "min_new_tokens": shape.targets}
-        return lambda: model.generate(x, attention_mask=torch.ones_like(x), **length, **settings)
+        return finished(lambda: model.generate(x, attention_mask=torch.ones_like(x), **length, **settings))
 
     return {
         "torch sampling": program("sampling", do_sample=True, top_k=0),
         "torch greedy": program("greedy", do_sample=False),
         f"torch {SHARED}": program(SHARED, do_sample=True, top_k=0, num_return_sequences=NUM_SAMPLES),
         f"torch {BEAMS}": program(BEAMS, do_sample=False, num_beams=NUM_SAMPLES),
-        PRODUCTS: torch_products(model, shape, torch.from_numpy(prompts).long()),
+        PRODUCTS: finished(torch_products(model, shape, torch.from_numpy(prompts).long().to(torch_device()))),
     }
 
 
@@ -169,8 +187,12 @@ def torch_products(model: Any, shape: Shape, prompts: Any) -> Any:
 
     # Keys and values of the prompts are made when those are read.
     once = [name for name, _ in model.named_modules() if name.endswith(("EncDecAttention.k", "EncDecAttention.v"))]
+
+    def len_of(name: str) -> int:
+        return prompts.numel() if name in once else BATCH_SIZE
+
     layers = [
-        (layer, torch.zeros(prompts.numel() if name in once else BATCH_SIZE, layer.in_features), name in once)
+        (layer, prompts.new_zeros((len_of(name), layer.in_features), dtype=torch.float32), name in once)
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear) and not name.startswith("encoder.")
     ]

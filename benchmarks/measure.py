@@ -40,6 +40,7 @@ def _t5(width: int, mlp: int, heads: int, head_dim: int, layers: int) -> T5Confi
 SHAPES = {
     "tiny": Shape(_t5(128, 256, 4, 32, 2), batch_size=64, inputs=64, targets=24),  # The quickstart's.
     "small": Shape(_t5(512, 1024, 8, 64, 4), batch_size=16, inputs=128, targets=32),
+    "base": Shape(_t5(768, 2048, 12, 64, 12), batch_size=64, inputs=512, targets=128),  # For a GPU.
 }
 
 
@@ -55,11 +56,28 @@ def decoder_only(config: T5Config) -> PaLMConfig:
     )
 
 
-def parse_arguments(description: str, repeats: int = 9, *, rows: bool = False) -> argparse.Namespace:
-    """The command line of a benchmark; `rows` is whether it takes another number of rows than the size says."""
+def parse_arguments(
+    description: str, repeats: int = 9, *, rows: bool = False, shares: bool = False
+) -> argparse.Namespace:
+    """The command line of a benchmark.
+
+    Args:
+        description: what it measures.
+        repeats: by default.
+        rows: whether it takes another number of rows than the size says.
+        shares: whether the devices of a CPU may share its rows out.
+    """
     parser = argparse.ArgumentParser(description=description)
     if rows:
         parser.add_argument("--rows", type=int, help="of a batch (default: as the size has it)")
+    if shares:
+        cores = len(os.sched_getaffinity(0))
+        parser.add_argument(
+            "--devices",
+            type=int,
+            default=cores,
+            help=f"that JAX makes of a CPU, to share the rows out (default: one for each core, {cores})",
+        )
     parser.add_argument("--size", choices=SHAPES, default="small", help="model and batch (default: small)")
     parser.add_argument(
         "--repeats",
@@ -67,7 +85,12 @@ def parse_arguments(description: str, repeats: int = 9, *, rows: bool = False) -
         default=repeats,
         help=f"timings of each program; the median counts (default: {repeats})",
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; JAX takes all cores of a CPU")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count(),
+        help="of torch on a CPU; JAX takes all cores. Where JAX computes on a GPU, torch does too",
+    )
     parser.add_argument(
         "--processor",
         action="store_const",
@@ -77,7 +100,10 @@ def parse_arguments(description: str, repeats: int = 9, *, rows: bool = False) -
         help="count processor time: of a shared machine, under `taskset -c 0` with --threads 1",
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if shares:
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+    return arguments
 
 
 def medians(
@@ -132,7 +158,7 @@ def torch_t5(config: T5Config, threads: int) -> Any:
         pad_token_id=0,
         eos_token_id=1,
     )
-    return transformers.T5ForConditionalGeneration(same)
+    return transformers.T5ForConditionalGeneration(same).to(torch_device())
 
 
 def torch_llama(config: PaLMConfig, threads: int) -> Any:
@@ -154,7 +180,24 @@ def torch_llama(config: PaLMConfig, threads: int) -> Any:
         pad_token_id=0,
         eos_token_id=1,
     )
-    return transformers.LlamaForCausalLM(same)
+    return transformers.LlamaForCausalLM(same).to(torch_device())
+
+
+def torch_device() -> str:
+    """Where torch computes: on a GPU where JAX does."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def finished(program: Callable[[], Any]) -> Callable[[], Any]:
+    """The program of torch, with the wait for what it started."""
+    import torch
+
+    def run() -> None:
+        program()
+        if torch_device() == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 def _transformers(threads: int) -> Any:
@@ -164,6 +207,10 @@ def _transformers(threads: int) -> Any:
     except ImportError:
         return None
     torch.set_num_threads(threads)
+    if torch_device() == "cuda":
+        if not torch.cuda.is_available():
+            return None
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32, as XLA multiplies by default.
     transformers.logging.set_verbosity_error()
     return transformers
 

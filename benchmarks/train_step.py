@@ -10,7 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import SHAPES, mebibytes, medians, num_bytes, parse_arguments, peak_bytes, random_tokens, report, torch_t5
+from measure import (
+    SHAPES,
+    finished,
+    mebibytes,
+    medians,
+    num_bytes,
+    parse_arguments,
+    peak_bytes,
+    random_tokens,
+    report,
+    torch_device,
+    torch_t5,
+)
 
 from clp_jax.models.conditioning import ParameterConditioning
 from clp_jax.models.policy import Policy
@@ -158,7 +170,7 @@ def torch_step(shape: Any, inputs: Any, targets: Any, threads: int) -> Any:
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    x, y = torch.from_numpy(inputs).long(), torch.from_numpy(targets).long()
+    x, y = (torch.from_numpy(tokens).long().to(torch_device()) for tokens in (inputs, targets))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -166,7 +178,7 @@ def torch_step(shape: Any, inputs: Any, targets: Any, threads: int) -> Any:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return step
+    return finished(step)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ SWITCHES = {
 }
 HIDDEN = ("config_text",)
 # Arguments that are dataclasses, each of whose fields is a flag.
-SPREAD = ("decoding", "partners")
+SPREAD = ("decoding", "partners", "devices")
 # Commands that several processes run together.
 SPANNING = ("train", "replay")
 

@@ -18,6 +18,7 @@ from clp_jax.models.conditioning import check_alpha
 from clp_jax.preferences import Preference, simplex_lattice, validate_weights
 from clp_jax.rewards.protocol import RewardFunction
 from clp_jax.rewards.stack import RewardStack, fingerprints
+from clp_jax.sampling.devices import Devices
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.score import score
 from clp_jax.sampling.steering import Steerable
@@ -57,6 +58,7 @@ def evaluate(
     max_length: int | None = None,
     seed: int = 0,
     output: str | None = None,
+    devices: Devices = Devices(),
 ) -> Sweep:
     """Sweeps reward weights on held-out prompts and writes ``results.json``.
 
@@ -81,6 +83,7 @@ def evaluate(
         max_length: tokens of a completion; by default that of training.
         seed: of the samples.
         output: file to write; by default ``results.json`` in the (first) run directory.
+        devices: which of them generate.
 
     Returns:
         The sweep.
@@ -91,52 +94,48 @@ def evaluate(
     given = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
     _check_settings(method, alpha, num_prompts, batch_size, seed)
     paths = [str(find_intact(path)) for path in given]  # Training may go on meanwhile.
-    loaded, steerable = _load(method, paths, alpha_min, weights)
-    statistics = check_rewards(paths[0], loaded, rewards)
-    check_alpha(loaded.conditioning, alpha)
-    names = loaded.objectives
-    if resolution is None:
-        resolution = 10 if len(names) == 2 else 4
-    grid = simplex_lattice(len(names), resolution) if weights is None else weights
-    preferences = [Preference.of(validate_weights(row, len(names), names), alpha) for row in grid]
-    data = _data(data_dir, split, min(batch_size, num_prompts), loaded)
-    config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
-    settings = {
-        "checkpoints": paths,
-        "name": name,
-        "rewards": fingerprints(rewards),
-        "data": data.manifest.fingerprint,
-        "method": method,
-        "alpha": [alpha, alpha_min],
-        "weights": [[float(x) for x in p.weights] for p in preferences],
-        "prompts": [split, num_prompts, batch_size],
-        "max_length": config.max_length,
-        "seed": seed,
-    }
-    target = Path(output) if output else loaded.run_dir / FILE_NAME
-    make_writable(target.parent)  # Before the sweep, which would be lost.
-    sweep = _earlier(target, settings)
-    if sweep is None:
-        worker = _Worker(loaded, steerable, RewardStack(rewards, statistics), data, num_prompts, config, seed)
-        samples = []
-        with Progress("evaluating", len(preferences), 0, worker.tokens_per_preference, unit="weights") as progress:
-            for done, preference in enumerate(preferences, start=1):
-                samples.append(worker(preference))
-                progress.update(done, f"KL {samples[-1].kl.mean():.2f}")
-        sweep = summarise(
-            method=name or (loaded.run_dir.name if method == "checkpoint" else method),
-            objectives=names,
-            alpha=alpha,
-            reference_mean=statistics.mean,
-            reference_std=statistics.std,
-            samples=samples,
-            prompts=worker.prompts[:_EXAMPLES],
-            references=worker.references[:_EXAMPLES],
-            decode_calls_per_token=steerable.decode_calls_per_token,
-            seed=seed,
-            settings=settings,
-        )
-        _keep(sweep, target)
+    with devices.use(min(batch_size, num_prompts)):
+        loaded, steerable = _load(method, paths, alpha_min, weights)
+        statistics = check_rewards(paths[0], loaded, rewards)
+        check_alpha(loaded.conditioning, alpha)
+        names = loaded.objectives
+        if resolution is None:
+            resolution = 10 if len(names) == 2 else 4
+        grid = simplex_lattice(len(names), resolution) if weights is None else weights
+        preferences = [Preference.of(validate_weights(row, len(names), names), alpha) for row in grid]
+        data = _data(data_dir, split, min(batch_size, num_prompts), loaded)
+        config = SamplingConfig(max_length or loaded.max_length or data.manifest.lengths["targets"])
+        settings = {
+            "checkpoints": paths,
+            "name": name,
+            "rewards": fingerprints(rewards),
+            "data": data.manifest.fingerprint,
+            "method": method,
+            "alpha": [alpha, alpha_min],
+            "weights": [[float(x) for x in p.weights] for p in preferences],
+            "prompts": [split, num_prompts, batch_size],
+            "max_length": config.max_length,
+            "seed": seed,
+        }
+        target = Path(output) if output else loaded.run_dir / FILE_NAME
+        make_writable(target.parent)  # Before the sweep, which would be lost.
+        sweep = _earlier(target, settings)
+        if sweep is None:
+            worker = _Worker(loaded, steerable, RewardStack(rewards, statistics), data, num_prompts, config, seed)
+            sweep = summarise(
+                method=name or (loaded.run_dir.name if method == "checkpoint" else method),
+                objectives=names,
+                alpha=alpha,
+                reference_mean=statistics.mean,
+                reference_std=statistics.std,
+                samples=worker.at_all(preferences),
+                prompts=worker.prompts[:_EXAMPLES],
+                references=worker.references[:_EXAMPLES],
+                decode_calls_per_token=steerable.decode_calls_per_token,
+                seed=seed,
+                settings=settings,
+            )
+            _keep(sweep, target)
     print_table(sweep, Console())
     print(f"results: {target}", file=sys.stderr)
     return sweep
@@ -225,7 +224,16 @@ class _Worker:
         self.tokens_per_preference = len(self._batches) * data.batch_size * config.max_length
         self.references = [t for b in self._batches for t in decode(b.targets[b.example_ids >= 0])]
 
-    def __call__(self, preference: Preference) -> Samples:
+    def at_all(self, preferences: Sequence[Preference]) -> list[Samples]:
+        """Completions at each preference, with progress."""
+        samples = []
+        with Progress("evaluating", len(preferences), 0, self.tokens_per_preference, unit="weights") as progress:
+            for done, preference in enumerate(preferences, start=1):
+                samples.append(self._at(preference))
+                progress.update(done, f"KL {samples[-1].kl.mean():.2f}")
+        return samples
+
+    def _at(self, preference: Preference) -> Samples:
         """Completions at one preference."""
         rewards, kls, lengths = [], [], []
         texts: list[str] = []

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -294,6 +294,26 @@ def constrain_mixed(params: PyTree, logical_axes: PyTree) -> PyTree:
         return x if own & taken else constrain(x, *axes)
 
     return jax.tree.map(one, logical_axes, params, is_leaf=is_axes)
+
+
+def over_rows(function: Callable[[Array], PyTree], x: Array) -> PyTree:
+    """A function of rows, applied by each device to its own.
+
+    The compiler can't split every operation by rows: it would gather those of `jax.lax.top_k` on all devices.
+
+    Args:
+        function: of arrays with any number of rows, to arrays of as many.
+        x: ``[B, ...]``.
+
+    Returns:
+        ``function(x)``; just that, without an active mesh whose ``batch`` divides the rows.
+    """
+    active = _active.get()
+    axes = () if active is None else active_axes("batch", x.shape[0])
+    if active is None or not axes:
+        return function(x)
+    rows = PartitionSpec(axes)
+    return jax.shard_map(function, mesh=active[0], in_specs=rows, out_specs=rows, check_vma=False)(x)
 
 
 @contextlib.contextmanager

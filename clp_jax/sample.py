@@ -1,6 +1,7 @@
 """`clp sample`: steers a trained policy by hand, or completes a file of prompts."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 from rich.console import Console
 
 from clp_jax.models.conditioning import check_alpha
+from clp_jax.partitioning import active_sizes
 from clp_jax.preferences import Preference, validate_weights
 from clp_jax.rewards.protocol import RewardFunction
 from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.decoding import Decoding
+from clp_jax.sampling.devices import Devices
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.json_lines import Limits, Line, Skipped, answers, check_prompt, read_lines
 from clp_jax.sampling.session import Server, ServingConfig
@@ -21,7 +24,7 @@ from clp_jax.sampling.stop_strings import shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
 from clp_jax.sampling.text import Completion, Prompt, prompt_tokens
 from clp_jax.training.partners import LoadedEnsemble, Partners
-from clp_jax.training.policies import load_policy
+from clp_jax.training.policies import LoadedPolicy, load_policy
 from clp_jax.training.reranking import RunRewards, most_rewarded
 
 _HELP = """\
@@ -211,6 +214,7 @@ def sample(
     decoding: Decoding = Decoding(),
     partners: Partners = Partners(),
     rewards: Sequence[RewardFunction] = (),
+    devices: Devices = Devices(),
     max_prompt: int | None = None,
     batch_size: int | None = None,
     int8: bool = False,
@@ -237,6 +241,7 @@ def sample(
         rewards: the reward functions of the run: completions in files have ``rewards``, in the run's order and standardised as
             in training, and ``best_of_n`` returns the one with the highest sum, weighted with `weights`. A line's ``targets``
             are what rewards compare with.
+        devices: which of them answer.
         max_prompt: tokens of a prompt at most, by default as many as in training, or 65,536 for a converted policy. A longer
             text of an encoder-decoder is cut before its end of sequence, with a warning; longer prompts of decoders and
             longer lists are errors.
@@ -261,34 +266,43 @@ def sample(
         raise ValueError(f"sample: {given} for the lines of an input: give one, or leave it out.")
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
-    ensemble = partners.load(load_policy(checkpoint))
-    loaded = ensemble.members[0]
-    generation = decoding.config(loaded.max_length or 64, loaded.policy.config, loaded.vocabulary)
     if rewards and decoding.best is not None and decoding.length_penalty is not None:
         raise ValueError(
             "length_penalty does nothing where rewards say which sample is the best: leave one of them out."
         )
-    config = ServingConfig(
+    slots = 1 if input is None else batch_size or 32
+    with devices.use(slots):
+        ensemble = partners.load(load_policy(checkpoint))
+        loaded = ensemble.members[0]
+        config, worth = _serving(loaded, decoding, max_prompt, slots, int8), None
+        ranked = bool(rewards) and config.best is not None
+        if rewards:
+            config, worth = dataclasses.replace(config, best=None), RunRewards(loaded, rewards)
+        session = Session(ensemble, config, seed, worth, ranked)
+        if weights is not None:
+            session.set_weights(weights)
+        session.set_alpha(alpha)
+        if input is not None:
+            _complete_file(session, Path(input), output)
+        elif prompt is not None:
+            session.answer(prompt, Console())
+        else:
+            sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr] # A bad line must not end it all.
+            talk(session, sys.stdin, Console())
+
+
+def _serving(loaded: LoadedPolicy, decoding: Decoding, max_prompt: int | None, slots: int, int8: bool) -> ServingConfig:
+    """What was asked for, with what the policy says where nothing was."""
+    generation = decoding.config(loaded.max_length or 64, loaded.policy.config, loaded.vocabulary)
+    return ServingConfig(
         generation=generation,
         num_samples=1 if isinstance(generation, BeamConfig) else decoding.num_samples,
-        best=None if rewards else decoding.best,
+        best=decoding.best,
         stop=tuple(decoding.stop),
         max_prompt=max_prompt or loaded.prompt_length,
-        slots=1 if input is None else batch_size or 32,
+        slots=slots,
         int8=int8,
     )
-    worth = RunRewards(loaded, rewards) if rewards else None
-    session = Session(ensemble, config, seed, worth, best=bool(rewards) and decoding.best is not None)
-    if weights is not None:
-        session.set_weights(weights)
-    session.set_alpha(alpha)
-    if input is not None:
-        _complete_file(session, Path(input), output)
-    elif prompt is not None:
-        session.answer(prompt, Console())
-    else:
-        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr] # A bad line must not end it all.
-        talk(session, sys.stdin, Console())
 
 
 def talk(session: Session, lines: Any, console: Console) -> None:
@@ -375,7 +389,9 @@ def _complete_file(session: Session, source: Path, target: str | None) -> None:
         for line in lines
     ]
     if isinstance(session.config.generation, SamplingConfig):
-        session.config = dataclasses.replace(session.config, slots=min(session.config.slots, len(lines)))
+        share = math.prod(active_sizes("batch"))  # Devices have as many slots each.
+        slots = min(session.config.slots, -(-len(lines) // share) * share)
+        session.config = dataclasses.replace(session.config, slots=slots)
     with answers(target, skipped) as out:
         out.expect(lines)
         for number, completions in session.complete(prompts, [_reference(line, session) for line in lines]):

@@ -34,7 +34,7 @@ def home(tmp_path_factory):
         rng = np.random.default_rng(k)
         return jax.tree.map(lambda p: np.asarray(p + 0.3 * rng.normal(size=p.shape), np.float32), params)
 
-    make_steerable(home / "run", home / "sft", REWARDS, differing)
+    make_steerable(home, "run", differing, rewards=REWARDS)
     return home
 
 
@@ -97,12 +97,12 @@ def test_rewards_compare_with_the_targets_of_a_line(home, tmp_path):
 
     seen: list = []
     rewards = (FunctionReward("coverage", letters), Brevity())
-    make_steerable(tmp_path / "run", home / "sft", rewards, lambda params, k: params)
+    make_steerable(home, "letters", lambda params, k: params, rewards=rewards)
     lines = [{"inputs": "the fox", "targets": "fox"}, {"inputs": "a dog", "targets": [4, 2]}, {"inputs": "my box"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     places = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "output.jsonl")}
     decoding = Decoding(strategy="best_of_n", num_samples=2)
-    sample(checkpoint=str(tmp_path / "run"), rewards=rewards, decoding=decoding, batch_size=1, max_prompt=32, **places)
+    sample(checkpoint=str(home / "letters"), rewards=rewards, decoding=decoding, batch_size=1, max_prompt=32, **places)
     two = " ".join(json.loads(line)["text"] for line in (tmp_path / "output.jsonl").read_text().splitlines())
     assert two and len(seen) == 3
     assert [prompts for prompts, _ in seen] == [["the fox"] * 2, ["a dog"] * 2, ["my box"] * 2]

@@ -7,6 +7,7 @@ import jax
 from clp_jax.array_types import Array, Float, Int
 from clp_jax.nn.attention_dense import Quantized
 from clp_jax.nn.visibility import Places
+from clp_jax.partitioning import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -50,3 +51,24 @@ class Cache:
     index: Int[Array, "*M"]
     start: Int[Array, "*M R"]
     offsets: Int[Array, "*M R"]
+
+
+def constrain_cache(cache: Cache) -> Cache:
+    """Shares rows and heads out over the active mesh: what starts as zeros says nothing of where it should be."""
+
+    def keys(x: Array) -> Array:
+        return constrain(x, *[None] * (x.ndim - 4), "batch", "act_heads", None, None)
+
+    def prompts(x: Array) -> Array:
+        return constrain(x, *[None] * (x.ndim - 2), "batch", None)
+
+    def rows(x: Array) -> Array:
+        return constrain(x, *[None] * (x.ndim - 1), "batch")
+
+    return dataclasses.replace(
+        cache,
+        stacks=jax.tree.map(keys, cache.stacks),
+        prompts=jax.tree.map(prompts, cache.prompts),
+        start=rows(cache.start),
+        offsets=rows(cache.offsets),
+    )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
+from clp_jax.partitioning import constrain, over_rows
 from clp_jax.sampling.beam_policies import (
     BrevityPenalty,
     CurrentBound,
@@ -143,7 +144,7 @@ class _Hypotheses:
 
     def best(self, number: int) -> tuple["_Hypotheses", Array]:
         """Those with the highest scores, the highest first, and which they were."""
-        chosen = jax.lax.top_k(self.scores, number)[1]
+        chosen = _top_k(self.scores, number)[1]
         return self.take(chosen), chosen
 
 
@@ -158,6 +159,7 @@ def beam_search(decoder: Decoder, inputs: Int[Array, "B S"], config: BeamConfig)
         inputs: prompts, padded with the decoder's `pad_id`.
         config: what to search for.
     """
+    inputs = constrain(inputs, "batch", None)
     batch, groups, size = inputs.shape[0], config.num_groups, config.group_size
     first, state = decoder.start(inputs, config.max_length, config.num_beams)
     prompts = jnp.repeat(align_right(inputs, decoder.pad_id), config.num_beams, axis=0)
@@ -210,7 +212,7 @@ def _advance(config: BeamConfig, decoder: Decoder, t: Array, *own: Any) -> tuple
     size, vocab_size = log_probs.shape[1:]
     ways_to_end = len(decoder.eos_ids) + len(config.stop)
     scores = (live.scores[..., None] + changed).reshape(-1, size * vocab_size)
-    top, flat = jax.lax.top_k(scores, min(max(2, 1 + ways_to_end), vocab_size) * size)
+    top, flat = _top_k(scores, min(max(2, 1 + ways_to_end), vocab_size) * size)
     source, token = flat // vocab_size, (flat % vocab_size).astype(jnp.int32)
     log_prob = jnp.take_along_axis(log_probs.reshape(scores.shape), flat, axis=1)
     candidates = live.take(source)
@@ -256,6 +258,10 @@ def _ranked(config: BeamConfig, pad_id: int, live: Any, pool: Any) -> Beams:
         mask=written.astype(jnp.float32).reshape(-1, config.max_length),
     )
     return Beams(completions, found.scores.reshape(-1))
+
+
+def _top_k(scores: Float[Array, "B c"], number: int) -> tuple[Array, Array]:
+    return over_rows(lambda own: tuple(jax.lax.top_k(own, number)), scores)
 
 
 def _nothing(lead: tuple[int, ...], max_length: int, pad_id: int) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int
 from clp_jax.models.incremental import empty_slots, insert
-from clp_jax.nn.kv_cache import LayerCache
+from clp_jax.nn.kv_cache import LayerCache, constrain_cache
 
 
 @runtime_checkable
@@ -74,19 +74,32 @@ class CachedDecoder:
 
     def select(self, state: Any, rows: Int[Array, "R"]) -> Any:
         """See `Decoder`."""
-        stacks = tuple(tuple(_select_rows(layer, rows) for layer in stack) for stack in state.stacks)
+        prompts = state.prompts.segments.shape[0]
+        samples = (rows - jnp.arange(prompts).repeat(len(rows) // prompts) * (len(rows) // prompts)).reshape(
+            prompts, -1
+        )
+        stacks = tuple(tuple(_select_samples(layer, samples) for layer in stack) for stack in state.stacks)
         return dataclasses.replace(state, stacks=stacks)
 
     def empty(self, slots: int, prompt_length: int, max_length: int, num_samples: int) -> Any:
         """See `clp_jax.sampling.slots.SlotDecoder`."""
         padding = jnp.full((slots, prompt_length), self.pad_id, jnp.int32)
-        return empty_slots(self.start(padding, max_length, num_samples)[1])
+        return constrain_cache(empty_slots(self.start(padding, max_length, num_samples)[1]))
 
     def insert(self, state: Any, slots: Int[Array, "b"], first_state: Any) -> Any:
         """See `clp_jax.sampling.slots.SlotDecoder`."""
         return insert(state, slots, first_state)
 
 
-def _select_rows(layer: LayerCache, rows: Int[Array, "R"]) -> LayerCache:
-    keys, values = jax.tree.map(lambda x: x[..., rows, :, :, :], (layer.keys, layer.values))
+def _select_samples(layer: LayerCache, samples: Int[Array, "B n"]) -> LayerCache:
+    """Prompt by prompt: where devices share the prompts out, nothing leaves one."""
+
+    def select(x: Array) -> Array:
+        lead = x.ndim - 4
+        take = jax.vmap(lambda rows, numbers: rows[numbers])
+        for _ in range(lead):
+            take = jax.vmap(take, in_axes=(0, None))
+        return take(x.reshape(*x.shape[:lead], *samples.shape, *x.shape[lead + 1 :]), samples).reshape(x.shape)
+
+    keys, values = jax.tree.map(select, (layer.keys, layer.values))
     return dataclasses.replace(layer, keys=keys, values=values)

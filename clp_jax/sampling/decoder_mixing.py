@@ -61,7 +61,8 @@ class _Together:
 
     def select(self, state: _Joint, rows: Array) -> _Joint:
         states = tuple(d.select(own, rows) for d, own in zip(self.decoders, state.states, strict=True))
-        return _Joint(state.fresh[rows], tuple(first[rows] for first in state.firsts), states)
+        # What else a row has is the same for all samples of a prompt.
+        return dataclasses.replace(state, states=states)
 
     def empty(self, slots: int, prompt_length: int, max_length: int, num_samples: int) -> _Joint:
         rows = slots * num_samples

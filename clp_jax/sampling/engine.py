@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from clp_jax.partitioning import active_mesh
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.processors import check_sequences
 from clp_jax.sampling.slots import Arrivals, SlotDecoder, admit, advance, empty_slots
@@ -139,7 +139,7 @@ class _Ticket:
 
 
 class Engine:
-    """Serves requests; one thread calls it.
+    """Serves requests; one thread calls it. Inside `clp_jax.partitioning.use_mesh` the mesh's devices share the slots out.
 
     Args:
         bind: makes the decoder from parameters, inside the compiled programs.
@@ -171,15 +171,27 @@ class Engine:
             ids.append((decoder.pad_id, decoder.eos_ids))
             return empty_slots(decoder, config.slots, config.buckets[-1], config.sampling, config.num_samples)
 
+        self._device = empty(params)
+        places = [x.sharding for x in jax.tree.leaves(self._device)]
+
+        def settled(slots):
+            """Slots stay on their devices: programs would be compiled again for others."""
+            if active_mesh() is None:
+                return slots
+            structure: Any = jax.tree.structure(slots)
+            leaves = jax.tree.leaves(slots)
+            return structure.unflatten(map(jax.lax.with_sharding_constraint, leaves, places))
+
         @functools.partial(jax.jit, donate_argnums=1)
         def fill(params, slots, arrivals):
-            return admit(bind(params), slots, arrivals, config.sampling.max_length, config.num_samples)
+            return settled(admit(bind(params), slots, arrivals, config.sampling.max_length, config.num_samples))
 
         @functools.partial(jax.jit, donate_argnums=1)
         def decode(params, slots, active):
-            return advance(bind(params), slots, active, config.sampling, config.chunk)
+            slots, chunk = advance(bind(params), slots, active, config.sampling, config.chunk)
+            return settled(slots), chunk
 
-        self._device, self._fill, self._decode = empty(params), fill, decode
+        self._fill, self._decode = fill, decode
         self._pad_id, self._eos_ids = ids[0]
 
     def submit(self, request: Request) -> int:
@@ -274,7 +286,7 @@ class Engine:
         for i, (slot, ticket) in enumerate(zip(slots, tickets, strict=True)):
             numbers[i], seeds[i], samples[i] = slot, ticket.request.seed, ticket.rows[0].sample
             limits[i] = ticket.request.max_tokens or self.config.sampling.max_length
-        return Arrivals(*map(jnp.asarray, (prompts, numbers, seeds, samples, limits)))
+        return Arrivals(prompts, numbers, seeds, samples, limits)
 
     def _write_chunk(self) -> None:
         n = self.config.num_samples
@@ -284,7 +296,7 @@ class Engine:
             if ticket is not None:
                 rows += [(slot * n + i, ticket.request, row) for i, row in enumerate(ticket.rows) if row.reason is None]
         active[[place for place, _, _ in rows]] = True
-        self._device, chunk = self._decode(self.params, self._device, jnp.asarray(active))
+        self._device, chunk = self._decode(self.params, self._device, active)
         chunk = jax.device_get(chunk)
         for place, request, row in sorted(rows, key=lambda item: (item[2].number, item[2].sample)):
             # A callback may have cancelled it meanwhile.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 from clp_jax.objectives.log_probs import token_log_probs
+from clp_jax.partitioning import constrain
 from clp_jax.sampling.decoder import Decoder
 from clp_jax.sampling.history import History, Span, align_right, is_one_of
 from clp_jax.sampling.processors import LogitProcessor, MinLength, check_sequences, process
@@ -142,6 +143,7 @@ def generate(
         config: lengths, strategy, processors, stop sequences.
         num_samples: completions of each prompt.
     """
+    inputs = constrain(inputs, "batch", None)
     rows, length, pad_id = inputs.shape[0] * num_samples, config.max_length, decoder.pad_id
     first, state = decoder.start(inputs, length, num_samples)
     prompts = jnp.repeat(align_right(inputs, pad_id), num_samples, axis=0)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from clp_jax.array_types import Array, Params
 from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.models.conditioning import Conditioning
+from clp_jax.partitioning import active_sizes
 from clp_jax.preferences import Preference
 from clp_jax.sampling.beam_policies import LengthPenalty
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
@@ -89,7 +91,7 @@ class Server:
         self._ensemble, self._conditioning, self._vocabulary = ensemble, conditioning, vocabulary
         self._on_tokens = on_tokens
         self._engine: Engine | None = None
-        # Bytes of what decoding remembers, by the longest prompt.
+        # Bytes of what decoding remembers on a device, by the longest prompt.
         self._sizes: dict[int, int] = {}
 
     def complete(
@@ -155,9 +157,12 @@ class Server:
             buckets = tuple(2**i for i in range(5, last.bit_length()))
             # One prompt is somebody's who looks on: every token is shown as it comes.
             chunk = self.config.chunk if self.config.chunk is not None else 1 if slots == 1 else 8
-            config = EngineConfig(sampling, buckets, slots, num_samples, chunk, prefill=min(slots, PREFILL))
+            replicas = math.prod(active_sizes("batch"))
+            config = EngineConfig(
+                sampling, buckets, slots, num_samples, chunk, prefill=min(slots, max(PREFILL, replicas))
+            )
             shapes = jax.eval_shape(lambda p: empty_slots(self._bind(p), slots, last, sampling, num_samples), params)
-            self._sizes[last] = size_of(shapes)
+            self._sizes[last] = size_of(shapes) // replicas
             with self._fitting(last):
                 engine = Engine(self._bind, params, config)
         engine.params = params
@@ -193,7 +198,9 @@ class Server:
             longest = inputs.shape[1]
             if longest not in self._sizes:
                 start = functools.partial(self._start, config)
-                self._sizes[longest] = size_of(jax.eval_shape(start, params, inputs))
+                self._sizes[longest] = size_of(jax.eval_shape(start, params, inputs)) // math.prod(
+                    active_sizes("batch")
+                )
             with self._fitting(longest):
                 found = self._beams(params, inputs, config).completions
                 arrays = [np.asarray(x) for x in (found.tokens, found.log_probs, found.mask)]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, ArrayLike, Bool, Float, Int, Key, UInt32
+from clp_jax.partitioning import constrain
 from clp_jax.sampling.decoder import Decoder
 from clp_jax.sampling.generate import SamplingConfig, has_ended, next_token
 from clp_jax.sampling.history import History, align_right
@@ -58,7 +59,7 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arrivals:
-    """Prompts that go into slots; ``b`` of them.
+    """Prompts that go into slots; ``b`` of them. Made on the host.
 
     Attributes:
         prompts: ``int32[b, S]``, padded to a bucket.
@@ -68,11 +69,11 @@ class Arrivals:
         limits: ``int32[b]`` tokens that may be written.
     """
 
-    prompts: Int[Array, "b S"]
-    slots: Int[Array, "b"]
-    seeds: UInt32[Array, "b"]
-    samples: Int[Array, "b"]
-    limits: Int[Array, "b"]
+    prompts: Int[ArrayLike, "b S"]
+    slots: Int[ArrayLike, "b"]
+    seeds: UInt32[ArrayLike, "b"]
+    samples: Int[ArrayLike, "b"]
+    limits: Int[ArrayLike, "b"]
 
 
 @jax.tree_util.register_dataclass
@@ -106,15 +107,16 @@ def empty_slots(
         num_samples: rows of a slot.
     """
     rows, pad_id = slots * num_samples, decoder.pad_id
-    padding, none = jnp.full((rows,), pad_id, jnp.int32), jnp.zeros((rows,), jnp.int32)
+    padding, none = (constrain(jnp.full((rows,), value, jnp.int32), "batch") for value in (pad_id, 0))
+    prompts, tokens = (jnp.full((rows, length), pad_id, jnp.int32) for length in (prompt_length, config.max_length))
     return Slots(
-        prompts=jnp.full((rows, prompt_length), pad_id, jnp.int32),
+        prompts=constrain(prompts, "batch", None),
         first=padding,
         last=padding,
-        tokens=jnp.full((rows, config.max_length), pad_id, jnp.int32),
+        tokens=constrain(tokens, "batch", None),
         length=none,
         limit=none,
-        keys=jax.random.split(jax.random.key(0), rows),
+        keys=constrain(jax.random.split(jax.random.key(0), rows), "batch"),
         state=decoder.empty(slots, prompt_length, config.max_length, num_samples),
     )
 
@@ -129,10 +131,11 @@ def admit(decoder: SlotDecoder, slots: Slots, arrivals: Arrivals, max_length: in
         max_length: tokens of a completion at most.
         num_samples: rows of a slot.
     """
-    first, fresh = decoder.start(arrivals.prompts, max_length, num_samples)
+    prompts, numbers = jnp.asarray(arrivals.prompts), jnp.asarray(arrivals.slots)
+    first, fresh = decoder.start(prompts, max_length, num_samples)
     samples = jnp.arange(num_samples)
-    rows = (arrivals.slots[:, None] * num_samples + samples[None]).reshape(-1)
-    prompts = align_right(arrivals.prompts, decoder.pad_id)
+    rows = (numbers[:, None] * num_samples + samples[None]).reshape(-1)
+    prompts = align_right(prompts, decoder.pad_id)
     missing = slots.prompts.shape[1] - prompts.shape[1]
     prompts = jnp.pad(prompts, ((0, 0), (missing, 0)), constant_values=decoder.pad_id)
 
@@ -150,7 +153,7 @@ def admit(decoder: SlotDecoder, slots: Slots, arrivals: Arrivals, max_length: in
         length=put(slots.length, jnp.zeros_like(rows)),
         limit=put(slots.limit, jnp.repeat(arrivals.limits, num_samples)),
         keys=put(slots.keys, jax.vmap(key)(arrivals.seeds, arrivals.samples).reshape(-1)),
-        state=decoder.insert(slots.state, arrivals.slots, fresh),
+        state=decoder.insert(slots.state, numbers, fresh),
     )
 
 

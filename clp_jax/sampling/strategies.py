@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Int, Key
+from clp_jax.partitioning import over_rows
 
 
 def largest(x: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
@@ -65,7 +66,7 @@ class Sampling:
         """The logits divided by the temperature, ``-inf`` for tokens that are not kept."""
         logits = logits.astype(jnp.float32) / self.temperature
         if self.top_k and self.top_k < logits.shape[-1]:
-            threshold = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
+            threshold = over_rows(lambda rows: jax.lax.top_k(rows, self.top_k)[0][..., -1:], logits)
             logits = jnp.where(logits < threshold, -jnp.inf, logits)
         if self.top_p < 1:
             ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)

@@ -12,6 +12,7 @@ import numpy as np
 
 from clp_jax.array_types import Params
 from clp_jax.data.vocabulary import TokenIds, Vocabulary
+from clp_jax.host_rows import place_active
 from clp_jax.models.conditioning import (
     Conditioning,
     ParameterConditioning,
@@ -21,6 +22,7 @@ from clp_jax.models.conditioning import (
 )
 from clp_jax.models.policy import Policy, check_parameters
 from clp_jax.models.serialization import from_json
+from clp_jax.partitioning import active_mesh
 from clp_jax.preferences import Preference, validate_weights
 from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.protocol import RewardFunction
@@ -29,6 +31,8 @@ from clp_jax.sampling.steering import ConditionedPolicy, LogitMixture, PerWeight
 from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.places import REFERENCE_DIRECTORY, local_files
 from clp_jax.training.saved_params import find_checkpoint, load_params
+from clp_jax.training.streamed_params import open_params
+from clp_jax.training.train_state import full_axes
 
 # Tokens of a prompt, where no training says.
 PROMPT_LENGTH = 2**16
@@ -100,18 +104,25 @@ class LoadedPolicy:
 
 
 def load_policy(
-    path: str | Path, load: Callable[[str | Path], tuple[Params, dict[str, Any], int]] = load_params
+    path: str | Path, load: Callable[[str | Path], tuple[Params, dict[str, Any], int]] | None = None
 ) -> LoadedPolicy:
     """Rebuilds a policy from a run directory, or from one checkpoint in it.
 
     Args:
         path: of the directory.
-        load: reads a policy's parameters, description and step; `open_params` leaves the parameters in their files.
+        load: reads a policy's parameters, description and step; `open_params` leaves the parameters in their files. By default
+            they are read onto the default device, or inside `clp_jax.partitioning.use_mesh` each device's share onto it.
 
     Raises:
         CheckpointError: when there is no checkpoint, or it is not one of a policy.
     """
     run_dir = local_files(find_checkpoint(path).parent.parent)
+    on_mesh = load is None and active_mesh() is not None
+    load = load or (open_params if on_mesh else load_params)
+
+    def placed(params: Params, axes: Params) -> Params:
+        return place_active(params, full_axes(axes, params)) if on_mesh else params
+
     params, description, step = load(path)
     stage = description.get("stage")
     if stage not in ("supervised", "clp", "converted"):
@@ -120,6 +131,7 @@ def load_policy(
     vocabulary = _vocabulary(run_dir, description, policy)
     origin, provenance = description.get("origin", {}), tuple(description.get("provenance", ()))
     if stage != "clp":
+        params = placed(params, policy.logical_axes())
         return LoadedPolicy(
             run_dir=run_dir,
             step=step,
@@ -140,13 +152,14 @@ def load_policy(
         check_parameters(policy.abstract(), reference)
     except ValueError as error:
         raise CheckpointError(f"{run_dir / REFERENCE_DIRECTORY}: {error}") from None
+    conditioning = from_json(description["conditioning"])
     return LoadedPolicy(
         run_dir=run_dir,
         step=step,
         policy=policy,
-        params=params["policy"],
-        reference=reference,
-        conditioning=from_json(description["conditioning"]),
+        params=placed(params["policy"], conditioning.logical_axes(policy.logical_axes())),
+        reference=placed(reference, policy.logical_axes()),
+        conditioning=conditioning,
         objectives=tuple(description["rewards"]),
         statistics=RewardStatistics.load(run_dir),
         vocabulary=vocabulary,

@@ -8,10 +8,10 @@ import dataclasses
 import math
 
 import jax
-import jaxtyping
 import pytest
 from gin_uses import COMPLETE, use
 from jax.sharding import AbstractDevice, AbstractMesh
+from shape_checker import unchecked
 from tiny_policies import tiny_config, varied_params
 from tiny_runs import WORDS
 
@@ -61,9 +61,8 @@ EIGHT = "v5e:2x4"
 @pytest.fixture(autouse=True, scope="module")
 def _shapes_unchecked():
     """Shapes in place of arrays are no arrays; what is traced is checked where the same losses are tested."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with unchecked():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from sweeps import NAMES, make_samples, make_sweep
-from tiny_runs import MODEL, make_data, make_steerable, make_supervised
+from tiny_runs import MODEL, REWARDS, make_data, make_steerable, make_supervised
 
 from clp_jax.evaluate import evaluate
 from clp_jax.evaluation.pareto import hypervolume, non_dominated
@@ -15,7 +15,7 @@ from clp_jax.evaluation.statistics import bootstrap
 from clp_jax.evaluation.sweep import REFERENCE_POINT, Sweep
 from clp_jax.models.config import MoEConfig
 from clp_jax.nn.routing import TokenChoice
-from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage, FunctionReward
+from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage
 
 
 @pytest.mark.parametrize("names", [NAMES, ("a", "b", "c")])
@@ -98,13 +98,6 @@ def test_missing_results_say_what_to_run(tmp_path):
         Sweep.load(tmp_path)
 
 
-REWARDS = (Brevity(limit=4), FunctionReward("letters", lambda p, completions, r: [len(text) for text in completions]))
-
-
-def make_run(home, name, components, sft="sft"):
-    return make_steerable(home / name, home / sft, REWARDS, components)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     path = tmp_path_factory.mktemp("home")
@@ -120,7 +113,7 @@ def sweep_of(path, home, **changes):
 
 def test_equal_components_write_the_same_at_every_weight(home):
     """Random numbers are common: only the weights differ between points, and here they can't matter."""
-    sweep = sweep_of(make_run(home, "equal", lambda params, k: params), home)
+    sweep = sweep_of(make_steerable(home, "equal", lambda params, k: params), home)
     assert [p.weights for p in sweep.points] == [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (1.0, 0.0)]
     for example in sweep.examples:
         assert len(set(example.completions)) == 1
@@ -139,7 +132,7 @@ def test_a_sweep_of_a_tiny_policy(home, capsys):
         rng = np.random.default_rng(k)
         return jax.tree.map(lambda p: np.asarray(p + 0.3 * rng.normal(size=p.shape), np.float32), params)
 
-    path = make_run(home, "differing", differing)
+    path = make_steerable(home, "differing", differing)
     sweep = sweep_of(path, home)
     assert Sweep.load(path) == sweep and sweep.method == "differing" and sweep.num_prompts == 6
     assert len(sweep.points) == 5 and len(sweep.examples) == 6
@@ -160,7 +153,7 @@ def test_a_prompt_is_evaluated_alone(home):
     make_supervised(home / "crowded_sft", home / "data", model)
     found = []
     for batch_size in (6, 8):
-        path = make_run(home, f"crowded{batch_size}", lambda params, k: params, "crowded_sft")
+        path = make_steerable(home, f"crowded{batch_size}", lambda params, k: params, "crowded_sft")
         found.append(sweep_of(path, home, batch_size=batch_size, weights=[[0.5, 0.5]]).points[0])
     assert found[0].kl.mean != 0  # Something is dropped.
     np.testing.assert_allclose(found[0].kl.mean, found[1].kl.mean, rtol=1e-5)
@@ -184,7 +177,9 @@ def test_a_prompt_is_evaluated_alone(home):
     ],
 )
 def test_a_sweep_of_other_objectives_is_refused(home, changes, message):
-    path = home / "refused" if (home / "refused").exists() else make_run(home, "refused", lambda params, k: params)
+    path = (
+        home / "refused" if (home / "refused").exists() else make_steerable(home, "refused", lambda params, k: params)
+    )
     with pytest.raises(ValueError, match=message):
         sweep_of(path, home, **changes)
     assert not (path / "results.json").exists()

@@ -21,8 +21,9 @@ def blocks(kind: str) -> list[str]:
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     data = make_data(tmp_path / "data")
-    policy = make_supervised(tmp_path / "runs" / "policy", data)
-    make_steerable(tmp_path / "runs" / "clp", policy, (ExtractiveCoverage(), Brevity()), lambda params, k: params)
+    make_supervised(tmp_path / "runs" / "policy", data)
+    rewards = (ExtractiveCoverage(), Brevity())
+    make_steerable(tmp_path / "runs", "clp", lambda params, k: params, "policy", rewards)
     make_supervised(tmp_path / "runs" / "other", data, seed=1)
     (tmp_path / "prompts.jsonl").write_text('{"inputs": "the quick fox"}\n{"inputs": [3, 4, 5], "seed": 7}\n')
     monkeypatch.chdir(tmp_path)
@@ -57,5 +58,6 @@ def test_every_strategy_and_flag_is_there():
     named = set(re.findall(r"--(\w+)", PAGE.read_text("utf-8"))) - {"help", "gin", "gin_file"}
     text = (PAGE.parents[1] / "clp_jax" / "sampling" / "decoding.py").read_text("utf-8")
     text += (PAGE.parents[1] / "clp_jax" / "training" / "partners.py").read_text("utf-8")
+    text += (PAGE.parents[1] / "clp_jax" / "sampling" / "devices.py").read_text("utf-8")
     text += (PAGE.parents[1] / "clp_jax" / "sample.py").read_text("utf-8")
     assert not [name for name in named if not re.search(rf"^    {name}: ", text, flags=re.MULTILINE)]

@@ -4,10 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from compilations import counted
+from shape_checker import unchecked
 from slot_policies import HashDecoder, hash_table
 from tiny_policies import MarkovDecoder
 
@@ -227,16 +227,12 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
-@pytest.fixture
-def unchecked():
+def test_a_search_is_refused():
     """What is not of its type gets as far as it does for users, whose types nobody checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-def test_a_search_is_refused(unchecked):
-    with pytest.raises(TypeError, match=r"EngineConfig\.sampling is a BeamConfig: expected a SamplingConfig"):
+    with (
+        unchecked(),
+        pytest.raises(TypeError, match=r"EngineConfig\.sampling is a BeamConfig: expected a SamplingConfig"),
+    ):
         EngineConfig(BeamConfig(4, num_beams=2), (8,))
 
 

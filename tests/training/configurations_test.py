@@ -1,23 +1,12 @@
 """Configurations: what makes another run, what only another layout, and what nothing at all."""
 
 import pytest
+from run_configurations import CONFIG
 
 from clp_jax.gin_utils.configuration import configure
 from clp_jax.train import train
 from clp_jax.training.configurations import bindings, changes, first_difference
 
-CONFIG = """
-# A comment.
-import clp_jax.train
-
-train.num_steps = 100
-train.optimizer = @Adafactor()
-Adafactor.learning_rate = 0.001
-T5Config.table = {
-    'a': 1,
-    'b': 2,
-}
-"""
 GIVEN = ("models/t5_1_1_tiny.gin", "algorithms/adamw.gin", "runs/supervised.gin")
 RL = ("examples/pydoc_clp_full.gin",)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from run_configurations import CONFIG
 
 from clp_jax.training.run_directory import (
     RunDirectoryError,
@@ -14,19 +15,6 @@ from clp_jax.training.run_directory import (
     open_run_directory,
     write_atomically,
 )
-
-CONFIG = """
-# A comment.
-import clp_jax.train
-
-train.num_steps = 100
-train.optimizer = @Adafactor()
-Adafactor.learning_rate = 0.001
-T5Config.table = {
-    'a': 1,
-    'b': 2,
-}
-"""
 
 
 def test_the_same_run_enters_again_and_another_is_refused(tmp_path):
