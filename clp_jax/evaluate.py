@@ -16,16 +16,22 @@ from clp_jax.evaluation.sweep import FILE_NAME, Samples, Sweep, summarise
 from clp_jax.evaluation.tables import print_table
 from clp_jax.models.conditioning import check_alpha
 from clp_jax.preferences import Preference, simplex_lattice, validate_weights
-from clp_jax.rewards.normalisation import RewardStatistics
 from clp_jax.rewards.protocol import RewardFunction
-from clp_jax.rewards.stack import RewardStack, fingerprints, objective_names
+from clp_jax.rewards.stack import RewardStack, fingerprints
 from clp_jax.sampling.devices import Devices
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.score import score
 from clp_jax.sampling.steering import Steerable
 from clp_jax.training.experience import reward_inputs
 from clp_jax.training.places import put_back
-from clp_jax.training.policies import LoadedPolicy, load_logit_mixture, load_per_weight, load_policy, load_soup
+from clp_jax.training.policies import (
+    LoadedPolicy,
+    check_rewards,
+    load_logit_mixture,
+    load_per_weight,
+    load_policy,
+    load_soup,
+)
 from clp_jax.training.progress import Progress
 from clp_jax.training.run_directory import make_writable
 from clp_jax.training.saved_params import find_intact
@@ -90,7 +96,7 @@ def evaluate(
     paths = [str(find_intact(path)) for path in given]  # Training may go on meanwhile.
     with devices.use(min(batch_size, num_prompts)):
         loaded, steerable = _load(method, paths, alpha_min, weights)
-        statistics = _check_rewards(paths[0], loaded, rewards)
+        statistics = check_rewards(paths[0], loaded, rewards)
         check_alpha(loaded.conditioning, alpha)
         names = loaded.objectives
         if resolution is None:
@@ -147,23 +153,6 @@ def _check_settings(method: str, alpha: float, num_prompts: int, batch_size: int
         raise ValueError(f"evaluate: seed is {seed}: expected a whole number in [0, 2**32).")
     if method == "dera" and not 0 < alpha <= 1:
         raise ValueError(f"evaluate: alpha is {alpha}: method dera expects a KL weight in (0, 1].")
-
-
-def _check_rewards(path: str, loaded: LoadedPolicy, rewards: Sequence[RewardFunction]) -> RewardStatistics:
-    """The statistics of a run, if these are its rewards."""
-    names = objective_names(rewards)
-    if loaded.statistics is None or names != loaded.objectives:
-        raise ValueError(
-            f"{path} was trained for {', '.join(loaded.objectives) or 'no rewards (it is supervised)'}; "
-            f"the rewards given are {', '.join(names)}: give the run's, in its order."
-        )
-    for reward, given in fingerprints(rewards).items():
-        if given != loaded.reward_fingerprints[reward]:
-            raise ValueError(
-                f"{path} was trained with another reward {reward!r} than the one given (other settings, code or "
-                "reward model of the same name): give the run's."
-            )
-    return loaded.statistics
 
 
 def _load(

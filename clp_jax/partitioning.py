@@ -198,6 +198,16 @@ def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _active.reset(token)
 
 
+@contextlib.contextmanager
+def without_mesh() -> Iterator[None]:
+    """Leaves everything where it is inside the context, for what one device computes alone."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """States the logical axes of an activation, and shards it by the active rules.
 

@@ -13,17 +13,19 @@ from rich.console import Console
 from clp_jax.models.conditioning import check_alpha
 from clp_jax.partitioning import active_sizes
 from clp_jax.preferences import Preference, validate_weights
+from clp_jax.rewards.protocol import RewardFunction
 from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.decoding import Decoding
 from clp_jax.sampling.devices import Devices
 from clp_jax.sampling.generate import SamplingConfig
-from clp_jax.sampling.json_lines import Limits, Skipped, answers, check_prompt, read_lines
+from clp_jax.sampling.json_lines import Limits, Line, Skipped, answers, check_prompt, read_lines
 from clp_jax.sampling.session import Server, ServingConfig
 from clp_jax.sampling.stop_strings import shown_length
 from clp_jax.sampling.strategies import Greedy, Sampling
-from clp_jax.sampling.text import Completion, prompt_tokens
+from clp_jax.sampling.text import Completion, Prompt, prompt_tokens
 from clp_jax.training.partners import LoadedEnsemble, Partners
 from clp_jax.training.policies import LoadedPolicy, load_policy
+from clp_jax.training.reranking import RunRewards, most_rewarded
 
 _HELP = """\
 Every line is a prompt. Commands:
@@ -42,21 +44,33 @@ class Session:
         ensemble: the policy, and who decodes along.
         config: how prompts are served.
         seed: of the samples; counts up with every prompt.
+        rewards: what completions are worth; None where nobody asks.
+        best: whether only the completion that is worth most is returned.
     """
 
-    def __init__(self, ensemble: LoadedEnsemble, config: ServingConfig, seed: int):
+    def __init__(
+        self,
+        ensemble: LoadedEnsemble,
+        config: ServingConfig,
+        seed: int,
+        rewards: RunRewards | None = None,
+        best: bool = False,
+    ):
         self.loaded, self.config, self.seed = ensemble.members[0], config, seed
         count = max(1, len(self.loaded.objectives))
         self.weights, self.alpha = np.full(count, 1 / count, np.float32), 0.0
-        self._ensemble = ensemble
+        self._ensemble, self._rewards, self._best = ensemble, rewards, best
         self._servers: dict[ServingConfig, Server] = {}
         self._stream: _Stream | None = None
 
     @property
     def limits(self) -> Limits:
         """What a prompt may be."""
-        config = self.loaded.policy.config
-        return Limits(config.vocab_size, self.config.max_prompt, targets=0, pad_id=config.pad_id)
+        config, generation = self.loaded.policy.config, self.config.generation
+        completion = None
+        if isinstance(generation, SamplingConfig):
+            completion = max(1, generation.min_length), generation.max_length
+        return Limits(config.vocab_size, self.config.max_prompt, 0, config.pad_id, completion)
 
     def set_weights(self, weights: Sequence[float]) -> None:
         """Changes the trade-off.
@@ -89,14 +103,26 @@ class Session:
             raise ValueError(f"{self.loaded.run_dir} is not conditioned on alpha: it would change nothing.")
         self.set_alpha(alpha)
 
-    def complete(self, prompts: Sequence[tuple[tuple[int, ...], int]]) -> Iterator[tuple[int, list[Completion]]]:
-        """The number and the completions of every prompt, given as token ids and a seed, as soon as they are there."""
+    def complete(
+        self, prompts: Sequence[Prompt], references: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The number and the completions of every prompt, as soon as they are there.
+
+        Args:
+            prompts: token ids and settings.
+            references: of each, for rewards that compare with them.
+        """
         if self.config not in self._servers:
             loaded = self.loaded
             server = Server(self._ensemble.shape, loaded.conditioning, loaded.vocabulary, self.config, self._show)
             self._servers[self.config] = server
         preference = Preference.of(self.weights, self.alpha)
-        yield from self._servers[self.config].complete(self._ensemble.at(preference), preference, prompts)
+        server = self._servers[self.config]
+        for number, completions in server.complete(self._ensemble.at(preference), preference, prompts):
+            if self._rewards is not None:
+                reference = "" if references is None else references[number]
+                completions = self._rewards.of(prompts[number].tokens, reference, completions)
+            yield number, [most_rewarded(completions, self.weights)] if self._best else completions
 
     def answer(self, prompt: str, console: Console) -> None:
         """Prints the completions of a prompt; a single sample as it is written, where somebody looks on."""
@@ -107,12 +133,13 @@ class Session:
         check_prompt(tokens, self.limits)
         single = self.config.num_samples == 1 and isinstance(self.config.generation, SamplingConfig)
         self._stream = _Stream(self.loaded.vocabulary, self.config.stop) if single and console.is_terminal else None
-        for _, completions in self.complete([(tuple(tokens), self.seed)]):
+        for _, completions in self.complete([Prompt(tuple(tokens), self.seed)]):
             if self._stream is not None:
                 self._stream.end(completions[0].text)
                 continue
             for completion in completions:
-                console.print(completion.text or "(empty)", highlight=False, markup=False)
+                # As it is: nothing wrapped, no name of an emoji replaced.
+                console.out(completion.text or "(empty)", highlight=False)
 
     def set_samples(self, number: int) -> None:
         """Changes the number of completions."""
@@ -186,6 +213,7 @@ def sample(
     seed: int = 0,
     decoding: Decoding = Decoding(),
     partners: Partners = Partners(),
+    rewards: Sequence[RewardFunction] = (),
     devices: Devices = Devices(),
     max_prompt: int | None = None,
     batch_size: int | None = None,
@@ -196,7 +224,9 @@ def sample(
     A line of `input` has ``inputs``, as text or as a list of token ids; a line of `output` has its number, all that
     the line has, ``tokens``, ``text`` and ``logprobs`` (of lists, where there are several samples). Lines keep
     their order; a bad one is reported with its number and left out, and the exit code is 1 then. A line's samples depend on
-    its prompt, its number and the seed alone, or on its own ``seed`` instead of the two where it has one.
+    its prompt, its number and the seed alone, or on its own ``seed`` instead of the two where it has one. But for beams, a line
+    may have its own ``num_samples``, ``max_tokens`` (not above the flag's), and ``stop``: a text, or a list of texts and of
+    lists of token ids, which end its completions as those of the flags do.
 
     Args:
         checkpoint: run directory of a policy, or ``RUN/checkpoints/STEP``.
@@ -208,6 +238,9 @@ def sample(
         seed: of the samples.
         decoding: how completions are written.
         partners: other policies that decode along.
+        rewards: the reward functions of the run: completions in files have ``rewards``, in the run's order and standardised as
+            in training, and ``best_of_n`` returns the one with the highest sum, weighted with `weights`. A line's ``targets``
+            are what rewards compare with.
         devices: which of them answer.
         max_prompt: tokens of a prompt at most, by default as many as in training, or 65,536 for a converted policy. A longer
             text of an encoder-decoder is cut before its end of sequence, with a warning; longer prompts of decoders and
@@ -233,10 +266,19 @@ def sample(
         raise ValueError(f"sample: {given} for the lines of an input: give one, or leave it out.")
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists: it was not overwritten. Give another output.")
+    if rewards and decoding.best is not None and decoding.length_penalty is not None:
+        raise ValueError(
+            "length_penalty does nothing where rewards say which sample is the best: leave one of them out."
+        )
     slots = 1 if input is None else batch_size or 32
     with devices.use(slots):
         ensemble = partners.load(load_policy(checkpoint))
-        session = Session(ensemble, _serving(ensemble.members[0], decoding, max_prompt, slots, int8), seed)
+        loaded = ensemble.members[0]
+        config, worth = _serving(loaded, decoding, max_prompt, slots, int8), None
+        ranked = bool(rewards) and config.best is not None
+        if rewards:
+            config, worth = dataclasses.replace(config, best=None), RunRewards(loaded, rewards)
+        session = Session(ensemble, config, seed, worth, ranked)
         if weights is not None:
             session.set_weights(weights)
         session.set_alpha(alpha)
@@ -255,7 +297,7 @@ def _serving(loaded: LoadedPolicy, decoding: Decoding, max_prompt: int | None, s
     return ServingConfig(
         generation=generation,
         num_samples=1 if isinstance(generation, BeamConfig) else decoding.num_samples,
-        best=decoding.strategy == "best_of_n",
+        best=decoding.best,
         stop=tuple(decoding.stop),
         max_prompt=max_prompt or loaded.prompt_length,
         slots=slots,
@@ -286,7 +328,7 @@ def talk(session: Session, lines: Any, console: Console) -> None:
                 session.answer(line, console)
                 session.seed = (session.seed + 1) % 2**32
         except ValueError as error:
-            console.print(f"error: {error}", style="red", highlight=False, markup=False)
+            console.out(f"error: {error}", style="red", highlight=False)
 
 
 def _read(lines: Any, interactive: bool) -> Iterator[str]:
@@ -337,7 +379,13 @@ def _complete_file(session: Session, source: Path, target: str | None) -> None:
     lines = read_lines(source, session.loaded.vocabulary, session.limits, skipped, with_targets=False)
     # Lines before may be left out; files that are to be split bring seeds.
     prompts = [
-        (line.inputs, (session.seed * 1_000_003 + line.number) % 2**32 if line.seed is None else line.seed)
+        Prompt(
+            line.inputs,
+            (session.seed * 1_000_003 + line.number) % 2**32 if line.seed is None else line.seed,
+            line.num_samples,
+            line.max_tokens,
+            line.stop,
+        )
         for line in lines
     ]
     if isinstance(session.config.generation, SamplingConfig):
@@ -346,7 +394,7 @@ def _complete_file(session: Session, source: Path, target: str | None) -> None:
         session.config = dataclasses.replace(session.config, slots=slots)
     with answers(target, skipped) as out:
         out.expect(lines)
-        for number, completions in session.complete(prompts):
+        for number, completions in session.complete(prompts, [_reference(line, session) for line in lines]):
             out.put(lines[number], _columns(completions))
     skipped.finish()
 
@@ -357,4 +405,14 @@ def _columns(completions: Sequence[Completion]) -> dict[str, Any]:
         "text": [c.text for c in completions],
         "logprobs": [list(c.log_probs) for c in completions],
     }
+    if completions[0].rewards:
+        columns["rewards"] = [list(c.rewards) for c in completions]
     return {name: values[0] if len(completions) == 1 else values for name, values in columns.items()}
+
+
+def _reference(line: Line, session: Session) -> str:
+    """The text of a line's targets, where it has some."""
+    targets = line.given.get("targets")
+    if isinstance(targets, list) and all(type(i) is int and 0 <= i < session.limits.vocab_size for i in targets):
+        return session.loaded.vocabulary.decode(np.asarray(targets, np.int32))
+    return targets if isinstance(targets, str) else ""

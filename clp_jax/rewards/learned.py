@@ -1,5 +1,6 @@
 """A trained scorer as a reward."""
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from clp_jax.array_types import Array, Float, Int, Params
 from clp_jax.host_rows import HostRows, InParts, place_active, place_whole
 from clp_jax.models.policy import Policy
+from clp_jax.partitioning import without_mesh
 from clp_jax.rewards.pairs import join
 from clp_jax.rewards.protocol import RewardInputs
 
@@ -73,7 +75,9 @@ class LearnedReward:
         documents = inputs.prompt_tokens[:, : self.document_length]
         joined = join(documents, inputs.completion_tokens, self.policy.config.trunk.pad_id)
         rows = inputs.rows or HostRows(len(documents))
-        return rows.fetch(self._scorer(rows)(*rows.place(joined)))[:, None]
+        # Rows that are on no mesh are scored by one device, whatever the mesh that generates.
+        with without_mesh() if rows.mesh is None else contextlib.nullcontext():
+            return rows.fetch(self._scorer(rows)(*rows.place(joined)))[:, None]
 
     def _scorer(self, rows: HostRows) -> Callable[..., Array]:
         # What is traced reads the active mesh, which is no part of JAX's own key.

@@ -40,7 +40,8 @@ class BeamConfig:
         min_length: tokens of a completion at least before its end.
         num_groups: groups of beams, searched one after the other at each step.
         diversity: taken off the log-probability of a token for each beam of an earlier group that has just written it
-            (Hamming diversity, section 4 of the paper); completions' scores keep what was taken off.
+            (Hamming diversity, section 4 of the paper); a group whose search is over writes padding. Completions' scores
+            keep what was taken off.
     """
 
     max_length: int
@@ -180,10 +181,12 @@ def beam_search(decoder: Decoder, inputs: Int[Array, "B S"], config: BeamConfig)
         def one_group(taken, xs):
             # `taken` counts the tokens that earlier groups have just written.
             *own, changed = xs
+            was_open = own[2]
             live, pool, is_open, source = _advance(
                 config, decoder, t, *own, changed - config.diversity * taken[:, None]
             )
-            written = jax.nn.one_hot(live.tokens[:, :, t], taken.shape[-1])
+            written = jnp.where(was_open[:, None], live.tokens[:, :, t], decoder.pad_id)
+            written = jax.nn.one_hot(written, taken.shape[-1])
             written = jnp.where(jnp.isneginf(live.scores)[..., None], 0.0, written).sum(axis=1)
             return taken + written, (live, pool, is_open, source)
 

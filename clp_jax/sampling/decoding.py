@@ -6,8 +6,15 @@ from typing import Any, Literal
 
 from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.models.config import ModelConfig, PaLMConfig
-from clp_jax.sampling.beam_policies import CurrentBound, FirstFinished, PowerPenalty, ReachableBound, Stopping
-from clp_jax.sampling.beam_search import BeamConfig
+from clp_jax.sampling.beam_policies import (
+    CurrentBound,
+    FirstFinished,
+    LengthPenalty,
+    PowerPenalty,
+    ReachableBound,
+    Stopping,
+)
+from clp_jax.sampling.beam_search import BeamConfig, t5x_beam_config
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.history import Before
 from clp_jax.sampling.processors import (
@@ -25,8 +32,9 @@ from clp_jax.sampling.strategies import Greedy, Sampling
 # What only some strategies have a use for.
 _USERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), ("sample", "best_of_n")),
-    **dict.fromkeys(("num_beams", "num_groups", "diversity_penalty", "length_penalty"), ("beam",)),
+    **dict.fromkeys(("num_beams", "num_groups", "diversity_penalty", "beam_rules"), ("beam",)),
     **dict.fromkeys(("early_stopping", "patience"), ("beam",)),
+    "length_penalty": ("beam", "best_of_n"),
 }
 
 
@@ -35,7 +43,8 @@ class Decoding:
     """How completions are written; None is what nobody asked for.
 
     Attributes:
-        strategy: ``sample``, ``greedy``, ``beam`` (search) or ``best_of_n`` (the most probable of `num_samples` samples).
+        strategy: ``sample``, ``greedy``, ``beam`` (search) or ``best_of_n`` (of `num_samples` samples, the most probable, or
+            where `rewards` are given, the one with the highest).
         num_samples: completions of each prompt; for ``best_of_n`` those that are compared.
         max_tokens: of a completion; by default that of training with rewards, 64 for any other policy.
         min_tokens: of a completion before its end.
@@ -47,7 +56,11 @@ class Decoding:
         num_groups: beams: groups of equal size that are to differ (diverse beam search).
         diversity_penalty: beams: taken off a token's log-probability for each beam of an earlier group that has just
             written it.
-        length_penalty: a beam's log-probability is divided by its length to this power; 1 by default.
+        length_penalty: a beam's log-probability, or that of one of ``best_of_n``, is divided by its length to this power; 1 by
+            default for beams and 0 for ``best_of_n``, which leaves the log-probability as it is.
+        beam_rules: whose conventions a search has: those of ``transformers``, the default, or of ``t5x``: a beam that
+            `max_tokens` cuts counts only where none has ended, the search ends when no beam can be kept any more, and a
+            log-probability is divided by ((5 + length) / 6) to the power of `length_penalty`, 0.6 by default.
         early_stopping: beams: a prompt's search ends when `num_beams` have finished; without it, when no beam under way would
             be kept if it ended now, and with ``=never`` when none can be kept any more.
         patience: beams: with early_stopping, it ends when this many times `num_beams` have finished; 1 by default.
@@ -79,6 +92,7 @@ class Decoding:
     num_groups: int | None = None
     diversity_penalty: float | None = None
     length_penalty: float | None = None
+    beam_rules: Literal["transformers", "t5x"] | None = None
     early_stopping: bool | Literal["never"] | None = None
     patience: float | None = None
     repetition_penalty: float = 1.0
@@ -96,6 +110,10 @@ class Decoding:
         for name, number in (("num_samples", self.num_samples), ("max_tokens", self.max_tokens)):
             if number is not None and not 1 <= number < 2**31:
                 raise ValueError(f"{name} is {number}: expected at least 1, and less than 2**31.")
+        if self.strategy == "best_of_n" and self.num_samples == 1:
+            raise ValueError(
+                "num_samples is 1 with strategy=best_of_n: expected at least 2, of which the best is returned."
+            )
         if self.no_repeat_ngram < 0:
             raise ValueError(f"no_repeat_ngram is {self.no_repeat_ngram}: expected 0, which allows all, or more.")
         for name, texts in (("stop", self.stop), ("banned", self.banned)):
@@ -126,6 +144,10 @@ class Decoding:
             raise ValueError(
                 f"diversity_penalty is {self.diversity_penalty:g} for num_groups {groups}: expected 0 or more, and two "
                 "groups at least."
+            )
+        if self.beam_rules == "t5x" and self.early_stopping is not None:
+            raise ValueError(
+                "early_stopping does nothing with beam_rules=t5x, which have one way to end: leave it out."
             )
         if self.patience is not None and (self.early_stopping is not True or not self.patience > 0):
             raise ValueError(
@@ -160,15 +182,22 @@ class Decoding:
         }
         if self.strategy != "beam":
             return SamplingConfig(strategy=self._chosen(), **rules)
-        return BeamConfig(
-            num_beams=self.num_beams or 4,
-            num_returned=self.num_samples,
-            num_groups=self.num_groups or 1,
-            diversity=self.diversity_penalty or 0.0,
-            length_penalty=PowerPenalty(1.0 if self.length_penalty is None else self.length_penalty),
-            stopping=self._stopping(),
-            **rules,
-        )
+        rules |= {
+            "num_beams": self.num_beams or 4,
+            "num_returned": self.num_samples,
+            "num_groups": self.num_groups or 1,
+            "diversity": self.diversity_penalty or 0.0,
+        }
+        if self.beam_rules == "t5x":
+            alpha = 0.6 if self.length_penalty is None else self.length_penalty
+            return dataclasses.replace(t5x_beam_config(length, alpha=alpha), **rules)
+        penalty = PowerPenalty(1.0 if self.length_penalty is None else self.length_penalty)
+        return BeamConfig(length_penalty=penalty, stopping=self._stopping(), **rules)
+
+    @property
+    def best(self) -> LengthPenalty | None:
+        """What ranks the samples of a prompt, of which one is returned; None where all are."""
+        return PowerPenalty(self.length_penalty or 0.0) if self.strategy == "best_of_n" else None
 
     def _chosen(self) -> Sampling | Greedy:
         if self.strategy == "greedy" or self.temperature == 0:

@@ -17,6 +17,8 @@ from clp_jax.sampling.text import alike, bucket, prompt_tokens
 
 # Characters of a line that messages show.
 _SHOWN = 40
+# Completions of a line: each is a row of Python's before the first is computed.
+_MOST_SAMPLES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Line:
         inputs: token ids of the prompt.
         targets: token ids of the completion; None where none is asked for.
         seed: what the line says of it, in [0, 2**32); None where it says nothing.
+        num_samples: completions that the line asks for; None where it says nothing.
+        max_tokens: of a completion at most, as the line asks for; None where it says nothing.
+        stop: texts and sequences of token ids that end the line's completions.
     """
 
     number: int
@@ -36,6 +41,9 @@ class Line:
     inputs: tuple[int, ...]
     targets: tuple[int, ...] | None
     seed: int | None = None
+    num_samples: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str | tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +56,15 @@ class Limits:
             `prompt_tokens` says.
         targets: tokens of a completion at most; longer ones are refused: their score would be another's.
         pad_id: refused in prompts: it would be read as padding.
+        completion: tokens that a line may ask for, at least and at most; None where all lines are completed alike, as by a
+            search, and may ask for nothing of their own.
     """
 
     vocab_size: int
     inputs: int
     targets: int
     pad_id: int
+    completion: tuple[int, int] | None = None
 
 
 class Skipped:
@@ -95,7 +106,8 @@ def read_lines(
             lists are taken as they are.
         limits: of lengths and ids.
         skipped: is told of bad lines.
-        with_targets: whether targets are read; where not, a line may have a ``seed``.
+        with_targets: whether targets are read; where not, a line may have a ``seed``, and its own ``num_samples``,
+            ``max_tokens`` and ``stop``: a text, or a list of texts and of lists of token ids.
 
     Raises:
         ValueError: when it is not a file, or no line is good.
@@ -133,10 +145,44 @@ def _parse(
         _check_ids("targets", targets, limits.targets, "--max_tokens", limits.vocab_size)
     if was_cut:
         print(f"warning: {source}, line {number}: the prompt was cut to {limits.inputs} tokens.", file=sys.stderr)
-    seed = None if with_targets else given.get("seed")
-    if seed is not None and not (type(seed) is int and 0 <= seed < 2**32):
-        raise ValueError(f"seed is {json.dumps(seed)[:_SHOWN]}: expected a whole number in [0, 2**32)")
-    return Line(number, given, tuple(inputs), None if targets is None else tuple(targets), seed)
+    if with_targets:
+        return Line(number, given, tuple(inputs), tuple(targets or ()))
+    return Line(number, given, tuple(inputs), None, **_wishes(given, limits))
+
+
+def _wishes(given: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """What a line says of how it is completed; null says nothing, as in many a tool's output."""
+    seed, num_samples, max_tokens, stop = (given.get(name) for name in ("seed", "num_samples", "max_tokens", "stop"))
+    _check_number("seed", seed, 0, 2**32 - 1, "in [0, 2**32)")
+    if limits.completion is None:
+        named = [name for name in ("num_samples", "max_tokens", "stop") if given.get(name) is not None]
+        if named:
+            raise ValueError(f"it has {named[0]}, but a search completes all lines alike: give flags, or leave it out")
+        return {"seed": seed}
+    least, most = limits.completion
+    _check_number("num_samples", num_samples, 1, _MOST_SAMPLES, f"in [1, {_MOST_SAMPLES}]")
+    _check_number("max_tokens", max_tokens, least, most, f"in [{least}, {most}], from --min_tokens to --max_tokens")
+    if isinstance(stop, str):
+        stop = [stop]
+    if not isinstance(stop or [], list):
+        raise ValueError(
+            f"stop is {json.dumps(stop)[:_SHOWN]}: expected a text, or a list of texts and lists of token ids"
+        )
+    for end in stop or ():
+        if (
+            not isinstance(end, str | list)
+            or not end
+            or (isinstance(end, list) and not all(type(i) is int for i in end))
+        ):
+            raise ValueError(f"stop has {json.dumps(end)[:_SHOWN]}: expected texts and lists of token ids, none empty")
+        _check_vocabulary("stop", end if isinstance(end, list) else [], limits.vocab_size)
+    ends = tuple(end if isinstance(end, str) else tuple(end) for end in stop or ())
+    return {"seed": seed, "num_samples": num_samples, "max_tokens": max_tokens, "stop": ends}
+
+
+def _check_number(name: str, value: Any, least: int, most: int, expected: str) -> None:
+    if value is not None and not (type(value) is int and least <= value <= most):
+        raise ValueError(f"{name} is {json.dumps(value)[:_SHOWN]}: expected a whole number {expected}")
 
 
 def _object(raw: bytes) -> Any:
@@ -183,6 +229,10 @@ def _check_ids(name: str, ids: Any, longest: int, flag: str, vocab_size: int) ->
         raise ValueError(f"{name} is empty")
     if len(ids) > longest:
         raise ValueError(f"{name} has {len(ids)} tokens: expected at most {longest}; give a greater {flag}, or cut it")
+    _check_vocabulary(name, ids, vocab_size)
+
+
+def _check_vocabulary(name: str, ids: Sequence[int], vocab_size: int) -> None:
     bad = [i for i in ids if not 0 <= i < vocab_size]
     if bad:
         raise ValueError(f"{name} has the token id {bad[0]}, which is outside the vocabulary of {vocab_size}")

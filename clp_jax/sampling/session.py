@@ -16,6 +16,7 @@ from clp_jax.data.vocabulary import TokenIds, Vocabulary
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.partitioning import active_sizes
 from clp_jax.preferences import Preference
+from clp_jax.sampling.beam_policies import LengthPenalty
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.engine import Engine, EngineConfig, Request, Sample
 from clp_jax.sampling.ensemble import Ensemble
@@ -24,7 +25,7 @@ from clp_jax.sampling.json_lines import pad_rows
 from clp_jax.sampling.memory import explained, size_of
 from clp_jax.sampling.slots import SlotDecoder, empty_slots
 from clp_jax.sampling.stop_strings import truncate_at
-from clp_jax.sampling.text import Completion, alike, bucket
+from clp_jax.sampling.text import Completion, Prompt, alike, bucket
 
 # Gets the number of a prompt, of its sample, and the tokens that were just written.
 OnTokens = Callable[[int, int, tuple[int, ...]], None]
@@ -40,19 +41,23 @@ class ServingConfig:
     Attributes:
         generation: samples, or a search.
         num_samples: completions of each prompt.
-        best: whether only the most probable one of the samples is returned.
+        best: of the samples of a prompt, the one is returned whose log-probability, divided by this, is the highest; None
+            returns all.
         stop: texts that end a sample, and are left out of it; a search ranks tokens before there is a text.
         max_prompt: tokens of a prompt at most.
         slots: prompts at once.
+        chunk: tokens of a sample that are handed out together: steps between two visits of the host, each of which costs time.
+            None is 1 for a single slot, where somebody looks on, and 8 for more.
         int8: whether keys and values are kept in eight bits.
     """
 
     generation: SamplingConfig | BeamConfig
     num_samples: int = 1
-    best: bool = False
+    best: LengthPenalty | None = None
     stop: tuple[str, ...] = ()
     max_prompt: int = 512
     slots: int = 32
+    chunk: int | None = None
     int8: bool = False
 
     def __post_init__(self):
@@ -70,8 +75,8 @@ class Server:
         conditioning: how a preference enters.
         vocabulary: turns tokens into text.
         config: how prompts are served.
-        on_tokens: called with the tokens of a sample as they are written, and with all of a beam's when its search has ended:
-            no token of a beam is final before.
+        on_tokens: called with the tokens of a sample in their order, up to `ServingConfig.chunk` of them as soon as those are
+            written, and with all of a beam's when its search has ended: no token of a beam is final before.
     """
 
     def __init__(
@@ -90,28 +95,32 @@ class Server:
         self._sizes: dict[int, int] = {}
 
     def complete(
-        self, params: tuple[Params, ...], preference: Preference, prompts: Sequence[tuple[tuple[int, ...], int]]
+        self, params: tuple[Params, ...], preference: Preference, prompts: Sequence[Prompt]
     ) -> Iterator[tuple[int, list[Completion]]]:
         """Completes prompts, and yields each one's number and completions as soon as they are there.
 
         Args:
             params: ordinary parameters of each policy, mixed at the preference.
             preference: what conditioning writes into prompts, where it does.
-            prompts: token ids, and the seed of each.
+            prompts: none of which asks for more tokens than the generation has.
 
         Raises:
-            ValueError: where keys and values do not fit into memory.
+            ValueError: where keys and values do not fit into memory, and for wishes of prompts that a search can't grant.
         """
-        conditioned = [(self._condition(tokens, preference), seed) for tokens, seed in prompts]
+        conditioned = [dataclasses.replace(p, tokens=self._condition(p.tokens, preference)) for p in prompts]
         if isinstance(self.config.generation, BeamConfig):
-            yield from self._search(params, self.config.generation, [tokens for tokens, _ in conditioned])
+            if any(prompt.has_wishes for prompt in prompts):
+                raise ValueError(
+                    "a search completes all prompts alike: expected no num_samples, max_tokens or stop of a prompt."
+                )
+            yield from self._search(params, self.config.generation, [prompt.tokens for prompt in conditioned])
         else:
             yield from self._sample(params, self.config.generation, conditioned)
 
     def _sample(
-        self, params: tuple[Params, ...], sampling: SamplingConfig, prompts: Sequence[tuple[tuple[int, ...], int]]
+        self, params: tuple[Params, ...], sampling: SamplingConfig, prompts: Sequence[Prompt]
     ) -> Iterator[tuple[int, list[Completion]]]:
-        engine = self._prepared(params, sampling, max((len(tokens) for tokens, _ in prompts), default=1))
+        engine = self._prepared(params, sampling, max((len(prompt.tokens) for prompt in prompts), default=1))
         # Where this does not come to its end, nothing can go on with the engine's requests and arrays.
         self._engine = None
         numbers: dict[int, int] = {}
@@ -119,22 +128,24 @@ class Server:
 
         def on_tokens(number: int, sample: int, tokens: tuple[int, ...]) -> None:
             self._on_tokens(numbers[number], sample, tokens)
-            if self.config.stop:
+            if texts := self._stop_texts(prompts[numbers[number]]):
                 so_far = written.setdefault((number, sample), [])
                 so_far.extend(tokens)
                 text = self._text(tuple(so_far))
-                if any(stop in text for stop in self.config.stop):
+                if any(stop in text for stop in texts):
                     engine.cancel(number, sample)
 
         engine.on_tokens = on_tokens
-        for index, (tokens, seed) in enumerate(prompts):
-            numbers[engine.submit(Request(tokens, seed=seed, num_samples=self.config.num_samples))] = index
+        for index, prompt in enumerate(prompts):
+            number = self.config.num_samples if prompt.num_samples is None else prompt.num_samples
+            ids = tuple(stop for stop in prompt.stop if not isinstance(stop, str))
+            numbers[engine.submit(Request(prompt.tokens, prompt.seed, number, prompt.max_tokens, ids))] = index
         with self._fitting(engine.config.buckets[-1]):
             for result in engine.run():
-                completions = [self._completion(sample) for sample in result.samples]
-                if self.config.best:
-                    completions = [max(completions, key=lambda c: float(np.sum(c.log_probs, dtype=np.float64)))]
-                yield numbers[result.number], completions
+                index = numbers[result.number]
+                stop, texts = (*sampling.stop, *result.request.stop), self._stop_texts(prompts[index])
+                completions = [self._completion(sample, stop, texts) for sample in result.samples]
+                yield index, completions if self.config.best is None else [most_probable(completions, self.config.best)]
         self._engine = engine
 
     def _prepared(self, params: tuple[Params, ...], sampling: SamplingConfig, longest: int) -> Engine:
@@ -145,7 +156,7 @@ class Server:
             last = bucket(max(longest, min(self.config.max_prompt, 512)))
             buckets = tuple(2**i for i in range(5, last.bit_length()))
             # One prompt is somebody's who looks on: every token is shown as it comes.
-            chunk = 1 if slots == 1 else 8
+            chunk = self.config.chunk if self.config.chunk is not None else 1 if slots == 1 else 8
             replicas = math.prod(active_sizes("batch"))
             config = EngineConfig(
                 sampling, buckets, slots, num_samples, chunk, prefill=min(slots, max(PREFILL, replicas))
@@ -202,7 +213,7 @@ class Server:
                 ]
                 for number, sample in enumerate(samples):
                     self._on_tokens(index, number, sample.tokens)
-                yield index, [self._completion(sample) for sample in samples]
+                yield index, [self._completion(sample, config.stop) for sample in samples]
 
     def _start(self, config: BeamConfig, params: tuple[Params, ...], inputs: Array) -> Any:
         return self._bind(params).start(inputs, config.max_length, config.num_beams)
@@ -212,18 +223,29 @@ class Server:
         found = self._conditioning.condition_inputs(jnp.asarray([tokens], jnp.int32), rows)
         return tuple(np.asarray(found)[0].tolist())
 
-    def _completion(self, sample: Sample) -> Completion:
+    def _stop_texts(self, prompt: Prompt) -> tuple[str, ...]:
+        return *self.config.stop, *(stop for stop in prompt.stop if isinstance(stop, str))
+
+    def _completion(self, sample: Sample, stop: tuple[tuple[int, ...], ...], texts: tuple[str, ...] = ()) -> Completion:
         """The text before the first stop, and the tokens up to the one that completes the stop."""
         tokens = sample.tokens
-        stops = (stop for stop in self.config.generation.stop if tokens[-len(stop) :] == stop)
-        whole = self._text(tokens[: len(tokens) - len(next(stops, ()))])
-        text = truncate_at(whole, self.config.stop)
+        ends = [len(sequence) for sequence in stop if tokens[-len(sequence) :] == sequence]
+        whole = self._text(tokens[: len(tokens) - max(ends, default=0)])
+        text = truncate_at(whole, texts)
         if len(text) < len(whole):
-            ends = (
-                n for n in range(1, len(tokens) + 1) if any(stop in self._text(tokens[:n]) for stop in self.config.stop)
-            )
-            tokens = tokens[: next(ends, len(tokens))]
+            complete = (n for n in range(1, len(tokens) + 1) if any(stop in self._text(tokens[:n]) for stop in texts))
+            tokens = tokens[: next(complete, len(tokens))]
         return Completion(text, tokens, sample.log_probs[: len(tokens)])
 
     def _text(self, tokens: tuple[int, ...]) -> str:
         return self._vocabulary.decode(np.asarray(tokens, np.int32)) if tokens else ""
+
+
+def most_probable(completions: Sequence[Completion], penalty: LengthPenalty) -> Completion:
+    """The first of the completions whose log-probability, divided by the penalty of its length, is the highest."""
+
+    def score(completion: Completion) -> float:
+        total = float(np.sum(completion.log_probs, dtype=np.float64)) / float(penalty(len(completion.tokens)))
+        return -np.inf if np.isnan(total) else total
+
+    return max(completions, key=score)

@@ -14,6 +14,30 @@ from clp_jax.sampling.steering import Steerable
 
 
 @dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is to be completed, and how, where it says so itself.
+
+    Attributes:
+        tokens: ids, without padding.
+        seed: decides the samples; 0 to 2^32 - 1.
+        num_samples: completions; None are as many as of any prompt.
+        max_tokens: of a completion at most; None are as many as of any prompt.
+        stop: texts, and sequences of token ids, that end a completion besides those that end every one.
+    """
+
+    tokens: tuple[int, ...]
+    seed: int = 0
+    num_samples: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str | tuple[int, ...], ...] = ()
+
+    @property
+    def has_wishes(self) -> bool:
+        """Whether it says how it is to be completed."""
+        return (self.num_samples, self.max_tokens, self.stop) != (None, None, ())
+
+
+@dataclasses.dataclass(frozen=True)
 class Completion:
     """One completion.
 
@@ -21,11 +45,13 @@ class Completion:
         text: without special tokens.
         tokens: up to and including the end of sequence.
         log_probs: of the tokens, under the policy at this preference.
+        rewards: of each objective, standardised as in training; none where nobody asked.
     """
 
     text: str
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
+    rewards: tuple[float, ...] = ()
 
 
 def bucket(length: int, smallest: int = 32) -> int:

@@ -25,6 +25,8 @@ from clp_jax.models.serialization import from_json
 from clp_jax.partitioning import active_mesh
 from clp_jax.preferences import Preference, validate_weights
 from clp_jax.rewards.normalisation import RewardStatistics
+from clp_jax.rewards.protocol import RewardFunction
+from clp_jax.rewards.stack import fingerprints, objective_names
 from clp_jax.sampling.steering import ConditionedPolicy, LogitMixture, PerWeight
 from clp_jax.training.checkpoint_items import CheckpointError
 from clp_jax.training.places import REFERENCE_DIRECTORY, local_files
@@ -176,6 +178,32 @@ def _vocabulary(run_dir: Path, description: Mapping[str, Any], policy: Policy) -
     if vocabulary.fingerprint != description["vocabulary"]:
         raise CheckpointError(f"the vocabulary in {run_dir} is not the one the policy was trained with.")
     return vocabulary
+
+
+def check_rewards(path: str | Path, loaded: LoadedPolicy, rewards: Sequence[RewardFunction]) -> RewardStatistics:
+    """The statistics of a run, if these are its rewards.
+
+    Args:
+        path: of the run, for messages.
+        loaded: the run's policy.
+        rewards: in the order of the run's.
+
+    Raises:
+        ValueError: for other rewards than the run's.
+    """
+    names = objective_names(rewards)
+    if loaded.statistics is None or names != loaded.objectives:
+        raise ValueError(
+            f"{path} was trained for {', '.join(loaded.objectives) or 'no rewards (it is supervised)'}; "
+            f"the rewards given are {', '.join(names)}: give the run's, in its order."
+        )
+    for reward, given in fingerprints(rewards).items():
+        if given != loaded.reward_fingerprints[reward]:
+            raise ValueError(
+                f"{path} was trained with another reward {reward!r} than the one given (other settings, code or "
+                "reward model of the same name): give the run's."
+            )
+    return loaded.statistics
 
 
 def load_soup(paths: Sequence[str | Path]) -> LoadedPolicy:

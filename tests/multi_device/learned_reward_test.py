@@ -12,10 +12,11 @@ from clp_jax.host_rows import HostRows
 from clp_jax.interop.arrays import LazyArray
 from clp_jax.models.heads import ScorerConfig
 from clp_jax.models.policy import Policy
-from clp_jax.partitioning import Rules, make_mesh, use_mesh
+from clp_jax.partitioning import Rules, active_mesh, make_mesh, use_mesh
 from clp_jax.rewards.learned import LearnedReward
 from clp_jax.rewards.protocol import RewardInputs
 from clp_jax.rewards.stack import RewardStack
+from clp_jax.sampling.devices import Devices
 
 SCORER = Policy(ScorerConfig(tiny_config(num_encoder_layers=1)))
 RULES = Rules((("batch", ("data", "fsdp")), ("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor")))
@@ -54,6 +55,16 @@ def test_it_lies_on_all_devices_and_gives_the_same_rewards(inputs, kind):
     (held,) = score.args
     sharded = [leaf for leaf in jax.tree.leaves(held) if not leaf.sharding.is_fully_replicated]
     assert len(sharded) >= 4 and all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(held))
+
+
+def test_rows_that_are_on_no_mesh_are_scored_by_one_device(inputs):
+    """As `clp evaluate` and `clp sample` ask, whose completions all devices write."""
+    params = varied_params(SCORER)
+    expected = LearnedReward("r", SCORER, params, "f")(RewardInputs(*inputs))
+    with Devices(tensor=2).use(rows=PROMPTS):
+        found = LearnedReward("r", SCORER, params, "f")(RewardInputs(*inputs))
+        assert active_mesh().size == 8
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_another_mesh_is_another_program(inputs):

@@ -117,7 +117,7 @@ def goes_on(stopping: Stopping, live: float, pool: list, size: int, length: int,
 def searched(
     chain: np.ndarray, config: BeamConfig, ends: tuple[int, ...] = (1,)
 ) -> list[tuple[float, tuple[int, ...]]]:
-    """Beam search in plain Python, group by group."""
+    """Beam search in plain Python, group by group: as algorithm 1 of arXiv 1610.02424 with Hamming diversity, where groups differ."""
     table, size, capacity = log_probs(chain), config.group_size, config.pool_size
     groups = [dict(live=[(0.0, ())], pool=[], open=True) for _ in range(config.num_groups)]
     for length in range(1, config.max_length + 1):
@@ -132,8 +132,9 @@ def searched(
             ]
             candidates = sorted(candidates, reverse=True)[: max(2, 1 + len(ends)) * size]
             group["live"] = [c for c in candidates if c[1][-1] not in ends][:size]
+            # What a group has searched no further is no beam to differ from: it writes padding, which is 0.
             for _, tokens in group["live"]:
-                taken[tokens[-1]] += 1
+                taken[tokens[-1] if group["open"] else 0] += 1
             if not group["open"]:
                 continue
             at_limit = config.finishing.at_limit and length == config.max_length

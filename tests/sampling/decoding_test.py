@@ -1,12 +1,14 @@
 """What users ask of decoding: every word of theirs becomes the engine's or the search's, or is refused."""
 
+import dataclasses
+
 import pytest
 from tiny_policies import tiny_config
 
 from clp_jax.data.vocabulary import TokenIds
 from clp_jax.models.config import PaLMConfig
-from clp_jax.sampling.beam_policies import CurrentBound, FirstFinished, PowerPenalty, ReachableBound
-from clp_jax.sampling.beam_search import BeamConfig
+from clp_jax.sampling.beam_policies import BrevityPenalty, CurrentBound, FirstFinished, PowerPenalty, ReachableBound
+from clp_jax.sampling.beam_search import BeamConfig, t5x_beam_config
 from clp_jax.sampling.decoding import Decoding
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.processors import (
@@ -40,6 +42,14 @@ class Words(TokenIds):
         (dict(temperature=0.0), SamplingConfig(64, Greedy())),
         (dict(strategy="greedy", min_tokens=3, stop_ids=(7, 8)), SamplingConfig(64, Greedy(), (), ((7,), (8,)), 3)),
         (dict(strategy="beam"), BeamConfig(64)),
+        (dict(strategy="beam", beam_rules="transformers"), BeamConfig(64)),
+        (dict(strategy="beam", beam_rules="t5x", num_beams=3, num_samples=2), t5x_beam_config(64, 3, num_returned=2)),
+        (
+            dict(strategy="beam", beam_rules="t5x", length_penalty=1.0, num_groups=2, diversity_penalty=0.5, stop_ids=(5,)),
+            dataclasses.replace(
+                t5x_beam_config(64), length_penalty=BrevityPenalty(1.0), num_groups=2, diversity=0.5, stop=((5,),)
+            ),
+        ),
         (dict(strategy="beam", early_stopping=True), BeamConfig(64, stopping=FirstFinished())),
         (dict(strategy="beam", early_stopping=False), BeamConfig(64, stopping=CurrentBound())),
         (dict(strategy="beam", early_stopping="never"), BeamConfig(64, stopping=ReachableBound())),
@@ -92,16 +102,36 @@ def test_rules_of_tokens(model, strategy):
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "penalty"),
+    [
+        (dict(strategy="best_of_n", num_samples=2), PowerPenalty(0.0)),
+        (dict(strategy="best_of_n", num_samples=2, length_penalty=1.0), PowerPenalty(1.0)),
+        (dict(strategy="sample"), None),
+        (dict(strategy="beam", length_penalty=1.0), None),
+    ],
+    ids=str,
+)
+def test_what_ranks_samples(asked, penalty):
+    assert Decoding(**asked).best == penalty
+
+
 SEARCH = dict(
-    num_beams=2, num_groups=2, diversity_penalty=0.5, length_penalty=1.0, early_stopping=True, patience=2.0
+    num_beams=2, num_groups=2, diversity_penalty=0.5, beam_rules="t5x", early_stopping=True, patience=2.0
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["sample", "greedy"])
+def test_a_length_penalty_is_refused_where_nothing_is_ranked(strategy):
+    with pytest.raises(ValueError, match=f"^length_penalty does nothing with strategy={strategy}: leave it out.$"):
+        Decoding(strategy=strategy, length_penalty=1.0)
 
 
 @pytest.mark.parametrize("name", SEARCH)
 @pytest.mark.parametrize("strategy", ["sample", "greedy", "best_of_n"])
 def test_words_of_a_search_are_refused_without_one(name, strategy):
     with pytest.raises(ValueError, match=f"^{name} does nothing with strategy={strategy}: leave it out.$"):
-        Decoding(strategy=strategy, **{name: SEARCH[name]})
+        Decoding(strategy=strategy, num_samples=2, **{name: SEARCH[name]})
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p"])
@@ -116,6 +146,7 @@ def test_words_of_samples_are_refused_without_them(name, strategy):
     [
         (dict(strategy="greedy", top_k=1, num_beams=2), "top_k and num_beams do nothing with strategy=greedy: leave them"),
         (dict(num_samples=0), "num_samples is 0: expected at least 1"),
+        (dict(strategy="best_of_n"), "num_samples is 1 with strategy=best_of_n: expected at least 2"),
         (dict(max_tokens=2**31), r"max_tokens is 2147483648: expected at least 1, and less than 2\*\*31"),
         (dict(no_repeat_ngram=-1), "no_repeat_ngram is -1"),
         (dict(stop=("a", "")), r"stop is \('a', ''\): expected texts of one character at least; an empty one"),
@@ -127,6 +158,9 @@ def test_words_of_samples_are_refused_without_them(name, strategy):
         (dict(strategy="beam", num_groups=3), "num_groups is 3: expected a divisor of num_beams, 4"),
         (dict(strategy="beam", num_groups=0), "num_groups is 0: expected a divisor"),
         (dict(strategy="beam", diversity_penalty=0.5), "diversity_penalty is 0.5 for num_groups 1: expected"),
+        (dict(strategy="beam", beam_rules="t5x", early_stopping=True), "early_stopping does nothing with beam_rules=t5x"),
+        (dict(strategy="beam", beam_rules="t5x", early_stopping="never"), "early_stopping does nothing with beam_rules=t5x"),
+        (dict(strategy="beam", beam_rules="t5x", patience=2.0), "patience is 2: expected a positive number, and early"),
         (dict(strategy="beam", patience=2.0), "patience is 2: expected a positive number, and early_stopping"),
         (dict(strategy="beam", patience=0.0, early_stopping=True), "patience is 0: expected a positive number"),
     ],

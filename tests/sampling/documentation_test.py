@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny_runs import make_data, make_supervised
+from tiny_runs import make_data, make_steerable, make_supervised
 
 from clp_jax.main import main
+from clp_jax.rewards.programmatic import Brevity, ExtractiveCoverage
 
 PAGE = Path(__file__).parents[2] / "docs" / "decoding.md"
 
@@ -21,6 +22,8 @@ def blocks(kind: str) -> list[str]:
 def home(tmp_path, monkeypatch):
     data = make_data(tmp_path / "data")
     make_supervised(tmp_path / "runs" / "policy", data)
+    rewards = (ExtractiveCoverage(), Brevity())
+    make_steerable(tmp_path / "runs", "clp", lambda params, k: params, "policy", rewards)
     make_supervised(tmp_path / "runs" / "other", data, seed=1)
     (tmp_path / "prompts.jsonl").write_text('{"inputs": "the quick fox"}\n{"inputs": [3, 4, 5], "seed": 7}\n')
     monkeypatch.chdir(tmp_path)
@@ -29,12 +32,13 @@ def home(tmp_path, monkeypatch):
 
 def test_the_commands(home, capsys):
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         assert shlex.split(line)[0] == "clp"
         assert main([*shlex.split(line)[1:], "--max_tokens=4"]) == 0, line
     written = {path.stem: [json.loads(x) for x in path.read_text().splitlines()] for path in home.glob("*.jsonl")}
-    assert set(written) == {"prompts", "samples", "beams", "mixed", "contrast"}
+    assert set(written) == {"prompts", "samples", "beams", "best", "mixed", "contrast"}
+    assert [len(line["rewards"]) for line in written["best"]] == [2, 2]
     for name in ("samples", "beams"):
         assert [len(line["tokens"]) for line in written[name]] == [2, 2]
     assert all(len(answers) == 2 for answers in written.values())
@@ -51,7 +55,7 @@ def test_the_python(home, capsys):
 
 def test_every_strategy_and_flag_is_there():
     """What the page names, `clp sample` has."""
-    named = set(re.findall(r"--(\w+)", PAGE.read_text("utf-8"))) - {"help"}
+    named = set(re.findall(r"--(\w+)", PAGE.read_text("utf-8"))) - {"help", "gin", "gin_file"}
     text = (PAGE.parents[1] / "clp_jax" / "sampling" / "decoding.py").read_text("utf-8")
     text += (PAGE.parents[1] / "clp_jax" / "training" / "partners.py").read_text("utf-8")
     text += (PAGE.parents[1] / "clp_jax" / "sampling" / "devices.py").read_text("utf-8")

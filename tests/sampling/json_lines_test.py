@@ -56,6 +56,65 @@ def test_a_line_may_bring_its_seed(tmp_path, vocabulary, capsys):
     assert scored.seed is None
 
 
+WISHES = dict(with_targets=False, completion=(2, 9))
+
+
+def test_a_line_may_say_how_it_is_completed(tmp_path, vocabulary, capsys):
+    found = read(
+        tmp_path,
+        vocabulary,
+        b'{"inputs": [3], "num_samples": 4, "max_tokens": 9, "stop": "END"}',
+        b'{"inputs": [3], "max_tokens": 2, "stop": ["a b", [5, 30], "c"], "id": 1}',
+        b'{"inputs": [3], "num_samples": null, "max_tokens": null, "stop": null, "temperature": "mine"}',
+        b'{"inputs": [3], "stop": []}',
+        **WISHES,
+    )
+    assert [(line.num_samples, line.max_tokens, line.stop) for line in found] == [
+        (4, 9, ("END",)),
+        (None, 2, ("a b", (5, 30), "c")),
+        (None, None, ()),
+        (None, None, ()),
+    ]
+    assert found[1].given["id"] == 1 and found[2].given["temperature"] == "mine"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (b'"num_samples": 0', "num_samples is 0: expected a whole number in [1, 65536]"),
+        (b'"num_samples": 65537', "num_samples is 65537: expected a whole number in [1, 65536]"),
+        (b'"num_samples": true', "num_samples is true: expected a whole number"),
+        (b'"max_tokens": 10', "max_tokens is 10: expected a whole number in [2, 9], from --min_tokens to --max_tokens"),
+        (b'"max_tokens": 1', "max_tokens is 1: expected a whole number in [2, 9]"),
+        (b'"max_tokens": "5"', 'max_tokens is "5": expected a whole number in [2, 9]'),
+        (b'"stop": 5', "stop is 5: expected a text, or a list of texts and lists of token ids"),
+        (b'"stop": {"a": 1}', 'stop is {"a": 1}: expected a text'),
+        (b'"stop": [5, 6]', "stop has 5: expected texts and lists of token ids, none empty"),
+        (b'"stop": ""', 'stop has "": expected texts and lists of token ids, none empty'),
+        (b'"stop": ["a", []]', "stop has []: expected texts"),
+        (b'"stop": [[5, "a"]]', 'stop has [5, "a"]: expected texts'),
+        (b'"stop": [[5, true]]', "stop has [5, true]: expected texts"),
+        (b'"stop": [[31]]', "stop has the token id 31, which is outside the vocabulary of 31"),
+        (b'"stop": [[-1]]', "stop has the token id -1, which is outside the vocabulary of 31"),
+    ],
+)
+def test_wishes_that_can_not_be_granted_are_bad_lines(tmp_path, vocabulary, own, says, capsys):
+    good = b'{"inputs": [3]}'
+    assert [line.number for line in read(tmp_path, vocabulary, good, b'{"inputs": [3], %s}' % own, **WISHES)] == [1]
+    assert f"line 2 was skipped: {says}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [b'"num_samples": 2', b'"max_tokens": 3', b'"stop": "a"'])
+def test_a_search_completes_all_lines_alike_and_scores_ask_for_nothing(tmp_path, vocabulary, own, capsys):
+    lines = b'{"inputs": [3], "targets": [4]}', b'{"inputs": [3], "targets": [4], %s}' % own
+    assert [line.number for line in read(tmp_path, vocabulary, *lines, with_targets=False)] == [1]
+    name = own.split(b'"')[1].decode()
+    expected = f"line 2 was skipped: it has {name}, but a search completes all lines alike: give flags, or leave it out"
+    assert expected in capsys.readouterr().err
+    assert [line.number for line in read(tmp_path, vocabulary, *lines)] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("bad", "says"),
     [

@@ -1,4 +1,7 @@
-"""A policy that serves prompts: stops cut text and tokens alike, the best of n is the most probable, tokens are streamed."""
+"""A policy that serves prompts: stops cut text and tokens alike, the best of n is the most probable, tokens are streamed.
+
+Prompts may say how they are completed, whoever shares the batch.
+"""
 
 import dataclasses
 
@@ -13,20 +16,22 @@ from clp_jax.models.config import PaLMConfig
 from clp_jax.models.policy import Policy
 from clp_jax.preferences import Preference
 from clp_jax.sampling import memory
+from clp_jax.sampling.beam_policies import BrevityPenalty, PowerPenalty
 from clp_jax.sampling.beam_search import BeamConfig
 from clp_jax.sampling.engine import Engine
 from clp_jax.sampling.ensemble import Ensemble
 from clp_jax.sampling.generate import SamplingConfig
 from clp_jax.sampling.processors import BannedSequences
-from clp_jax.sampling.session import Server, ServingConfig
+from clp_jax.sampling.session import Server, ServingConfig, most_probable
 from clp_jax.sampling.strategies import Greedy
+from clp_jax.sampling.text import Completion, Prompt
 
 POLICY = Policy(
     PaLMConfig.llama(vocab_size=31, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4, num_layers=1, start_id=1)
 )
 PARAMS = varied_params(POLICY)
 IDS = TokenIds(31, 0, (1,))
-PROMPTS = [((3, 4, 5), 0), ((9,) * 40, 1), ((7,), 2)]
+PROMPTS = [Prompt((3, 4, 5), 0), Prompt((9,) * 40, 1), Prompt((7,), 2)]
 
 
 def server_of(generation=SamplingConfig(12), on_tokens=None, slots=2, **settings):
@@ -39,6 +44,10 @@ def server_of(generation=SamplingConfig(12), on_tokens=None, slots=2, **settings
 def ask(server, prompts=PROMPTS):
     """Completions by prompt."""
     return dict(server.complete((PARAMS,), Preference.of([1.0], 0.0), prompts))
+
+
+def words_of(completions):
+    return [(completion.text, completion.tokens) for completion in completions]
 
 
 def serve(**settings):
@@ -79,11 +88,88 @@ def test_a_stop_cuts_text_tokens_and_log_probabilities(plain):
 
 
 def test_the_best_of_n_is_the_most_probable(plain):
-    several = serve(num_samples=3)
-    best = serve(num_samples=3, best=True)
-    for number, samples in several.items():
-        assert samples[0].tokens == plain[number][0].tokens
-        assert best[number] == [max(samples, key=lambda c: float(np.sum(c.log_probs, dtype=np.float64)))]
+    several = serve(num_samples=5)
+    found = []
+    for exponent in (0.0, 1.0, 2.0):
+        best = serve(num_samples=5, best=PowerPenalty(exponent))
+        for number, samples in several.items():
+            assert samples[0].tokens == plain[number][0].tokens
+            scores = [sum(map(float, c.log_probs)) / len(c.tokens) ** exponent for c in samples]
+            assert best[number] == [samples[int(np.argmax(scores))]]
+        found.append(best)
+    # Lengths differ, or the exponent would never matter.
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_ranking_by_hand():
+    """Sums -2, -3, -3 of one, three and three tokens: -2, -1, -1 by the mean, of which the first; GNMT's are -2, -2.25, -2.25."""
+    rows = [Completion("", (5,) * len(row), row) for row in ((-2.0,), (-1.0, -1.0, -1.0), (0.0, -3.0, 0.0))]
+    found = [most_probable(rows, p) for p in (PowerPenalty(0.0), PowerPenalty(1.0), BrevityPenalty(1.0))]
+    assert found == [rows[0], rows[1], rows[0]]
+    nothing = Completion("", (5,), (float("nan"),))
+    assert most_probable([nothing, rows[0]], PowerPenalty(1.0)) == rows[0]
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_tokens_are_handed_out_a_chunk_at_a_time(plain, num_samples):
+    """One by one where that is asked for, those of every sample in their order, and the same tokens as ever."""
+    for chunk in (1, 3):
+        events = []
+        found = serve(num_samples=num_samples, chunk=chunk, on_tokens=events)
+        # Another program: the numbers may be rounded otherwise.
+        assert [rows[0].tokens for rows in found.values()] == [plain[number][0].tokens for number in found]
+        for number, samples in found.items():
+            for i, completion in enumerate(samples):
+                parts = [tokens for prompt, sample, tokens in events if (prompt, sample) == (number, i)]
+                whole = completion.tokens
+                assert parts == [whole[at : at + chunk] for at in range(0, len(whole), chunk)]
+    assert max(len(samples[0].tokens) for samples in found.values()) > 3
+
+
+def test_a_single_slot_hands_out_every_token_at_once_and_more_hand_out_eight():
+    sizes = []
+    for slots in (1, 2):
+        events = []
+        serve(generation=SamplingConfig(12, min_length=11), slots=slots, on_tokens=events)
+        sizes.append({len(tokens) for _, _, tokens in events})
+    assert sizes == [{1}, {8, 4}]
+
+
+def test_prompts_that_say_how_they_are_completed(plain):
+    """Each as if all had been asked so, and its neighbours as ever."""
+    (whole,) = plain[1]
+    stop = whole.tokens[3:5]
+    (word,) = {*map(str, whole.tokens[5:6])}
+    wishes = {
+        "tokens": (dict(max_tokens=2), dict(generation=SamplingConfig(2))),
+        "samples": (dict(num_samples=5), dict(num_samples=5)),
+        "sequence": (dict(stop=(stop,)), dict(generation=SamplingConfig(12, stop=(stop,)))),
+        "text": (dict(stop=(f" {word}",)), dict(stop=(f" {word}",))),
+    }
+    for own, all_alike in wishes.values():
+        prompts = [PROMPTS[0], dataclasses.replace(PROMPTS[1], **own), PROMPTS[2]]
+        assert prompts[1].has_wishes and not prompts[0].has_wishes
+        found = ask(server_of(), prompts)
+        asked = found.pop(1)
+        assert found == {0: plain[0], 2: plain[2]}
+        # Other programs: numbers may be rounded otherwise.
+        assert words_of(asked) == words_of(serve(**all_alike)[1]) != words_of(plain[1])
+    cut = ask(server_of(), [PROMPTS[0], dataclasses.replace(PROMPTS[1], stop=("no text", stop)), PROMPTS[2]])[1][0]
+    assert cut.tokens == whole.tokens[:5] and cut.text == " ".join(map(str, whole.tokens[:3]))
+
+
+def test_a_stop_of_a_prompt_joins_those_of_all(plain):
+    (whole,) = plain[1]
+    first, later = (f" {whole.tokens[place]}" for place in (2, 4))
+    found = ask(server_of(stop=(first,)), [PROMPTS[0], dataclasses.replace(PROMPTS[1], stop=(later,))])
+    assert found[1] == serve(stop=(first,))[1]
+    found = ask(server_of(stop=(later,)), [PROMPTS[0], dataclasses.replace(PROMPTS[1], stop=(first,))])
+    assert found[1] == serve(stop=(first,))[1] != serve(stop=(later,))[1]
+
+
+def test_a_search_completes_all_prompts_alike():
+    with pytest.raises(ValueError, match="^a search completes all prompts alike: expected no num_samples, max_tokens"):
+        ask(server_of(BeamConfig(12)), [dataclasses.replace(PROMPTS[0], max_tokens=3)])
 
 
 def test_every_sample_ends_at_its_own_stop():
@@ -107,7 +193,7 @@ def test_every_sample_ends_at_its_own_stop():
 
 def test_prompts_are_read_together(monkeypatch):
     """Four at a time where they share a bucket, whoever stands between them; each is answered to the bit as in other company."""
-    prompts = [((3 + i,) * (40 if i % 2 else 3), i) for i in range(8)]
+    prompts = [Prompt((3 + i,) * (40 if i % 2 else 3), i) for i in range(8)]
     server = server_of(slots=8)
     reads = []
     whole = Engine._arrivals
