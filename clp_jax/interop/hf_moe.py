@@ -44,8 +44,7 @@ def _experts(config: ModelConfig) -> MoEConfig:
 
 def _dropless(config: PaLMConfig) -> Dropless:
     """The router of a policy; where it is of another kind, one that tells the policies apart."""
-    moe = _experts(config)
-    router = moe.decoder_router or moe.router
+    router = _experts(config).router_of(causal=True)
     return router if isinstance(router, Dropless) else Dropless(k=1)
 
 

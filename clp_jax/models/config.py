@@ -46,7 +46,8 @@ class MoEConfig:
             arXiv 2101.03961; GShard), or the ``"model"``, all sparse layers together (Mixtral and Qwen-MoE as
             transformers trains them), where one layer's favourites may make up for another's.
         z_weight: of the router z-loss.
-        dense: the twin that costs the same: every sparse block becomes a dense one as wide as what a token visits.
+        dense: the twin that costs the same: every sparse block becomes a dense one as wide as what a token visits on average
+            in training, at most (`TokenChoice.experts_per_token`): ``min(k, capacity)`` experts, and what sees all tokens.
     """
 
     num_experts: int
@@ -85,6 +86,10 @@ class MoEConfig:
                 raise ValueError(
                     f"MoEConfig.{name} is {router!r}: expected one of {', '.join(kind.__name__ for kind in _ROUTERS)}."
                 )
+
+    def router_of(self, causal: bool) -> TokenChoice | ExpertChoice | Dropless:
+        """The router of a stack: a causal one may have its own."""
+        return self.decoder_router if causal and self.decoder_router is not None else self.router
 
 
 def _by_row(router: TokenChoice | ExpertChoice | Dropless) -> TokenChoice | ExpertChoice | Dropless:
@@ -311,8 +316,7 @@ class ModelConfig:
     def _twin_dim(self, causal: bool) -> int:
         moe = self.moe
         assert moe is not None
-        router = moe.decoder_router if causal and moe.decoder_router is not None else moe.router
-        width = round((moe.mlp_dim or self.mlp_dim) * router.experts_per_token)
+        width = round((moe.mlp_dim or self.mlp_dim) * moe.router_of(causal).experts_per_token)
         return width + moe.shared_dim + (self.mlp_dim if moe.extra_mlp else 0)
 
     def _check_experts(self) -> None:
@@ -362,8 +366,8 @@ class T5Config(ModelConfig):
             )
         super().__post_init__()
         if self.moe is not None and not self.moe.dense:
-            self.moe.router.check(False, self.moe.num_experts)
-            (self.moe.decoder_router or self.moe.router).check(True, self.moe.num_experts)
+            for causal in (False, True):
+                self.moe.router_of(causal).check(causal, self.moe.num_experts)
 
     @classmethod
     def t5_1_0(cls, **sizes) -> "T5Config":
@@ -403,7 +407,7 @@ class PaLMConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.moe is not None and not self.moe.dense:
-            (self.moe.decoder_router or self.moe.router).check(True, self.moe.num_experts)
+            self.moe.router_of(True).check(True, self.moe.num_experts)
 
     @classmethod
     def palm(cls, **sizes) -> "PaLMConfig":

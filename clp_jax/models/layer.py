@@ -210,7 +210,7 @@ def _experts(config: ModelConfig, rngs: nnx.Rngs, causal: bool) -> MoE:
         config.embed_dim,
         moe.mlp_dim or config.mlp_dim,
         moe.num_experts,
-        router=moe.decoder_router if causal and moe.decoder_router is not None else moe.router,
+        router=moe.router_of(causal),
         activation=config.activation,
         gated=config.gated,
         dropout_rate=config.dropout_rate if moe.dropout_rate is None else moe.dropout_rate,

@@ -256,7 +256,7 @@ class Stack(nnx.Module):
     def _treats_positions_alike(self) -> bool:
         """Whether no layer minds the order of the tokens: experts that can be full take the first ones."""
         moe = self.config.moe
-        router = None if moe is None else (moe.decoder_router if self.causal and moe.decoder_router else moe.router)
+        router = None if moe is None else moe.router_of(self.causal)
         return isinstance(router, Dropless) or not any(kind.sparse for kind in self.kinds)
 
     def runs(self) -> list[Any]:

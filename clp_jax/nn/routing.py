@@ -113,8 +113,13 @@ class TokenChoice:
 
     @property
     def experts_per_token(self) -> float:
-        """Experts that a token visits, where there is room."""
-        return self.k
+        """Experts that a valid token visits on average in training, at most: `k`, or the rows that it brings if they are fewer.
+
+        By the factor: what `min_capacity` and `fixed_capacity` come to depends on the group, and counts as room for all.
+        """
+        if self.fixed_capacity is not None:
+            return self.k
+        return min(self.k, self.train_capacity * (self.k if self.capacity_times_k else 1))
 
     def check(self, causal: bool, num_experts: int) -> None:
         """Refuses a stack that this router can't serve.
@@ -197,7 +202,7 @@ class ExpertChoice:
 
     @property
     def experts_per_token(self) -> float:
-        """Experts that a token visits on average."""
+        """Experts that a valid token visits on average in training; as `TokenChoice.experts_per_token`."""
         return self.train_capacity
 
     def check(self, causal: bool, num_experts: int) -> None:

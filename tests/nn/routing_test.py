@@ -106,6 +106,21 @@ def test_tokens_take_rows_in_the_order_of_priority(name):
     assert (cuts == 0) == (name == "roomy")
 
 
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 1.25, 1.5, 3.0])
+@pytest.mark.parametrize(
+    "router", [TokenChoice(1), TokenChoice(2), TokenChoice(2, capacity_times_k=True), ExpertChoice()]
+)
+def test_no_more_experts_are_visited_than_is_counted_and_as_many_where_choices_are_even(router, capacity):
+    router = dataclasses.replace(router, train_capacity=capacity)
+    tokens, num_experts = 80, 8
+    mask = np.arange(tokens) < 64
+    # Each expert is the first choice of every eighth token, and the second one of those before.
+    even = np.roll(np.eye(num_experts), 1, 0) / 3 + np.eye(num_experts) * 2 / 3
+    even = np.tile(even, (tokens // num_experts, 1)).astype(np.float32)
+    visits = [int(_assign(router)(probs, mask).kept.sum()) / 64 for probs in (even, _probs(0, tokens, num_experts))]
+    assert visits[0] == router.experts_per_token >= visits[1]
+
+
 def test_first_choices_go_before_second_ones():
     # Expert 0 is everybody's first or second choice and has three rows: the two late first choices, then one second.
     probs = np.float32([[0.4, 0.6], [0.4, 0.6], [0.7, 0.3], [0.9, 0.1]])
