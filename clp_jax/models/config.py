@@ -9,6 +9,7 @@ from flax import nnx
 
 from clp_jax.models.serialization import serializable
 from clp_jax.nn.mlp import ACTIVATIONS
+from clp_jax.nn.moe import check_dispatch
 from clp_jax.nn.remat import REMAT_POLICIES
 from clp_jax.nn.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
@@ -46,6 +47,8 @@ class MoEConfig:
             arXiv 2101.03961; GShard), or the ``"model"``, all sparse layers together (Mixtral and Qwen-MoE as
             transformers trains them), where one layer's favourites may make up for another's.
         z_weight: of the router z-loss.
+        dispatch: how tokens get to their experts and back: ``"sort"`` gathers rows; ``"einsum"`` multiplies by 0 and 1
+            (GShard, arXiv 2006.16668), which costs more and is what sorting is tested against; not with `Dropless`.
         dense: the twin that costs the same: every sparse block becomes a dense one as wide as what a token visits on average
             in training, at most (`TokenChoice.experts_per_token`): ``min(k, capacity)`` experts, and what sees all tokens.
     """
@@ -62,6 +65,7 @@ class MoEConfig:
     balance_weight: float = 0.01
     balance_by: str = "layer"
     z_weight: float = 0.0
+    dispatch: str = "sort"
     dense: bool = False
 
     def __post_init__(self):
@@ -86,6 +90,8 @@ class MoEConfig:
                 raise ValueError(
                     f"MoEConfig.{name} is {router!r}: expected one of {', '.join(kind.__name__ for kind in _ROUTERS)}."
                 )
+            if router is not None:
+                check_dispatch(self.dispatch, router)
 
     def router_of(self, causal: bool) -> TokenChoice | ExpertChoice | Dropless:
         """The router of a stack: a causal one may have its own."""

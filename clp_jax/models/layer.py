@@ -216,6 +216,7 @@ def _experts(config: ModelConfig, rngs: nnx.Rngs, causal: bool) -> MoE:
         dropout_rate=config.dropout_rate if moe.dropout_rate is None else moe.dropout_rate,
         shared_dim=moe.shared_dim,
         shared_gate=moe.shared_gate,
+        dispatch=moe.dispatch,
         dtype=jnp.dtype(config.param_dtype),
     )
 

@@ -39,6 +39,22 @@ _Product = Callable[[Array, Array], Array]
 _JITTER, _EXPERTS, _SHARED = range(3)
 
 
+def check_dispatch(dispatch: str, router: Router) -> None:
+    """Refuses what does not bring tokens to experts.
+
+    Args:
+        dispatch: one of `DISPATCHES`.
+        router: a `Dropless` one has rows for what comes, and no capacity that a product with 0 and 1 could be as large as.
+
+    Raises:
+        ValueError: for another dispatch, or products for a `Dropless` router.
+    """
+    if dispatch not in DISPATCHES or (dispatch == "einsum" and isinstance(router, Dropless)):
+        raise ValueError(
+            f"MoE dispatch is {dispatch!r} with {type(router).__name__}: expected 'sort', or 'einsum' and a capacity."
+        )
+
+
 class RouterKernel(nnx.Module):
     """The router's projection to logits, in float32 whatever the type of activations.
 
@@ -119,8 +135,8 @@ class MoE(nnx.Module):
         shared_dim: ``F`` of the shared expert, 0 for none.
         shared_gate: whether the shared expert's output is multiplied by ``sigmoid(x w)``.
         router_stddev: of the router's kernel at the start.
-        dispatch: ``"sort"``, or ``"einsum"`` for products with 0 and 1: the reference that tests compare with. It knows
-            no `Dropless`.
+        dispatch: ``"sort"``, or ``"einsum"`` for products with 0 and 1: the reference that tests compare with
+            (`check_dispatch`).
         dtype: of the parameters.
 
     Attributes:
@@ -155,10 +171,7 @@ class MoE(nnx.Module):
         router.check(False, num_experts)
         if shared_gate and not shared_dim:
             raise ValueError("MoE shared_gate is True with shared_dim 0: give the shared expert a size, or no gate.")
-        if dispatch not in DISPATCHES or (dispatch == "einsum" and isinstance(router, Dropless)):
-            raise ValueError(
-                f"MoE dispatch is {dispatch!r} with {type(router).__name__}: expected 'sort', or 'einsum' and a capacity."
-            )
+        check_dispatch(dispatch, router)
         self.routing = router
         self.num_experts = num_experts
         self.dispatch = dispatch
