@@ -93,7 +93,9 @@ def test_experts_that_choose_are_refused_in_causal_stacks():
     [dict(dispatch="hash"), dict(router=Dropless()), dict(router=ExpertChoice(), decoder_router=Dropless())],
 )
 def test_what_does_not_bring_tokens_to_experts(changes):
-    with pytest.raises(ValueError, match="MoE dispatch is '(hash|einsum)' with (TokenChoice|Dropless): expected 'sort'"):
+    with pytest.raises(
+        ValueError, match="MoE dispatch is '(hash|einsum)' with (TokenChoice|Dropless): expected 'sort'"
+    ):
         MoEConfig(num_experts=2, **(dict(dispatch="einsum") | changes))
 
 
