@@ -166,6 +166,7 @@ def _read_switch(settings: Settings) -> T5Config:
         router=router,
         every=_every(settings, depths),
         balance_weight=settings["router_aux_loss_coef"],
+        balance_by="stack",
         z_weight=settings["router_z_loss_coef"],
     )
     activation = settings.activation(settings["dense_act_fn"], "dense_act_fn")

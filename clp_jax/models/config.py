@@ -44,8 +44,10 @@ class MoEConfig:
             other, with norms before them alone.
         balance_weight: of the load-balance loss.
         balance_by: what that loss takes the experts' shares of: every ``"layer"``, for a mean of its losses (Switch,
-            arXiv 2101.03961; GShard), or the ``"model"``, all sparse layers together (Mixtral and Qwen-MoE as
-            transformers trains them), where one layer's favourites may make up for another's.
+            arXiv 2101.03961; GShard); the layers of a ``"stack"`` together, for a sum over encoder and decoder of that and of
+            the z-loss (Switch as transformers trains it); or the ``"model"``, all sparse layers together (Mixtral and Qwen-MoE
+            as transformers trains them). Together, one layer's favourites may make up for another's. Shares are of each group
+            of tokens, those of the model of all.
         z_weight: of the router z-loss.
         dispatch: how tokens get to their experts and back: ``"sort"`` gathers rows; ``"einsum"`` multiplies by 0 and 1
             (GShard, arXiv 2006.16668), which costs more and is what sorting is tested against; not with `Dropless`.
@@ -82,8 +84,8 @@ class MoEConfig:
                 raise ValueError(f"MoEConfig.{name} is {value}: expected at least {least}.")
         if self.dropout_rate is not None and not 0 <= self.dropout_rate < 1:
             raise ValueError(f"MoEConfig.dropout_rate is {self.dropout_rate}: expected a number in [0, 1).")
-        if self.balance_by not in ("layer", "model"):
-            raise ValueError(f"MoEConfig.balance_by is {self.balance_by!r}: expected 'layer' or 'model'.")
+        if self.balance_by not in ("layer", "stack", "model"):
+            raise ValueError(f"MoEConfig.balance_by is {self.balance_by!r}: expected 'layer', 'stack' or 'model'.")
         for name in ("router", "decoder_router"):
             router = getattr(self, name)
             if router is not None and not isinstance(router, _ROUTERS):

@@ -17,7 +17,7 @@ from clp_jax.nn.mlp import MLP
 from clp_jax.nn.moe import MoE
 from clp_jax.nn.norms import RMSNorm
 from clp_jax.nn.position import RelativePositionBias
-from clp_jax.nn.routing import RoutingStatistics
+from clp_jax.nn.routing_statistics import RoutingStatistics
 from clp_jax.nn.visibility import position_bias
 from clp_jax.partitioning import constrain
 

@@ -20,16 +20,8 @@ from clp_jax.array_types import Array, Bool, Float, PRNGKeyArray
 from clp_jax.nn.grouped_product import grouped_product
 from clp_jax.nn.linear import dropout, normal_parameter
 from clp_jax.nn.mlp import ACTIVATIONS, MLP
-from clp_jax.nn.routing import (
-    Dropless,
-    ExpertChoice,
-    Router,
-    RoutingStatistics,
-    TokenChoice,
-    jittered,
-    routing_statistics,
-    top_k,
-)
+from clp_jax.nn.routing import Dropless, ExpertChoice, Router, TokenChoice, jittered, top_k
+from clp_jax.nn.routing_statistics import RoutingStatistics, routing_statistics
 from clp_jax.nn.slots import Slots, collect, count_choices, distribute, join_groups
 from clp_jax.partitioning import active_axes, active_mesh, constrain
 

@@ -99,8 +99,8 @@ def test_what_does_not_bring_tokens_to_experts(changes):
         MoEConfig(num_experts=2, **(dict(dispatch="einsum") | changes))
 
 
-def test_experts_are_balanced_by_layer_or_by_model():
-    with pytest.raises(ValueError, match="MoEConfig.balance_by is 'token': expected 'layer' or 'model'"):
+def test_experts_are_balanced_by_layer_stack_or_model():
+    with pytest.raises(ValueError, match="MoEConfig.balance_by is 'token': expected 'layer', 'stack' or 'model'"):
         MoEConfig(num_experts=2, balance_by="token")
 
 
