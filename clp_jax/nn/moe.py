@@ -3,7 +3,9 @@
 Tokens are gathered into their experts' rows, multiplied expert by expert, and gathered back. Where the rules shard experts,
 the rows of a router with a capacity, ``[E, C, D]`` of each group, move from the groups' devices to the experts' by an
 all-to-all; the kernels stay where they are. `Dropless` can't bound what an expert gets: there all devices of the ``expert``
-axis exchange their tokens, each computes its own experts' share of them, and the shares are summed on the way back.
+axis exchange their tokens, each computes its own experts' share of them, and the shares are summed on the way back. An
+all-to-all with room for all tokens of one device at another brings as many bytes as that, and holds them on both sides;
+`jax.lax.ragged_all_to_all` would bring the chosen ones alone, but XLA has it on no CPU, where it could be tested.
 """
 
 import dataclasses
