@@ -85,7 +85,7 @@ class PolicyGradientLoss:
         count = jnp.asarray(rows, jnp.float32)
         # Groups are as many as rows allow, each with the statistics of all layers.
         routing = [_layers_first(stack, num_groups).merged() for stack in forced.routing]
-        auxiliary, routers = routing_loss(self.policy.config.moe, routing)
+        auxiliary, routers = routing_loss(self.policy.config.moe, routing) if routing else (0.0, {})
         metrics = metrics | policy_metrics | routers | self._metrics(experience, kl, reward)
         return (policy_loss + auxiliary) * count + baseline_loss, count, metrics
 
