@@ -174,6 +174,7 @@ def _canonical_experts(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         balance_weight=0.01,
         balance_by="layer",
         z_weight=0.0,
+        dispatch="sort",
     )
     # Nothing is as wide as the policy's own blocks where all are experts.
     return {"moe": experts, "mlp_dim": width if moe.every == 1 and not moe.extra_mlp else config.mlp_dim}

@@ -44,8 +44,7 @@ def _experts(config: ModelConfig) -> MoEConfig:
 
 def _dropless(config: PaLMConfig) -> Dropless:
     """The router of a policy; where it is of another kind, one that tells the policies apart."""
-    moe = _experts(config)
-    router = moe.decoder_router or moe.router
+    router = _experts(config).router_of(causal=True)
     return router if isinstance(router, Dropless) else Dropless(k=1)
 
 
@@ -167,6 +166,7 @@ def _read_switch(settings: Settings) -> T5Config:
         router=router,
         every=_every(settings, depths),
         balance_weight=settings["router_aux_loss_coef"],
+        balance_by="stack",
         z_weight=settings["router_z_loss_coef"],
     )
     activation = settings.activation(settings["dense_act_fn"], "dense_act_fn")

@@ -9,6 +9,7 @@ from flax import nnx
 
 from clp_jax.models.serialization import serializable
 from clp_jax.nn.mlp import ACTIVATIONS
+from clp_jax.nn.moe import check_dispatch
 from clp_jax.nn.remat import REMAT_POLICIES
 from clp_jax.nn.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
@@ -43,10 +44,15 @@ class MoEConfig:
             other, with norms before them alone.
         balance_weight: of the load-balance loss.
         balance_by: what that loss takes the experts' shares of: every ``"layer"``, for a mean of its losses (Switch,
-            arXiv 2101.03961; GShard), or the ``"model"``, all sparse layers together (Mixtral and Qwen-MoE as
-            transformers trains them), where one layer's favourites may make up for another's.
+            arXiv 2101.03961; GShard); the layers of a ``"stack"`` together, for a sum over encoder and decoder of that and of
+            the z-loss (Switch as transformers trains it); or the ``"model"``, all sparse layers together (Mixtral and Qwen-MoE
+            as transformers trains them). Together, one layer's favourites may make up for another's. Shares are of each group
+            of tokens, those of the model of all.
         z_weight: of the router z-loss.
-        dense: the twin that costs the same: every sparse block becomes a dense one as wide as what a token visits.
+        dispatch: how tokens get to their experts and back: ``"sort"`` gathers rows; ``"einsum"`` multiplies by 0 and 1
+            (GShard, arXiv 2006.16668), which costs more and is what sorting is tested against; not with `Dropless`.
+        dense: the twin that costs the same: every sparse block becomes a dense one as wide as what a token visits on average
+            in training, at most (`TokenChoice.experts_per_token`): ``min(k, capacity)`` experts, and what sees all tokens.
     """
 
     num_experts: int
@@ -61,6 +67,7 @@ class MoEConfig:
     balance_weight: float = 0.01
     balance_by: str = "layer"
     z_weight: float = 0.0
+    dispatch: str = "sort"
     dense: bool = False
 
     def __post_init__(self):
@@ -77,14 +84,20 @@ class MoEConfig:
                 raise ValueError(f"MoEConfig.{name} is {value}: expected at least {least}.")
         if self.dropout_rate is not None and not 0 <= self.dropout_rate < 1:
             raise ValueError(f"MoEConfig.dropout_rate is {self.dropout_rate}: expected a number in [0, 1).")
-        if self.balance_by not in ("layer", "model"):
-            raise ValueError(f"MoEConfig.balance_by is {self.balance_by!r}: expected 'layer' or 'model'.")
+        if self.balance_by not in ("layer", "stack", "model"):
+            raise ValueError(f"MoEConfig.balance_by is {self.balance_by!r}: expected 'layer', 'stack' or 'model'.")
         for name in ("router", "decoder_router"):
             router = getattr(self, name)
             if router is not None and not isinstance(router, _ROUTERS):
                 raise ValueError(
                     f"MoEConfig.{name} is {router!r}: expected one of {', '.join(kind.__name__ for kind in _ROUTERS)}."
                 )
+            if router is not None:
+                check_dispatch(self.dispatch, router)
+
+    def router_of(self, causal: bool) -> TokenChoice | ExpertChoice | Dropless:
+        """The router of a stack: a causal one may have its own."""
+        return self.decoder_router if causal and self.decoder_router is not None else self.router
 
 
 def _by_row(router: TokenChoice | ExpertChoice | Dropless) -> TokenChoice | ExpertChoice | Dropless:
@@ -311,8 +324,7 @@ class ModelConfig:
     def _twin_dim(self, causal: bool) -> int:
         moe = self.moe
         assert moe is not None
-        router = moe.decoder_router if causal and moe.decoder_router is not None else moe.router
-        width = round((moe.mlp_dim or self.mlp_dim) * router.experts_per_token)
+        width = round((moe.mlp_dim or self.mlp_dim) * moe.router_of(causal).experts_per_token)
         return width + moe.shared_dim + (self.mlp_dim if moe.extra_mlp else 0)
 
     def _check_experts(self) -> None:
@@ -362,8 +374,8 @@ class T5Config(ModelConfig):
             )
         super().__post_init__()
         if self.moe is not None and not self.moe.dense:
-            self.moe.router.check(False, self.moe.num_experts)
-            (self.moe.decoder_router or self.moe.router).check(True, self.moe.num_experts)
+            for causal in (False, True):
+                self.moe.router_of(causal).check(causal, self.moe.num_experts)
 
     @classmethod
     def t5_1_0(cls, **sizes) -> "T5Config":
@@ -403,7 +415,7 @@ class PaLMConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.moe is not None and not self.moe.dense:
-            (self.moe.decoder_router or self.moe.router).check(True, self.moe.num_experts)
+            self.moe.router_of(True).check(True, self.moe.num_experts)
 
     @classmethod
     def palm(cls, **sizes) -> "PaLMConfig":

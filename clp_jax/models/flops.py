@@ -1,7 +1,9 @@
 """Floating-point operations of a policy by formula: what a step must do, however it is computed.
 
 A product of ``m×k`` by ``k×n`` counts ``2mkn``. Causal attention counts the pairs that are seen, so half of a square. What is
-recomputed, dropped by routers or padded is not counted (PaLM, arXiv 2204.02311, appendix B, with attention at half).
+recomputed or padded is not counted (PaLM, arXiv 2204.02311, appendix B, with attention at half). Of a token's experts as many
+are, as the capacity of training leaves room for (`clp_jax.nn.routing.TokenChoice.experts_per_token`), full or not; what moves
+tokens to experts is not.
 """
 
 import dataclasses
@@ -92,10 +94,10 @@ def _layer_flops(config: ModelConfig, kind: LayerKind, *, causal: bool) -> float
         return projections + _mlp_flops(config, kind.mlp_dim)
     moe = config.moe
     assert moe is not None
-    router = moe.decoder_router if causal and moe.decoder_router is not None else moe.router
-    experts = router.experts_per_token * _mlp_flops(config, moe.mlp_dim or config.mlp_dim)
+    experts = moe.router_of(causal).experts_per_token * _mlp_flops(config, moe.mlp_dim or config.mlp_dim)
     shared = _mlp_flops(config, moe.shared_dim) + (_mlp_flops(config, config.mlp_dim) if moe.extra_mlp else 0)
-    return projections + 2 * config.embed_dim * moe.num_experts + experts + shared
+    gates = 2 * config.embed_dim * (moe.num_experts + moe.shared_gate)
+    return projections + gates + experts + shared
 
 
 def _mlp_flops(config: ModelConfig, width: int) -> float:

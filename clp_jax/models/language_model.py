@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clp_jax.array_types import Array, Float, Int, Metrics, PRNGKeyArray
+from clp_jax.array_types import Array, ArrayLike, Float, Int, Metrics, PRNGKeyArray
 from clp_jax.models.config import ModelConfig, MoEConfig
 from clp_jax.models.layer import fold
 from clp_jax.nn.embeddings import Embedding
 from clp_jax.nn.linear import Linear
-from clp_jax.nn.routing import RoutingStatistics
+from clp_jax.nn.routing_statistics import RoutingStatistics, balance_loss
 from clp_jax.nn.visibility import Places
 from clp_jax.partitioning import constrain
 
@@ -27,7 +27,7 @@ class Encoded:
         content: an encoder's states ``[B, S, D]``, or a decoder's keys and values; None where there are no prompts.
         tokens: ``int32[B, S]``.
         places: where they stand.
-        routing: what the routers did with them: statistics of several layers each, stacked; none without experts.
+        routing: what the routers did with them; none without experts.
     """
 
     content: Any
@@ -43,7 +43,7 @@ class Decoded:
 
     Attributes:
         hidden: ``[R, T, D]`` before the head.
-        routing: what the routers did with prompts and completions; none without experts.
+        routing: what the routers of each stack did with prompts and completions, layers stacked; none without experts.
     """
 
     hidden: Float[Array, "R T D"]
@@ -122,11 +122,12 @@ def routing_loss(moe: MoEConfig | None, routing: Sequence[RoutingStatistics]) ->
 
     Args:
         moe: the weights of load-balance loss and z-loss, and what balance is taken of.
-        routing: of all stacks; none gives 0 and no metrics.
+        routing: of each stack; none gives 0 and no metrics.
 
     Returns:
-        The loss, and under ``router/``: ``balance_loss``, ``z_loss``, ``dropped``, ``entropy`` and ``load_NN`` (the share of
-        expert NN), means of the layers; ``load_max`` and ``load_min``, the largest and smallest share of one in any layer.
+        The loss, and under ``router/``: ``balance_loss`` and ``z_loss`` as they are in it, before the weights; ``dropped``,
+        ``entropy`` and ``load_NN`` (the share of expert NN), means of the layers; ``load_max`` and ``load_min``, the largest
+        and smallest share of one in any layer.
     """
     if moe is None or not routing:
         return jnp.zeros(()), {}
@@ -134,18 +135,34 @@ def routing_loss(moe: MoEConfig | None, routing: Sequence[RoutingStatistics]) ->
     def of_layers(name: str) -> Array:
         return jnp.concatenate([getattr(layers, name) for layers in routing])
 
-    def mean(name: str) -> Array:
-        return of_layers(name).mean(0)
-
-    metrics = {f"router/{name}": mean(name) for name in ("balance_loss", "z_loss", "dropped", "entropy")}
-    if moe.balance_by == "model":
-        tokens = of_layers("tokens")
-        share = (tokens / jnp.maximum(tokens.sum(), 1))[:, None]
-        f, p = ((share * of_layers(name)).sum(0) for name in ("choice_share", "mean_probability"))
-        metrics["router/balance_loss"] = moe.num_experts * (f * p).sum()
+    balance, z_loss = _auxiliary_losses(moe.balance_by, routing, of_layers)
+    metrics = {"router/balance_loss": balance, "router/z_loss": z_loss}
+    metrics |= {f"router/{name}": of_layers(name).mean(0) for name in ("dropped", "entropy")}
     # The extremes of any layer: the mean of layers would hide one whose router has collapsed.
-    load, of_each = mean("load"), of_layers("load")
-    metrics |= {"router/load_max": of_each.max(), "router/load_min": of_each.min()}
-    if load.shape[0] <= MAX_LOADS:
-        metrics |= {f"router/load_{expert:02d}": load[expert] for expert in range(load.shape[0])}
-    return moe.balance_weight * metrics["router/balance_loss"] + moe.z_weight * metrics["router/z_loss"], metrics
+    load = of_layers("load")
+    metrics |= {"router/load_max": load.max(), "router/load_min": load.min()}
+    if load.shape[1] <= MAX_LOADS:
+        metrics |= {f"router/load_{expert:02d}": share for expert, share in enumerate(load.mean(0))}
+    return moe.balance_weight * balance + moe.z_weight * z_loss, metrics
+
+
+def _auxiliary_losses(
+    by: str, routing: Sequence[RoutingStatistics], of_layers: Callable[[str], Array]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The load-balance loss and the z-loss, see `MoEConfig.balance_by`."""
+    if by == "layer":
+        return of_layers("balance_loss").mean(), of_layers("z_loss").mean()
+    if by == "stack":
+        of_stacks = [balance_loss(*_pooled(each.choice_share, each.mean_probability, each.tokens)) for each in routing]
+        return jnp.stack(of_stacks).sum(), jnp.stack([each.z_loss.mean() for each in routing]).sum()
+    leaves = ([getattr(each, name) for each in routing] for name in ("choice_share", "mean_probability", "tokens"))
+    f, p, tokens = (jnp.concatenate([x.reshape(-1, 1, *x.shape[2:]) for x in of_stacks]) for of_stacks in leaves)
+    return balance_loss(*_pooled(f, p, tokens)), of_layers("z_loss").mean()
+
+
+def _pooled(
+    f: Float[ArrayLike, "L groups E"], p: Float[ArrayLike, "L groups E"], tokens: Float[ArrayLike, "L groups"]
+) -> tuple[Float[Array, "groups E"], Float[Array, "groups E"], Float[Array, "groups"]]:
+    """Each group's shares in all layers together."""
+    share = (tokens / jnp.maximum(tokens.sum(0, keepdims=True), 1))[..., None]
+    return (share * f).sum(0), (share * p).sum(0), tokens.sum(0)

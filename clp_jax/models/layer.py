@@ -17,7 +17,7 @@ from clp_jax.nn.mlp import MLP
 from clp_jax.nn.moe import MoE
 from clp_jax.nn.norms import RMSNorm
 from clp_jax.nn.position import RelativePositionBias
-from clp_jax.nn.routing import RoutingStatistics
+from clp_jax.nn.routing_statistics import RoutingStatistics
 from clp_jax.nn.visibility import position_bias
 from clp_jax.partitioning import constrain
 
@@ -210,12 +210,13 @@ def _experts(config: ModelConfig, rngs: nnx.Rngs, causal: bool) -> MoE:
         config.embed_dim,
         moe.mlp_dim or config.mlp_dim,
         moe.num_experts,
-        router=moe.decoder_router if causal and moe.decoder_router is not None else moe.router,
+        router=moe.router_of(causal),
         activation=config.activation,
         gated=config.gated,
         dropout_rate=config.dropout_rate if moe.dropout_rate is None else moe.dropout_rate,
         shared_dim=moe.shared_dim,
         shared_gate=moe.shared_gate,
+        dispatch=moe.dispatch,
         dtype=jnp.dtype(config.param_dtype),
     )
 

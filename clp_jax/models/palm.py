@@ -17,7 +17,7 @@ from clp_jax.models.incremental import decode_step, init_cache, loop_weights
 from clp_jax.models.language_model import Decoded, Encoded, LanguageModel, in_order, make_head
 from clp_jax.models.transformer import Prefix, Stack
 from clp_jax.nn.kv_cache import Cache
-from clp_jax.nn.routing import RoutingStatistics
+from clp_jax.nn.routing_statistics import RoutingStatistics
 from clp_jax.nn.visibility import Places
 
 

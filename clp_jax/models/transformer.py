@@ -18,7 +18,8 @@ from clp_jax.nn.attention_ring import from_balanced, is_balanced, to_balanced
 from clp_jax.nn.linear import dropout
 from clp_jax.nn.pipeline import run_pipeline
 from clp_jax.nn.rope import rotation
-from clp_jax.nn.routing import Dropless, RoutingStatistics
+from clp_jax.nn.routing import Dropless
+from clp_jax.nn.routing_statistics import RoutingStatistics
 from clp_jax.nn.stack import depth, scan_layers, stacked
 from clp_jax.nn.visibility import Pattern, Places
 from clp_jax.partitioning import active_pipeline
@@ -48,7 +49,7 @@ class Ran:
         states: after the last norm.
         keys_values: of every layer, for each run of periods and each layer of the period ``[L, B, G, S, H]``; None
             where they were not asked for.
-        routing: what the routers did, each statistic of several layers, stacked; none without experts.
+        routing: what the routers of all layers did, stacked, in one; none without experts.
     """
 
     states: Float[Array, "R T D"]
@@ -171,6 +172,8 @@ class Stack(nnx.Module):
                 x, new, routing = self._run_stages(pipeline, periods, x, before and before[run], around, keys, **how)
             kept.append(new)
             routings += routing
+        if routings:  # In the order of the runs and of the layers' kinds.
+            routings = [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routings)]
         return x, tuple(kept), tuple(routings)
 
     def _run_layers(
@@ -241,7 +244,7 @@ class Stack(nnx.Module):
             # A mask that is held is of all rows.
             sight = dataclasses.replace(around.cross[1], mask=None, bias=None)
             around = dataclasses.replace(around, cross=(around.cross[0], sight))
-        return run_pipeline(
+        x, new, routings = run_pipeline(
             periods,
             run,
             x,
@@ -252,11 +255,12 @@ class Stack(nnx.Module):
             num_stages=num_stages,
             microbatches=microbatches,
         )
+        return x, new, [routing.merged() for routing in routings]
 
     def _treats_positions_alike(self) -> bool:
         """Whether no layer minds the order of the tokens: experts that can be full take the first ones."""
         moe = self.config.moe
-        router = None if moe is None else (moe.decoder_router if self.causal and moe.decoder_router else moe.router)
+        router = None if moe is None else moe.router_of(self.causal)
         return isinstance(router, Dropless) or not any(kind.sparse for kind in self.kinds)
 
     def runs(self) -> list[Any]:

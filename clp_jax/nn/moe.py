@@ -3,7 +3,9 @@
 Tokens are gathered into their experts' rows, multiplied expert by expert, and gathered back. Where the rules shard experts,
 the rows of a router with a capacity, ``[E, C, D]`` of each group, move from the groups' devices to the experts' by an
 all-to-all; the kernels stay where they are. `Dropless` can't bound what an expert gets: there all devices of the ``expert``
-axis exchange their tokens, each computes its own experts' share of them, and the shares are summed on the way back.
+axis exchange their tokens, each computes its own experts' share of them, and the shares are summed on the way back. An
+all-to-all with room for all tokens of one device at another brings as many bytes as that, and holds them on both sides;
+`jax.lax.ragged_all_to_all` would bring the chosen ones alone, but XLA has it on no CPU, where it could be tested.
 """
 
 import dataclasses
@@ -20,16 +22,8 @@ from clp_jax.array_types import Array, Bool, Float, PRNGKeyArray
 from clp_jax.nn.grouped_product import grouped_product
 from clp_jax.nn.linear import dropout, normal_parameter
 from clp_jax.nn.mlp import ACTIVATIONS, MLP
-from clp_jax.nn.routing import (
-    Dropless,
-    ExpertChoice,
-    Router,
-    RoutingStatistics,
-    TokenChoice,
-    jittered,
-    routing_statistics,
-    top_k,
-)
+from clp_jax.nn.routing import Dropless, ExpertChoice, Router, TokenChoice, jittered, top_k
+from clp_jax.nn.routing_statistics import RoutingStatistics, routing_statistics
 from clp_jax.nn.slots import Slots, collect, count_choices, distribute, join_groups
 from clp_jax.partitioning import active_axes, active_mesh, constrain
 
@@ -37,6 +31,22 @@ DISPATCHES = ("sort", "einsum")
 
 _Product = Callable[[Array, Array], Array]
 _JITTER, _EXPERTS, _SHARED = range(3)
+
+
+def check_dispatch(dispatch: str, router: Router) -> None:
+    """Refuses what does not bring tokens to experts.
+
+    Args:
+        dispatch: one of `DISPATCHES`.
+        router: a `Dropless` one has rows for what comes, and no capacity that a product with 0 and 1 could be as large as.
+
+    Raises:
+        ValueError: for another dispatch, or products for a `Dropless` router.
+    """
+    if dispatch not in DISPATCHES or (dispatch == "einsum" and isinstance(router, Dropless)):
+        raise ValueError(
+            f"MoE dispatch is {dispatch!r} with {type(router).__name__}: expected 'sort', or 'einsum' and a capacity."
+        )
 
 
 class RouterKernel(nnx.Module):
@@ -119,8 +129,8 @@ class MoE(nnx.Module):
         shared_dim: ``F`` of the shared expert, 0 for none.
         shared_gate: whether the shared expert's output is multiplied by ``sigmoid(x w)``.
         router_stddev: of the router's kernel at the start.
-        dispatch: ``"sort"``, or ``"einsum"`` for products with 0 and 1: the reference that tests compare with. It knows
-            no `Dropless`.
+        dispatch: ``"sort"``, or ``"einsum"`` for products with 0 and 1: the reference that tests compare with
+            (`check_dispatch`).
         dtype: of the parameters.
 
     Attributes:
@@ -155,10 +165,7 @@ class MoE(nnx.Module):
         router.check(False, num_experts)
         if shared_gate and not shared_dim:
             raise ValueError("MoE shared_gate is True with shared_dim 0: give the shared expert a size, or no gate.")
-        if dispatch not in DISPATCHES or (dispatch == "einsum" and isinstance(router, Dropless)):
-            raise ValueError(
-                f"MoE dispatch is {dispatch!r} with {type(router).__name__}: expected 'sort', or 'einsum' and a capacity."
-            )
+        check_dispatch(dispatch, router)
         self.routing = router
         self.num_experts = num_experts
         self.dispatch = dispatch

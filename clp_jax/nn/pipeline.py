@@ -48,7 +48,8 @@ def run_pipeline(
         microbatches: ``M``.
 
     Returns:
-        The states, the outputs by row of all layers ``[L, R, ...]``, and those without rows, averaged over micro-batches.
+        The states, the outputs by row of all layers ``[L, R, ...]``, and those without rows of all micro-batches
+        ``[L, M, ...]``.
 
     Raises:
         ValueError: where the layers do not divide into the stages, the rows into micro-batches, or those among devices.
@@ -107,8 +108,8 @@ def run_pipeline(
 
     last = outputs[0][num_stages - 1 :, num_stages - 1]
     by_row = jax.tree.map(lambda p: _joined_layers(own(p)), outputs[1])
-    means = jax.tree.map(lambda p: own(p).mean(1).reshape(-1, *p.shape[3:]), outputs[2])
-    return constrain(_join(last, rows, axis=0), "batch", "length", "act_embed"), by_row, means
+    others = jax.tree.map(lambda p: own(p).swapaxes(1, 2).reshape(-1, microbatches, *p.shape[3:]), outputs[2])
+    return constrain(_join(last, rows, axis=0), "batch", "length", "act_embed"), by_row, others
 
 
 def _split(x: Array, rows: int, microbatches: int, axis: int) -> Array:

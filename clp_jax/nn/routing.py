@@ -1,8 +1,8 @@
-"""Which tokens go to which experts: routers, their losses, and the slots that the chosen tokens take.
+"""Which tokens go to which experts: routers, and the slots that the chosen tokens take.
 
 A router is a frozen dataclass of plain values. Given the probabilities of a group of tokens it makes `Slots`: for each row of
 the experts' input, the token it holds and the weight of its output. Everything here is a pure function of one group;
-`clp_jax.nn.moe` maps it over groups.
+`clp_jax.nn.moe` maps it over groups. What routers did, and their losses, is in `clp_jax.nn.routing_statistics`.
 
 What a token gets never depends on padding: a router with a capacity has rows for all tokens of a group, because shapes are
 static, and uses as many as the valid ones are worth, in training and in evaluation. flaxformer counts padding: where half of
@@ -21,49 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clp_jax.array_types import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from clp_jax.array_types import Array, Bool, Float, Int, PRNGKeyArray
 from clp_jax.nn.slots import Slots, fill_slots, rank_choices
 
 MAX_BLOCK = 128
 MIN_BLOCK = 8
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RoutingStatistics:
-    """What one layer's router did, over valid tokens; ``float32``. A leading dimension for layers, if any.
-
-    Attributes:
-        balance_loss: ``E Σ_e f_e P_e``, k if balanced (see `balance_loss`); 0 where experts choose.
-        z_loss: mean squared log-sum-exp of the logits, in nats squared.
-        load: each expert's share of the computed (token, choice) pairs; sums to 1.
-        dropped: fraction of the (token, choice) pairs that found no room; of the tokens that no expert took where
-            experts choose.
-        entropy: mean entropy of the router's distribution, in nats, at most ``log E``.
-        choice_share: ``f_e``, the fraction of the tokens that chose each expert, before any is cut; 0 where experts choose.
-        mean_probability: ``P_e``, the mean of the router's distribution.
-        tokens: valid ones.
-    """
-
-    balance_loss: Float[ArrayLike, "*layers"]
-    z_loss: Float[ArrayLike, "*layers"]
-    load: Float[ArrayLike, "*layers E"]
-    dropped: Float[ArrayLike, "*layers"]
-    entropy: Float[ArrayLike, "*layers"]
-    choice_share: Float[ArrayLike, "*layers E"]
-    mean_probability: Float[ArrayLike, "*layers E"]
-    tokens: Float[ArrayLike, "*layers"]
-
-    def joined(self, other: "RoutingStatistics") -> "RoutingStatistics":
-        """What the same layers did with these tokens and with others: means weighted by their numbers."""
-        share = self.tokens / jnp.maximum(self.tokens + other.tokens, 1)
-
-        def mean(a: ArrayLike, b: ArrayLike) -> Array:
-            weight = share.reshape(share.shape + (1,) * (a.ndim - share.ndim))
-            return jnp.asarray(weight * a + (1 - weight) * b)
-
-        joined = jax.tree.map(mean, self, other)
-        return dataclasses.replace(joined, tokens=self.tokens + other.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +75,13 @@ class TokenChoice:
 
     @property
     def experts_per_token(self) -> float:
-        """Experts that a token visits, where there is room."""
-        return self.k
+        """Experts that a valid token visits on average in training, at most: `k`, or the rows that it brings if they are fewer.
+
+        By the factor: what `min_capacity` and `fixed_capacity` come to depends on the group, and counts as room for all.
+        """
+        if self.fixed_capacity is not None:
+            return self.k
+        return min(self.k, self.train_capacity * (self.k if self.capacity_times_k else 1))
 
     def check(self, causal: bool, num_experts: int) -> None:
         """Refuses a stack that this router can't serve.
@@ -197,7 +164,7 @@ class ExpertChoice:
 
     @property
     def experts_per_token(self) -> float:
-        """Experts that a token visits on average."""
+        """Experts that a valid token visits on average in training; as `TokenChoice.experts_per_token`."""
         return self.train_capacity
 
     def check(self, causal: bool, num_experts: int) -> None:
@@ -360,76 +327,10 @@ def top_k(
     return jnp.stack(experts), gates / gates.sum(0, keepdims=True) if renormalize else gates
 
 
-def balance_loss(
-    probs: Float[Array, "groups tokens E"], chosen: Float[Array, "groups tokens E"], mask: Bool[Array, "groups tokens"]
-) -> Float[Array, ""]:
-    """The load-balance loss ``E Σ_e f_e P_e`` of each group, averaged over groups by their valid tokens.
-
-    ``f_e`` is the fraction of the tokens that chose ``e``, before any is cut (no gradient), ``P_e`` the mean probability: k
-    where both are uniform (Switch, arXiv 2101.03961, equations 4 to 6; GShard, arXiv 2006.16668, algorithm 1).
-
-    Args:
-        probs: the router's distributions.
-        chosen: how many choices a token gave an expert.
-        mask: which tokens are valid.
-    """
-    num_tokens = mask.sum(-1)
-    share = 1.0 / jnp.maximum(num_tokens, 1)[:, None]
-    f = jax.lax.stop_gradient(jnp.sum(chosen * mask[..., None], 1) * share)
-    p = jnp.sum(probs * mask[..., None], 1) * share
-    loss = probs.shape[-1] * jnp.sum(f * p, -1)
-    return jnp.sum(loss * num_tokens) / jnp.maximum(num_tokens.sum(), 1)
-
-
-def router_z_loss(logits: Float[Array, "*groups E"], mask: Bool[Array, "*groups"]) -> Float[Array, ""]:
-    """The mean of ``logsumexp(logits)²`` over valid tokens (ST-MoE, arXiv 2202.08906, equation 5)."""
-    return _mean(jax.nn.logsumexp(logits, -1) ** 2, mask)
-
-
-def router_entropy(logits: Float[Array, "*groups E"], mask: Bool[Array, "*groups"]) -> Float[Array, ""]:
-    """The mean entropy of the router's distribution over valid tokens, in nats."""
-    log_probs = jax.nn.log_softmax(logits, -1)
-    return _mean(-jnp.sum(jnp.exp(log_probs) * log_probs, -1), mask)
-
-
-def routing_statistics(
-    logits: Float[Array, "groups tokens E"],
-    mask: Bool[Array, "groups tokens"],
-    chosen: Float[Array, "groups tokens E"],
-    kept: Int[Array, "E"],
-    dropped: Float[Array, ""],
-) -> RoutingStatistics:
-    """What a layer's router did with its groups.
-
-    Args:
-        logits: ``float32``, of the router.
-        mask: which tokens are valid.
-        chosen: as in `balance_loss`.
-        kept: tokens that each expert computes.
-        dropped: the fraction of the choices that found no room.
-    """
-    probs, tokens = jax.nn.softmax(logits, -1), mask.sum().astype(jnp.float32)
-    valid = mask[..., None]
-    return RoutingStatistics(
-        balance_loss=balance_loss(probs, chosen, mask),
-        z_loss=router_z_loss(logits, mask),
-        load=kept / jnp.maximum(kept.sum(), 1).astype(jnp.float32),
-        dropped=dropped,
-        entropy=router_entropy(logits, mask),
-        choice_share=(chosen * valid).sum((0, 1)) / jnp.maximum(tokens, 1),
-        mean_probability=(probs * valid).sum((0, 1)) / jnp.maximum(tokens, 1),
-        tokens=tokens,
-    )
-
-
 def _by_probability(probs: Float[Array, "tokens E"], mask: Bool[Array, "tokens"], k: int) -> Int[Array, "pairs"]:
     """The priority of each choice: all first choices, then all second ones, each from the surest token on."""
     rank = jnp.argsort(jnp.argsort(-jnp.where(mask, probs.max(-1), -1.0), stable=True))
     return (jnp.arange(k)[:, None] * len(probs) + rank[None]).reshape(-1)
-
-
-def _mean(values: Float[Array, "*groups"], mask: Bool[Array, "*groups"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(mask.sum(), 1)
 
 
 def _group_size(group: int | str, rows: int, length: int) -> int:

@@ -396,7 +396,7 @@ def _check_experts(policy: Policy, sizes: Sizes) -> None:
     if moe is None or moe.dense:
         return
     advice = f"a Dropless router, or an eval_capacity of at least the number of experts, {moe.num_experts}."
-    decoder = moe.decoder_router or moe.router
+    decoder = moe.router_of(causal=True)
 
     def room_of(router: TokenChoice | ExpertChoice, rows: int, length: int) -> tuple[int, int]:
         size = router.group_size(rows, length)

@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from clp_jax.array_types import Array, PyTree
 from clp_jax.partitioning import active_mesh
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-# Slices that XLA's CPU backend adds in one pass; 8 and 32 are slower.
-_SLICES = 16
+# Slices that XLA's CPU backend adds in one pass, of arrays that are worth it; 8 and 32 are slower.
+_SLICES, _LARGE = 16, 2**16
 
 
 def digest(tree: PyTree) -> Array:
@@ -24,28 +23,29 @@ def digest(tree: PyTree) -> Array:
     """
     total = jnp.zeros((), jnp.uint32)
     for place, leaf in enumerate(jax.tree.leaves(tree)):
-        total += jnp.uint32(2 * place + 1) * (
-            _sum_in_slices(leaf) if _is_lone_cpu() else _bits(leaf).sum(dtype=jnp.uint32)
-        )
+        total += jnp.uint32(2 * place + 1) * _sum_of_bits(leaf)
     return total
+
+
+def _sum_of_bits(x: Array) -> Array:
+    mesh = active_mesh()
+    # Slices of an array that is shared out would be of one device after another.
+    if x.size < _LARGE or (mesh is not None and mesh.size > 1):
+        return _whole(x)
+    return jax.lax.platform_dependent(x, cpu=_in_slices, default=_whole)
+
+
+def _whole(x: Array) -> Array:
+    return _bits(x).sum(dtype=jnp.uint32)
+
+
+def _in_slices(x: Array) -> Array:
+    """The same sum. A CPU would write all bits to fresh memory before it adds them up, which takes ten times as long."""
+    flat = x.reshape(-1)
+    size = flat.size // _SLICES
+    slices = [_bits(flat[i * size : (i + 1) * size]) for i in range(_SLICES)]
+    return sum(slices[1:], slices[0]).sum(dtype=jnp.uint32) + _whole(flat[_SLICES * size :])
 
 
 def _bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, _BITS.get(x.dtype.itemsize, jnp.uint32)).astype(jnp.uint32)
-
-
-def _sum_in_slices(x: Array) -> Array:
-    """The sum of the bits. A CPU would write them all to fresh memory before it sums them, and take ten times as long."""
-    flat = x.reshape(-1)
-    size = flat.size // _SLICES
-    parts = [_bits(flat[i * size : (i + 1) * size]) for i in range(_SLICES)]
-    rest = _bits(flat[_SLICES * size :])
-    return sum(parts[1:], parts[0]).sum(dtype=jnp.uint32) + rest.sum(dtype=jnp.uint32)
-
-
-def _is_lone_cpu() -> bool:
-    """Whether one CPU device computes. Others sum as they read, and lay arrays out in other ways than flat."""
-    mesh = active_mesh()
-    if mesh is None:
-        return jax.default_backend() == "cpu"
-    return isinstance(mesh, Mesh) and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from clp_jax.array_types import Array, Float, Metrics, Params, PRNGKeyArray
 from clp_jax.models.conditioning import Conditioning
 from clp_jax.models.language_model import routing_loss
 from clp_jax.models.policy import Policy
+from clp_jax.nn.routing_statistics import RoutingStatistics
 from clp_jax.objectives.advantages import return_to_go, scalarize
 from clp_jax.objectives.kl import per_token_kl
 from clp_jax.objectives.policy_gradient import reinforce_loss
@@ -81,9 +83,10 @@ class PolicyGradientLoss:
         )
         policy_loss, policy_metrics = reinforce_loss(log_probs, advantages, rollout.mask)
         count = jnp.asarray(rows, jnp.float32)
-        # Of a group at a time; groups are as many as rows allow, their statistics stacked like layers.
-        auxiliary, routing = routing_loss(self.policy.config.moe, forced.routing) if forced.routing else (0.0, {})
-        metrics = metrics | policy_metrics | routing | self._metrics(experience, kl, reward)
+        # Groups are as many as rows allow, each with the statistics of all layers.
+        routing = [_layers_first(stack, num_groups).merged() for stack in forced.routing]
+        auxiliary, routers = routing_loss(self.policy.config.moe, routing) if routing else (0.0, {})
+        metrics = metrics | policy_metrics | routers | self._metrics(experience, kl, reward)
         return (policy_loss + auxiliary) * count + baseline_loss, count, metrics
 
     def _metrics(self, experience: Experience, kl: Array, reward: Array) -> Metrics:
@@ -101,3 +104,8 @@ class PolicyGradientLoss:
             .astype(jnp.float32)
             .mean(),
         }
+
+
+def _layers_first(stack: RoutingStatistics, num_groups: int) -> RoutingStatistics:
+    """Statistics of all layers for one group after another, as those of all groups for one layer after another."""
+    return jax.tree.map(lambda leaf: leaf.reshape(num_groups, -1, *leaf.shape[1:]).swapaxes(0, 1), stack)

@@ -41,6 +41,7 @@ _FREE_FIELDS = frozenset(
         "balance_weight",
         "balance_by",
         "z_weight",
+        "dispatch",
         "jitter",
         "train_capacity",
         "eval_capacity",

@@ -19,6 +19,7 @@ from clp_jax.interop import huggingface
 from clp_jax.models.config import MoEConfig, T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.nn.routing import TokenChoice
+from clp_jax.training.supervised import SupervisedLoss
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -40,6 +41,39 @@ def test_logits_loss_gradients_and_greedy_completions(saved):
     huggingface_results.check(
         found, expected | {"gradient": huggingface.open_checkpoint(directory / "gradient").loaded().params}
     )
+
+
+@pytest.mark.parametrize("case", ["switch", "switch_dropping"])
+def test_switch_is_trained_as_transformers_trains_it(case, tmp_path):
+    """The loss that the model itself returns, router losses and their weights included, of rows without padding, which it counts."""
+    model, batch = torch_models.make(case), torch_models.rows()
+    inputs = np.random.default_rng(1).integers(3, torch_models.VOCAB, batch.inputs.shape).astype(np.int32)
+    torch_models.save(model, tmp_path / "model")
+    rows = {"input_ids": inputs, "decoder_input_ids": batch.decoder_inputs, "labels": batch.targets}
+    loss = model(
+        **{name: torch.tensor(x, dtype=torch.long) for name, x in rows.items()}, output_router_logits=True
+    ).loss
+    loss.backward()
+    torch_models.save_gradient(model, tmp_path / "gradient")
+
+    imported = huggingface.open_checkpoint(tmp_path / "model").loaded()
+    assert imported.config.moe.balance_by == "stack"
+    rows = huggingface_results.training_batch(inputs, batch.decoder_inputs, batch.targets)
+
+    @jax.jit
+    @jax.value_and_grad
+    def ours(params, config=imported.config):
+        return SupervisedLoss(Policy(config)).sums(params, rows, None)[0] / batch.targets.size
+
+    value, gradient = ours(jax.tree.map(jnp.asarray, imported.params))
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-6)
+    expected = huggingface.open_checkpoint(tmp_path / "gradient").loaded().params
+    for (path, mine), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(theirs).max()
+        assert scale > 0
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
 def test_written_back_it_is_what_it_was(saved, tmp_path):

@@ -88,8 +88,19 @@ def test_experts_that_choose_are_refused_in_causal_stacks():
         PaLMConfig.llama(**sizes, num_layers=1, moe=MoEConfig(num_experts=2, router=TokenChoice(k=3)))
 
 
-def test_experts_are_balanced_by_layer_or_by_model():
-    with pytest.raises(ValueError, match="MoEConfig.balance_by is 'token': expected 'layer' or 'model'"):
+@pytest.mark.parametrize(
+    "changes",
+    [dict(dispatch="hash"), dict(router=Dropless()), dict(router=ExpertChoice(), decoder_router=Dropless())],
+)
+def test_what_does_not_bring_tokens_to_experts(changes):
+    with pytest.raises(
+        ValueError, match="MoE dispatch is '(hash|einsum)' with (TokenChoice|Dropless): expected 'sort'"
+    ):
+        MoEConfig(num_experts=2, **(dict(dispatch="einsum") | changes))
+
+
+def test_experts_are_balanced_by_layer_stack_or_model():
+    with pytest.raises(ValueError, match="MoEConfig.balance_by is 'token': expected 'layer', 'stack' or 'model'"):
         MoEConfig(num_experts=2, balance_by="token")
 
 

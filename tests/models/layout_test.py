@@ -109,7 +109,10 @@ def test_what_can_not_be_upcycled():
     ("moe", "width"),
     [
         (MoEConfig(num_experts=8), 12),
-        (MoEConfig(num_experts=8, router=TokenChoice(k=2), mlp_dim=5), 10),
+        (MoEConfig(num_experts=8, router=TokenChoice(k=2, capacity_times_k=True), mlp_dim=5), 10),
+        # To the nearest whole number.
+        (MoEConfig(num_experts=8, router=TokenChoice(k=2), mlp_dim=5), 6),
+        (MoEConfig(num_experts=8, router=TokenChoice(k=2), mlp_dim=8, extra_mlp=True), 22),
         (MoEConfig(num_experts=8, router=Dropless(2), shared_dim=3), 27),
     ],
 )

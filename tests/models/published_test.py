@@ -80,9 +80,8 @@ def counts_of(config: ModelConfig) -> Counts:
 
 
 def share(config: ModelConfig, stack: str) -> Fraction:
-    """Of a sparse layer's experts, how many a token meets."""
-    own = config.moe.decoder_router if stack == "decoder" else None
-    return Fraction((own or config.moe.router).experts_per_token) / config.moe.num_experts
+    """Of a sparse layer's experts, how many a token meets, on average at most."""
+    return Fraction(config.moe.router_of(stack == "decoder").experts_per_token) / config.moe.num_experts
 
 
 def says(text: str, count: int | Fraction) -> bool:

@@ -43,7 +43,7 @@ CASES: dict[str, ModelConfig] = {
 NO_SWITCHES = {
     *("vocab_size", "embed_dim", "mlp_dim", "num_heads", "head_dim", "num_layers", "num_encoder_layers"),
     *("num_decoder_layers", "pad_id", "eos_ids", "start_id", "dtype", "param_dtype", "remat", "scan_unroll"),
-    *("norm_eps", "num_experts", "balance_weight", "balance_by", "z_weight", "scale_tied_head"),
+    *("norm_eps", "num_experts", "balance_weight", "balance_by", "z_weight", "dispatch", "scale_tied_head"),
 }
 # Two prompts as long that end alike, and a short one; one completion.
 PROMPTS = np.asarray([[3, 4, 5, 6, 7, 1], [8, 9, 5, 6, 7, 1], [7, 1, 0, 0, 0, 0]], np.int32)

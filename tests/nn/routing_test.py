@@ -10,17 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clp_jax.nn.routing import (
-    Dropless,
-    ExpertChoice,
-    TokenChoice,
-    balance_loss,
-    jittered,
-    router_entropy,
-    router_z_loss,
-    routing_statistics,
-    top_k,
-)
+from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice, jittered, top_k
+from clp_jax.nn.routing_statistics import balance_loss, router_entropy, router_z_loss, routing_statistics, shares
 from clp_jax.nn.slots import collect, count_choices, distribute
 
 TOKENS, EXPERTS = 13, 5
@@ -104,6 +95,21 @@ def test_tokens_take_rows_in_the_order_of_priority(name):
         counted = np.array([[e in best[s, : router.k] and mask[s] for e in range(EXPERTS)] for s in range(TOKENS)])
         np.testing.assert_array_equal(slots.chosen, counted)
     assert (cuts == 0) == (name == "roomy")
+
+
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 1.25, 1.5, 3.0])
+@pytest.mark.parametrize(
+    "router", [TokenChoice(1), TokenChoice(2), TokenChoice(2, capacity_times_k=True), ExpertChoice()]
+)
+def test_no_more_experts_are_visited_than_is_counted_and_as_many_where_choices_are_even(router, capacity):
+    router = dataclasses.replace(router, train_capacity=capacity)
+    tokens, num_experts = 80, 8
+    mask = np.arange(tokens) < 64
+    # Each expert is the first choice of every eighth token, and the second one of those before.
+    even = np.roll(np.eye(num_experts), 1, 0) / 3 + np.eye(num_experts) * 2 / 3
+    even = np.tile(even, (tokens // num_experts, 1)).astype(np.float32)
+    visits = [int(_assign(router)(probs, mask).kept.sum()) / 64 for probs in (even, _probs(0, tokens, num_experts))]
+    assert visits[0] == router.experts_per_token >= visits[1]
 
 
 def test_first_choices_go_before_second_ones():
@@ -267,12 +273,12 @@ def test_uniform_routing_has_a_balance_loss_of_k():
     for k in (1, 2, 4):
         chosen = jnp.asarray([[[(s + j) % 4 == e for e in range(4)] for s in range(4)] for j in range(k)], jnp.float32)
         chosen = jnp.tile(chosen.sum(0)[None], (2, 1, 1))
-        assert float(balance_loss(jnp.full((2, 4, 4), 0.25), chosen, mask)) == k
+        assert float(balance_loss(*shares(jnp.full((2, 4, 4), 0.25), chosen, mask))) == k
 
 
 def test_one_expert_for_all_has_a_balance_loss_of_e():
     one = jnp.tile(jax.nn.one_hot(2, 4), (3, 5, 1))
-    assert float(balance_loss(one, one, jnp.ones((3, 5), bool))) == 4
+    assert float(balance_loss(*shares(one, one, jnp.ones((3, 5), bool)))) == 4
 
 
 def test_the_balance_loss_and_its_gradient_are_those_of_the_formula():
@@ -285,7 +291,8 @@ def test_the_balance_loss_and_its_gradient_are_those_of_the_formula():
     f, p = chosen.sum(1) / n, (probs * mask[..., None]).sum(1) / n
 
     def loss(logits):
-        return balance_loss(jax.nn.softmax(logits, -1), jnp.asarray(chosen, jnp.float32), jnp.asarray(mask))
+        probs = jax.nn.softmax(logits, -1)
+        return balance_loss(*shares(probs, jnp.asarray(chosen, jnp.float32), jnp.asarray(mask)))
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits, jnp.float32))
     np.testing.assert_allclose(value, np.average(4 * (f * p).sum(-1), weights=n[:, 0]), rtol=1e-5)

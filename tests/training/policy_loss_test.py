@@ -11,7 +11,9 @@ from tabular import TabularConfig
 from tiny_policies import tiny_config, varied_params
 
 from clp_jax.models.conditioning import ParameterConditioning
+from clp_jax.models.config import MoEConfig
 from clp_jax.models.policy import Policy
+from clp_jax.nn.routing import TokenChoice
 from clp_jax.objectives.masking import completion_mask
 from clp_jax.objectives.optimum import policy_value
 from clp_jax.preferences import Preference
@@ -222,3 +224,29 @@ def test_nothing_behind_the_end_of_a_completion_counts(estimator):
         jax.value_and_grad(lambda p, e: loss_of(2, estimator)(p, frozen, e, jax.random.key(0))[::2], has_aux=True)
     )
     jax.tree.map(np.testing.assert_array_equal, run(params, poisoned), run(params, whole))
+
+
+@pytest.mark.parametrize("by", ["layer", "stack", "model"])
+def test_routers_of_groups_are_those_of_one_group_of_all_their_rows(by):
+    """Two prompts at one preference, each a group of its own or both in one: experts see the same rows."""
+    router = TokenChoice(k=1, eval_capacity=1.0)
+    moe = MoEConfig(num_experts=2, router=router, balance_by=by, balance_weight=0.5, z_weight=0.25)
+    policy = Policy(dataclasses.replace(T5.config, num_encoder_layers=3, num_decoder_layers=2, moe=moe))
+    params, frozen = setting(policy, FULL, LeaveOneOut())
+    prompts, rows = ([[2, 2, 1, 0]], [[2, 0, 2, 1]]), ([0, 14], [3, 7])
+    zeros = jnp.zeros(TOKENS.shape)
+    parts = [
+        experience(np.asarray(r), zeros, zeros, jnp.asarray(p, jnp.int32)) for r, p in zip(rows, prompts, strict=True)
+    ]
+    drawn = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def run(rows_per_group):
+        loss = PolicyGradientLoss(policy, FULL, LeaveOneOut(), 2, rows_per_group, ("a", "b"))
+        return jax.jit(loss)(params, frozen, drawn, jax.random.key(0))
+
+    (apart, _, metrics), (together, _, expected) = run(2), run(4)
+    np.testing.assert_allclose(apart, together, rtol=1e-5)
+    routers = {name: value for name, value in expected.items() if name.startswith("router/")}
+    assert {"router/balance_loss", "router/z_loss", "router/load_00"} < set(routers) and routers["router/dropped"] > 0
+    for name, value in routers.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
