@@ -82,8 +82,8 @@ def test_the_commands_compute_what_transformers_does(tmp_path, monkeypatch, fami
 
 def log_probs(model, row) -> np.ndarray:
     """Of a row's targets, by torch."""
-    prompt, targets = torch.tensor([row["inputs"]]), torch.tensor(row["targets"])
-    shifted = torch.tensor([[0, *row["targets"][:-1]]])
+    prompt, targets = (np.asarray([row[name]], np.int32) for name in ("inputs", "targets"))
+    batch = torch_models.Rows(prompt, np.pad(targets[:, :-1], ((0, 0), (1, 0))), targets)
     with torch.no_grad():
-        logits = torch_models.row_logits(model, prompt, shifted, targets)
-    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy()
+        logits = torch_models.target_logits(model, batch)[0]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(row["targets"])[:, None])[:, 0].numpy()
