@@ -1,10 +1,10 @@
 """`clp convert`: policies from and to the checkpoints of Hugging Face and T5X.
 
 The memory that it takes is that of the largest tensor and a fifth of it, whatever the size of the policy; the tensor is of one
-layer, though a parameter of clp is that of all layers, stacked. More is held in these cases only: the tensor in the file's type
-while it is rounded to another; all layers of a scanned tensor of T5X; the optimizer's state; all components and all layers of
-the parameter at hand while they are mixed; and all layers of a parameter that training saved, up to three times where it saved
-them in one chunk.
+layer, though a parameter of clp is that of all layers, stacked, and in the type that it is read as: what a file has in another
+one is widened or rounded in blocks. More is held in these cases only: a bfloat16 tensor of T5X's file version 2 while it is
+widened; all layers of a scanned tensor of T5X; the optimizer's state; all components and all layers of the parameter at hand
+while they are mixed; and all layers of a parameter that training saved, up to three times where it saved them in one chunk.
 """
 
 import dataclasses
