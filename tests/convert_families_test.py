@@ -10,9 +10,10 @@ from safetensors.numpy import load_file
 from clp_jax.interop.hf_families import FAMILIES
 
 torch = pytest.importorskip("torch", reason="the references need the extra `hf` (torch, transformers)")
+import torch_cases
 import torch_models
 import transformers
-from torch_models import BEAMS, ENDS, PAD
+from torch_cases import BEAMS, ENDS, PAD
 
 # Heads, windows and caps as the published models have them.
 CASES = {
@@ -43,7 +44,7 @@ ROWS = [
 
 
 def test_every_family_is_there():
-    classes = [torch_models.CASES[case][1] for case in CASES.values()]
+    classes = [torch_cases.CASES[case][1] for case in CASES.values()]
     assert {getattr(transformers, name).model_type for name in classes} == set(FAMILIES)
 
 

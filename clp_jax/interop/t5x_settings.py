@@ -61,7 +61,9 @@ def untold(config: T5Config, scan_axis: int | None) -> dict[str, Any]:
         raise ValueError(
             f"T5X can't express T5Config with {asked}: keep the policy's own checkpoint, or write another format."
         )
-    told_by_shapes = {name: stated[name] for name in ("num_heads", "num_buckets", "mlp_dim") if name in stated}
+    told_by_shapes: dict[str, Any] = {
+        name: stated[name] for name in ("num_heads", "num_buckets", "mlp_dim") if name in stated
+    }
     default = infer(shapes, told_by_shapes, axis)
     found = {name: value for name, value in stated.items() if name != "moe" and value != getattr(default, name)}
     if not config.num_buckets:

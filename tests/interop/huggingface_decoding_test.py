@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the parity reference needs the extr
 pytest.importorskip("transformers", reason="the parity reference needs the extra `hf` (transformers)")
 
 import torch_models
-from torch_models import BEAMS, COMPLETION, ENDS, FAMILIES, LENGTH_PENALTY, VOCAB
+from torch_cases import BEAMS, COMPLETION, ENDS, FAMILIES, LENGTH_PENALTY, VOCAB
 
 from clp_jax.interop import huggingface
 from clp_jax.models.policy import Policy

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the parity reference needs the extra
 import huggingface_results
 import torch_models
 from tiny_policies import varied_params
-from torch_models import CASES
+from torch_cases import CASES, PAD
 
 from clp_jax.interop import huggingface
 from clp_jax.models.config import MoEConfig, T5Config
@@ -24,7 +24,7 @@ from clp_jax.nn.routing import TokenChoice
 def target_logits(policy, params, batch):
     """As `torch_models.target_logits`."""
     logits = jax.jit(lambda params, *rows: policy.bind(params)(*rows))(params, batch.inputs, batch.decoder_inputs)
-    return np.where((batch.targets != torch_models.PAD)[..., None], logits, 0)
+    return np.where((batch.targets != PAD)[..., None], logits, 0)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -102,7 +102,7 @@ def test_bfloat16_errs_no_more_than_torch(case, tmp_path):
     imported = huggingface.open_checkpoint(tmp_path, dtype="bfloat16", overrides={"dtype": "bfloat16"}).loaded()
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(imported.params)} == {"bfloat16"}
     ours = target_logits(Policy(imported.config), jax.tree.map(jnp.asarray, imported.params), batch)
-    tokens = batch.targets != torch_models.PAD
+    tokens = batch.targets != PAD
 
     def error(logits):
         return np.sqrt(np.mean((np.asarray(logits) - exact)[tokens] ** 2)) / exact[tokens].std()
