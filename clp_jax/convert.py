@@ -109,7 +109,7 @@ def convert(
         vocabulary: the tokenizer, a file or a directory, where the source has none, as T5X's have not.
         step: of a T5X directory with several checkpoints; the newest by default.
         overrides: fields of the policy's configuration, for what a checkpoint of others does not tell, as
-            NAME=VALUE,NAME=VALUE.
+            NAME=VALUE,NAME=VALUE; of configurations inside it by names with dots, as ``moe.router.k=2``.
         model: the policy's configuration, for a T5X directory: nothing is then assumed that shapes don't tell, such as the
             router of experts. ``--gin_file=models/NAME.gin --gin.convert.model=%MODEL`` gives one.
         layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr) or ``orbax``; by default that of the T5X checkpoint
