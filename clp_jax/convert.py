@@ -1,10 +1,10 @@
 """`clp convert`: policies from and to the checkpoints of Hugging Face and T5X.
 
 The memory that it takes is that of the largest tensor and a fifth of it, whatever the size of the policy; the tensor is of one
-layer, though a parameter of clp is that of all layers, stacked. More is held in these cases only: the tensor in the file's type
-while it is rounded to another; all layers of a scanned tensor of T5X; the optimizer's state; all components and all layers of
-the parameter at hand while they are mixed; and all layers of a parameter that training saved, up to three times where it saved
-them in one chunk.
+layer, though a parameter of clp is that of all layers, stacked, and in the type that it is read as: what a file has in another
+one is widened or rounded in blocks. More is held in these cases only: a bfloat16 tensor of T5X's file version 2 while it is
+widened; all layers of a scanned tensor of T5X; the optimizer's state; all components and all layers of the parameter at hand
+while they are mixed; and all layers of a parameter that training saved, up to three times where it saved them in one chunk.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def convert(
         vocabulary: the tokenizer, a file or a directory, where the source has none, as T5X's have not.
         step: of a T5X directory with several checkpoints; the newest by default.
         overrides: fields of the policy's configuration, for what a checkpoint of others does not tell, as
-            NAME=VALUE,NAME=VALUE.
+            NAME=VALUE,NAME=VALUE; of configurations inside it by names with dots, as ``moe.router.k=2``.
         model: the policy's configuration, for a T5X directory: nothing is then assumed that shapes don't tell, such as the
             router of experts. ``--gin_file=models/NAME.gin --gin.convert.model=%MODEL`` gives one.
         layout: of a written T5X checkpoint: ``legacy`` (msgpack and zarr) or ``orbax``; by default that of the T5X checkpoint

@@ -10,9 +10,10 @@ from safetensors.numpy import load_file
 from clp_jax.interop.hf_families import FAMILIES
 
 torch = pytest.importorskip("torch", reason="the references need the extra `hf` (torch, transformers)")
+import torch_cases
 import torch_models
 import transformers
-from torch_models import BEAMS, ENDS, PAD
+from torch_cases import BEAMS, ENDS, PAD
 
 # Heads, windows and caps as the published models have them.
 CASES = {
@@ -43,7 +44,7 @@ ROWS = [
 
 
 def test_every_family_is_there():
-    classes = [torch_models.CASES[case][1] for case in CASES.values()]
+    classes = [torch_cases.CASES[case][1] for case in CASES.values()]
     assert {getattr(transformers, name).model_type for name in classes} == set(FAMILIES)
 
 
@@ -82,8 +83,8 @@ def test_the_commands_compute_what_transformers_does(tmp_path, monkeypatch, fami
 
 def log_probs(model, row) -> np.ndarray:
     """Of a row's targets, by torch."""
-    prompt, targets = torch.tensor([row["inputs"]]), torch.tensor(row["targets"])
-    shifted = torch.tensor([[0, *row["targets"][:-1]]])
+    prompt, targets = (np.asarray([row[name]], np.int32) for name in ("inputs", "targets"))
+    batch = torch_models.Rows(prompt, np.pad(targets[:, :-1], ((0, 0), (1, 0))), targets)
     with torch.no_grad():
-        logits = torch_models.row_logits(model, prompt, shifted, targets)
-    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].numpy()
+        logits = torch_models.target_logits(model, batch)[0]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(row["targets"])[:, None])[:, 0].numpy()

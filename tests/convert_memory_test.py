@@ -1,6 +1,7 @@
 """`clp convert` holds one tensor and a fifth of it, counted by the kernel in a process of its own for each direction."""
 
 import filecmp
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +43,11 @@ import sys
 from clp_jax.convert import convert
 from process_memory import Peak
 
-(source, small), (target, small_target) = (word.split(",") for word in sys.argv[1:])
-convert(small, small_target)
+(source, small), (target, small_target) = (word.split(",") for word in sys.argv[1:3])
+options = dict(word.split("=") for word in sys.argv[3:])
+convert(small, small_target, **options)
 peak = Peak()
-convert(source, target)
+convert(source, target, **options)
 print("peak", peak.read())
 """
 
@@ -60,8 +62,8 @@ def numbers(config: T5Config, *copies: int) -> Params:
     return unflatten({path: LazyArray((*copies, *leaf.shape), leaf.dtype, fill) for path, leaf in leaves})
 
 
-def make(directory: Path, config: T5Config) -> None:
-    huggingface.write(directory, config, numbers(config))
+def make(directory: Path, config: T5Config, dtype: str | None = None) -> None:
+    huggingface.write(directory, config, numbers(config), dtype=dtype)
 
 
 def make_steerable(directory: Path, config: T5Config) -> None:
@@ -81,9 +83,9 @@ def make_steerable(directory: Path, config: T5Config) -> None:
     RewardStatistics(("a", "b"), (0.0, 0.0), (1.0, 1.0), 4).save(directory)
 
 
-def peak_of(source: str, target: str, home: Path) -> int:
+def peak_of(source: tuple[str, str], target: tuple[str, str], home: Path, *options: str) -> int:
     places = [",".join(f"{kind}:{size}_{name}" for size in ("big", "small")) for kind, name in (source, target)]
-    command = [sys.executable, "-c", PROGRAM, *places]
+    command = [sys.executable, "-c", PROGRAM, *places, *options]
     environment = {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fixtures'}",
         "JAX_PLATFORMS": "cpu",
@@ -108,16 +110,29 @@ def test_a_steerable_policy_is_mixed_one_array_at_a_time(tmp_path):
 
 @COUNTED
 def test_memory_is_that_of_the_largest_tensor(tmp_path):
-    """Of one layer, though a parameter is those of all."""
+    """Of one layer, though a parameter is those of all; and of its own type, though the file has another."""
     make(tmp_path / "big_first", BIG)
     make(tmp_path / "small_first", SMALL)
+    make(tmp_path / "big_half", BIG, "bfloat16")
+    make(tmp_path / "small_half", SMALL, "bfloat16")
     ways = [
         (("hf", "first"), ("clp", "run")),
         (("clp", "run"), ("hf", "back")),
         (("clp", "run"), ("t5x", "legacy")),
         (("t5x", "legacy"), ("clp", "again")),
+        (("clp", "run"), ("t5x", "orbax"), "layout=orbax"),
+        (("t5x", "orbax"), ("clp", "from_orbax")),
+        (("hf", "half"), ("clp", "widened")),
+        # In the type of what it came from, which is looked for first.
+        (("clp", "widened"), ("t5x", "short"), "layout=orbax"),
+        (("clp", "widened"), ("t5x", "short_legacy")),
+        (("t5x", "short_legacy"), ("clp", "widened_again")),
     ]
-    peaks = {f"{source[0]} to {target[0]}": peak_of(source, target, tmp_path) / LARGEST for source, target in ways}
+    peaks = {}
+    for source, target, *options in ways:
+        peaks[f"{source} to {target}"] = peak_of(source, target, tmp_path, *options) / LARGEST
+        if target[1].endswith("again") or target[1] == "from_orbax":
+            shutil.rmtree(tmp_path / f"big_{target[1]}")
     # Some array was new memory, so the count can be believed.
     assert all(0.95 <= peak <= 1.2 for peak in peaks.values()), peaks
     first, back = (tmp_path / f"big_{name}" / "model.safetensors" for name in ("first", "back"))

@@ -202,6 +202,24 @@ def test_what_t5xs_directories_do_not_say_is_told(home, capfd):
     assert load_policy("run_told_again").policy.config == load_policy("run_told").policy.config
 
 
+def test_scanned_experts_there_and_back_with_their_router_stated(home, capfd):
+    depths = dict(num_encoder_layers=4, num_decoder_layers=2, bias_per_layer=True)
+    experts = MoEConfig(num_experts=3, router=TokenChoice(k=2, min_capacity=4, group=64), every=2, z_weight=1e-3)
+    config = T5Config.t5_1_1(**SIZES, **depths, moe=experts)
+    t5x.write(home / "blocks", config, varied_params(Policy(config)), step=5)
+    words = ["--overrides=moe.router.k=2,moe.router.group=64"]
+    clp("convert", "t5x:blocks", "clp:run_blocks", *words)
+    assert "moe.balance_weight=0.01, moe.z_weight=0.001. To change it: --overrides" in capfd.readouterr().out
+    assert load_policy("run_blocks").policy.config == config
+    clp("convert", "clp:run_blocks", "t5x:blocks_back")
+    line = "T5X's directories don't say moe.router.k=2, moe.router.group=64: read it with --overrides moe.router.k=2,"
+    assert line + "moe.router.group=64." in capfd.readouterr().out
+    before, after = (home / place / "checkpoint_5" for place in ("blocks", "blocks_back"))
+    assert decompressed(after) == decompressed(before)
+    message = refuses(capfd, "convert", "t5x:blocks", "clp:new", "--overrides=moe.router.train_capcity=2.0")
+    assert "TokenChoice has no field 'train_capcity' (did you mean train_capacity?)" in message
+
+
 def test_a_gin_file_states_a_t5x_policy(home, capfd):
     sizes = dict(embed_dim=16, mlp_dim=32, num_heads=2, head_dim=8)
     gin = ["--gin_file=models/t5_1_1_tiny.gin", "--gin.convert.model=%MODEL", "--gin.DROPOUT_RATE=0.1"]

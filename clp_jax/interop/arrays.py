@@ -47,19 +47,34 @@ class LazyArray:
     Attributes:
         shape: sizes.
         dtype: of what is read, in the machine's byte order.
-        fill: puts a region of the array into an array of that region's shape and of this dtype.
+        fill: puts a region of the array into an array of that region's shape and of this dtype; where it `casts`, into one of
+            any, block by block, so that nothing is held twice.
         stacked: leading axes along which parts are stored by themselves: to read one costs what it has itself.
+        casts: whether `fill` takes arrays of other dtypes.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     fill: Callable[[np.ndarray, Region], None] = dataclasses.field(repr=False, compare=False)
     stacked: int = 0
+    casts: bool = False
 
     @property
     def spec(self) -> ArraySpec:
         """Shape and dtype."""
         return ArraySpec(self.shape, self.dtype)
+
+    def fill_any(self, out: np.ndarray, region: Region) -> None:
+        """Puts a region into an array of any dtype.
+
+        Args:
+            out: of the region's shape; any view.
+            region: of the array.
+        """
+        if self.casts or out.dtype == self.dtype:
+            self.fill(out, region)
+        else:
+            out[...] = self.read(region)
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads the array, or a part of it.
@@ -192,7 +207,7 @@ def in_memory(array: np.ndarray) -> LazyArray:
         The same; what is read of it is a copy.
     """
 
-    return LazyArray(array.shape, array.dtype, functools.partial(_fill_from_memory, array))
+    return LazyArray(array.shape, array.dtype, functools.partial(_fill_from_memory, array), casts=True)
 
 
 def _fill_from_memory(array: np.ndarray, out: np.ndarray, region: Region) -> None:
@@ -210,13 +225,13 @@ def stored_at(path: Path, start: int, spec: ArraySpec) -> LazyArray:
     Returns:
         The array.
     """
-    return LazyArray(spec.shape, spec.dtype, functools.partial(_fill_from_file, path, start, spec.shape))
+    return LazyArray(spec.shape, spec.dtype, functools.partial(_fill_from_file, path, start, spec), casts=True)
 
 
-def _fill_from_file(path: Path, start: int, shape: tuple[int, ...], out: np.ndarray, region: Region) -> None:
+def _fill_from_file(path: Path, start: int, spec: ArraySpec, out: np.ndarray, region: Region) -> None:
     with path.open("rb") as file:
         file.seek(start)
-        read_stored(file, shape, out, region)
+        read_stored(file, *spec, out, region)
 
 
 @contextlib.contextmanager

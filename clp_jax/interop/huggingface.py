@@ -14,7 +14,7 @@ from clp_jax.interop.hf_decoders import GEMMA3
 from clp_jax.interop.hf_families import config_json, family_for, family_named, same
 from clp_jax.interop.imported import Imported
 from clp_jax.interop.links import check_counts, check_tree, opened, specs, write_tensors
-from clp_jax.interop.overrides import checked
+from clp_jax.interop.overrides import checked, nested
 from clp_jax.models.config import ModelConfig
 from clp_jax.models.policy import Policy
 
@@ -85,6 +85,7 @@ def open_checkpoint(
     family.settings(text, tensors=source.keys()).check_counts()
     config = family.config(text, generation, source.keys())
     config = dataclasses.replace(config, **checked(type(config), {"param_dtype": dtype, **(overrides or {})}))
+    config = nested(config, overrides)
     check_counts(config, len(source))
     links = family.links(config)
     params = opened(

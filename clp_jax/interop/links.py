@@ -127,18 +127,14 @@ def opened(
 
 
 def _fill(pieces: Mapping[tuple[int, ...], Link], source: Source, out: np.ndarray, region: Region) -> None:
-    """Puts a region of a leaf into an array, one tensor after another; in its own type a tensor is held nowhere else."""
+    """Puts a region of a leaf into an array, one tensor after another; a tensor is held nowhere else."""
     depth = len(next(iter(pieces)))
     leading, inner = region[:depth], region[depth:]
     for at in np.ndindex(*shape_of(leading)):
         each = pieces[tuple(s.start + i for s, i in zip(leading, at, strict=True))]
         order = each.order or tuple(range(len(inner)))
         place, part = out[(*at, ...)].transpose(order), tuple(inner[axis] for axis in order)
-        tensor = source[each.name]
-        if tensor.dtype == out.dtype:
-            tensor.fill(place, part)
-        else:
-            place[...] = tensor.read(part)
+        source[each.name].fill_any(place, part)
 
 
 def loaded(params: Params) -> Params:

@@ -220,12 +220,12 @@ def _opened(tree: Any, path: Path) -> Any:
 def _lazy(path: Path, stored: _Stored) -> LazyArray:
     if len(stored.pieces) == 1:
         return stored_at(path, stored.pieces[0].start, stored.spec)
-    return LazyArray(stored.spec.shape, stored.spec.dtype, functools.partial(_fill, path, stored))
+    return LazyArray(*stored.spec, functools.partial(_fill, path, stored), casts=True)
 
 
 def _fill(path: Path, stored: _Stored, out: np.ndarray, region: Region) -> None:
     with path.open("rb") as file:
-        read_stored(_JoinedFile(file, stored.pieces), stored.spec.shape, out, region)
+        read_stored(_JoinedFile(file, stored.pieces), *stored.spec, out, region)
 
 
 class _JoinedFile:

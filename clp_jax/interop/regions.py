@@ -153,13 +153,14 @@ def blocks(shape: tuple[int, ...], itemsize: int, limit: int | None = None) -> I
             yield (*first, slice(start, min(start + rows, shape[axis - 1])), *trailing)
 
 
-def read_stored(file: Readable, shape: tuple[int, ...], out: np.ndarray, region: Region) -> None:
-    """Reads a region of an array stored in C order, through blocks where the region is not contiguous.
+def read_stored(file: Readable, shape: tuple[int, ...], dtype: np.dtype, out: np.ndarray, region: Region) -> None:
+    """Reads a region of an array stored in C order, through blocks where it is not contiguous or is cast.
 
     Args:
         file: that stands at the array's first byte.
-        shape: of the stored array; its dtype is that of `out`.
-        out: filled; may be any view.
+        shape: of the stored array.
+        dtype: of the stored array.
+        out: filled; may be any view, and of another dtype.
         region: of the stored array, of the shape of `out`.
 
     Raises:
@@ -167,20 +168,20 @@ def read_stored(file: Readable, shape: tuple[int, ...], out: np.ndarray, region:
     """
     if 0 in out.shape:
         return
-    start, shape, region = _skip_rows(shape, out.dtype.itemsize, region)
+    start, shape, region = _skip_rows(shape, dtype.itemsize, region)
     base = file.tell() + start
     if base != file.tell():
         file.seek(base)
-    if shape == shape_of(region) and out.flags.c_contiguous:
+    if shape == shape_of(region) and out.flags.c_contiguous and out.dtype == dtype:
         read_exactly(file, bytes_of(out))
         return
-    strides = [size_of(shape[axis + 1 :]) * out.dtype.itemsize for axis in range(len(shape))]
-    for block in blocks(shape, out.dtype.itemsize):
+    strides = [size_of(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+    for block in blocks(shape, dtype.itemsize):
         shared = overlap(block, region)
         if shared is None:
             continue
         file.seek(base + sum(s.start * stride for s, stride in zip(block, strides, strict=True)))
-        stored = np.empty(shape_of(block), out.dtype)
+        stored = np.empty(shape_of(block), dtype)
         read_exactly(file, bytes_of(stored))
         out[within(shared, region)] = stored[within(shared, block)]
 

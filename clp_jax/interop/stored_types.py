@@ -12,7 +12,7 @@ from clp_jax.interop.links import Link, part_of
 from clp_jax.interop.slots import flatten
 
 # Numbers that are rounded and compared at a time.
-_NUMBERS = 1 << 20
+_NUMBERS = 1 << 18
 
 
 def told(dtypes: Mapping[str, str]) -> dict[str, Any]:

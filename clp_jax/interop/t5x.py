@@ -12,7 +12,7 @@ from clp_jax.interop import stored_types, t5x_files
 from clp_jax.interop.arrays import ArraySpec
 from clp_jax.interop.imported import Imported
 from clp_jax.interop.links import check_tree, opened, specs, write_tensors
-from clp_jax.interop.overrides import checked
+from clp_jax.interop.overrides import checked, nested
 from clp_jax.interop.t5x_names import infer, links, scan_axis_of
 from clp_jax.interop.t5x_settings import untold
 from clp_jax.interop.t5x_slots import AdafactorSlots, read_slots, written_slots
@@ -126,6 +126,7 @@ def open_checkpoint(
         config = infer(shapes, stated, axis or 0)
     else:
         config = dataclasses.replace(_encoder_decoder(model), **checked(T5Config, stated))
+        config = _encoder_decoder(nested(config, stated))
     found, abstract = links(config, axis), Policy(config).abstract()
     params = opened(found, checkpoint.parameters, abstract, config.param_dtype, where=str(path))
     slots = read_slots(found, checkpoint.slots, Policy(config), checkpoint.step) if optimizer else None

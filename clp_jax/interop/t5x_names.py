@@ -1,11 +1,16 @@
-"""T5X's names of a policy's parameters, for layers by themselves and for scanned ones, and what a policy is by them."""
+"""T5X's names of a policy's parameters, for layers by themselves and for scanned ones, and what a policy is by them.
+
+A stack that is scanned is one layer's names, with the layers along an axis. Where there are experts it is those of a block of
+layers, ``subblock_0`` and so on, whose last one has them, with the blocks along the axis: flaxformer's ``MoeEncoderScanBlock``
+and ``MoeDecoderScanBlock`` (of one layer where every layer has experts, or none), with ``moe/runs/scan.gin``.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from clp_jax.interop.links import Link, link
-from clp_jax.interop.overrides import checked
+from clp_jax.interop.overrides import checked, nested
 from clp_jax.interop.slots import Slot, slots
 from clp_jax.models.config import MoEConfig, T5Config
 from clp_jax.nn.routing import TokenChoice
@@ -18,6 +23,7 @@ _TOP = {
     "decoder/norm/scale": "decoder/decoder_norm/scale",
 }
 _SHARED_BIAS = "relpos_bias/rel_embedding"
+_OF_LAYERS = re.compile(r"(?P<stack>encoder|decoder)/(?P=stack)/(subblock_(?P<place>\d+)/)?(?P<rest>.+)")
 _NORMS = {
     "encoder": {"self_attention": "pre_attention_layer_norm"},
     "decoder": {
@@ -31,11 +37,17 @@ _BLOCKS = {
 }
 
 
-def names(*, scanned: bool) -> dict[str, str]:
-    """T5X's name of each slot's name (`clp_jax.interop.slots.Slot.name`)."""
+def names(*, scanned: bool, in_blocks: bool = False) -> dict[str, str]:
+    """T5X's name of each slot's name (`clp_jax.interop.slots.Slot.name`).
+
+    Args:
+        scanned: whether layers are stacked; the others have ``{layer}`` in their names.
+        in_blocks: whether blocks of layers are, of which every layer has ``{place}`` in its names.
+    """
     found = dict(_TOP)
     for stack, blocks in _BLOCKS.items():
         layer = f"{stack}/{stack}" if scanned else f"{stack}/layers_{{layer}}"
+        layer += "/subblock_{place}" if scanned and in_blocks else ""
         found[f"{stack}/relpos_bias/embedding"] = f"{layer if scanned else stack}/{_SHARED_BIAS}"
         for ours, theirs in blocks.items():
             found[f"{stack}/{ours}_norm/scale"] = f"{layer}/{_NORMS[stack][ours]}/scale"
@@ -69,25 +81,44 @@ def links(config: T5Config, scan_axis: int | None) -> list[Link]:
         )
     if scan_axis is None:
         return link(pieces, names(scanned=False), (), "T5X")
-    if any(slot.path[1] == "rest" or slot.path[2].startswith("layer_") for slot in pieces if slot.layer is not None):
-        raise ValueError(
-            "T5X's scanned layers are all of one kind, and experts in every n-th have two: write it without --scanned."
-        )
-    return [_scanned(slot, pieces, scan_axis) for slot in pieces if not any(slot.index)]
+    in_blocks = config.moe is not None and not config.moe.dense
+    if in_blocks:
+        _check_blocks(config)
+    elif any(_place(slot) is not None for slot in pieces):
+        raise ValueError("T5X's scanned layers without experts are all of one kind: write it without --scanned.")
+    table = names(scanned=True, in_blocks=in_blocks)
+    return [_scanned(slot, pieces, table, scan_axis) for slot in pieces if not any(slot.index)]
 
 
-def _scanned(slot: Slot, pieces: Sequence[Slot], axis: int) -> Link:
+def _check_blocks(config: T5Config) -> None:
+    every = config.moe.every if config.moe is not None else 1
+    for name in config.depths():
+        depth = getattr(config, name)
+        if depth > every and depth % every:
+            raise ValueError(
+                f"T5Config.{name} is {depth}, with experts in one of {every} layers: T5X scans whole blocks of {every}; "
+                "write it without --scanned."
+            )
+
+
+def _place(slot: Slot) -> int | None:
+    """Of a layer within a block of several."""
+    within = slot.layer is not None and slot.path[2].startswith("layer_")
+    return int(slot.path[2].removeprefix("layer_")) if within else None
+
+
+def _scanned(slot: Slot, pieces: Sequence[Slot], table: Mapping[str, str], axis: int) -> Link:
     """Of the first layer's slot, the link of the whole leaf."""
-    table = names(scanned=True)
     if slot.name not in table:
         raise ValueError(f"T5X has no tensors for the parameters {slot.name}: choose another format.")
+    name = table[slot.name].format(place=_place(slot) or 0)
     if slot.layer is None:
-        return Link(table[slot.name], slot.path, (), None, slot.shape)
+        return Link(name, slot.path, (), None, slot.shape)
     depth = sum(other.path == slot.path for other in pieces)
     axis = min(axis, len(slot.shape))
     order = (*range(1, axis + 1), 0, *range(axis + 1, len(slot.shape) + 1))
     shape = (*slot.shape[:axis], depth, *slot.shape[axis:])
-    return Link(table[slot.name], slot.path, (), order, shape)
+    return Link(name, slot.path, (), order, shape)
 
 
 def scan_axis_of(shapes: Mapping[str, tuple[int, ...]], stated: int | None) -> int | None:
@@ -108,6 +139,7 @@ def scan_axis_of(shapes: Mapping[str, tuple[int, ...]], stated: int | None) -> i
             raise ValueError(f"scan_axis is {stated}: the checkpoint's layers are not scanned, leave it out.")
         return None
     name = "encoder/encoder/pre_mlp_layer_norm/scale"
+    name = name if name in shapes else "encoder/encoder/subblock_0/pre_mlp_layer_norm/scale"
     shape, width = _get(shapes, name), _get(shapes, "token_embedder/embedding")[-1]
     fits = [axis for axis in (1, 0) if len(shape) == 2 and shape[1 - axis] == width]
     axis = stated if stated is not None else next(iter(fits), None)
@@ -130,31 +162,30 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
 
     Args:
         shapes: of the tensors, by T5X's names.
-        overrides: fields of the configuration (`clp_jax.interop.overrides.checked`).
+        overrides: fields of the configuration (`clp_jax.interop.overrides`).
         scan_axis: of the layers, in scanned tensors.
 
     Raises:
         ValueError: when the tensors are not those of an encoder-decoder T5, or don't tell the number of heads.
     """
     scanned = is_scanned(shapes)
-    layered = {name: _layers_first(name, shape, scan_axis) for name, shape in shapes.items()} if scanned else shapes
+    layered = _by_layer(shapes, scan_axis) if scanned else shapes
     query = "attention/query/kernel"
-    first = "encoder/encoder" if scanned else "encoder/layers_0"
-    query_shape = _get(layered, f"{first}/{query}")[-2:]
+    query_shape = _get(layered, f"encoder/layers_0/{query}")
     gated = any(re.search(r"mlp/(expert/)?wi_0/kernel$", name) for name in shapes)
     vocab_size, embed_dim = _get(shapes, "token_embedder/embedding")
     found: dict[str, Any] = {
         "vocab_size": vocab_size,
         "embed_dim": embed_dim,
         "mlp_dim": _width(layered),
-        "num_encoder_layers": _depth(layered, "encoder", scanned),
-        "num_decoder_layers": _depth(layered, "decoder", scanned),
+        "num_encoder_layers": _depth(layered, "encoder"),
+        "num_decoder_layers": _depth(layered, "decoder"),
         "gated": gated,
         "activation": "gelu" if gated else "relu",
         "tied_head": _HEAD not in shapes,
         "bias_per_layer": scanned,
     }
-    table = layered.get(f"{first if scanned else 'encoder'}/{_SHARED_BIAS}")
+    table = layered.get(f"encoder/{'layers_0/' if scanned else ''}{_SHARED_BIAS}")
     found |= {"num_buckets": 0} if table is None else {"num_heads": table[-2], "num_buckets": table[-1]}
     depths = {name: found[name] for name in ("num_encoder_layers", "num_decoder_layers")}
     found |= checked(T5Config, overrides)
@@ -173,7 +204,7 @@ def infer(shapes: Mapping[str, tuple[int, ...]], overrides: Mapping[str, Any], s
     found.setdefault("head_dim", query_shape[-1] // found["num_heads"])
     if "moe" not in found:
         found["moe"] = _experts(layered, found)
-    return T5Config(**found)
+    return cast(T5Config, nested(T5Config(**found), overrides))
 
 
 def _get(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
@@ -182,16 +213,23 @@ def _get(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
     return shapes[name]
 
 
-def _layers_first(name: str, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    if not name.startswith(("encoder/encoder/", "decoder/decoder/")):
-        return shape
-    axis = min(axis, len(shape) - 1)
-    return (shape[axis], *shape[:axis], *shape[axis + 1 :])
+def _by_layer(shapes: Mapping[str, tuple[int, ...]], axis: int) -> dict[str, tuple[int, ...]]:
+    """Scanned tensors as those of single layers."""
+    of_layers = {name: match for name in shapes if (match := _OF_LAYERS.match(name))}
+    widths: dict[str, int] = {}
+    for match in of_layers.values():
+        widths[match["stack"]] = max(widths.get(match["stack"], 1), int(match["place"] or 0) + 1)
+    found = {name: shape for name, shape in shapes.items() if name not in of_layers}
+    for name, match in of_layers.items():
+        stack, shape = match["stack"], shapes[name]
+        at = min(axis, len(shape) - 1)
+        for block in range(shape[at]):
+            layer = block * widths[stack] + int(match["place"] or 0)
+            found[f"{stack}/layers_{layer}/{match['rest']}"] = (*shape[:at], *shape[at + 1 :])
+    return found
 
 
-def _depth(shapes: Mapping[str, tuple[int, ...]], stack: str, scanned: bool) -> int:
-    if scanned:
-        return _get(shapes, f"{stack}/{stack}/pre_mlp_layer_norm/scale")[0]
+def _depth(shapes: Mapping[str, tuple[int, ...]], stack: str) -> int:
     numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{stack}/layers_(\d+)/", name))}
     if numbers != set(range(len(numbers))) or not numbers:
         raise ValueError(f"the checkpoint has the layers {sorted(numbers)} of the {stack}: expected all from 0 on.")
@@ -218,7 +256,7 @@ def _experts(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) ->
     }
     every = min((layers[0] for layers in sparse.values() if layers), default=0) + 1
     for stack, layers in sparse.items():
-        if not found["bias_per_layer"] and layers != list(range(every - 1, found[f"num_{stack}_layers"], every)):
+        if layers != list(range(every - 1, found[f"num_{stack}_layers"], every)):
             raise ValueError(f"layers {layers} of the {stack} have experts: expected every n-th one, the n-th first.")
     return MoEConfig(
         num_experts=shape[-3],

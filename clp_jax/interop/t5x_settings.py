@@ -10,6 +10,7 @@ from clp_jax.models.config import MoEConfig, T5Config
 
 # T5X takes these from gin, and the ends of completions from a task's vocabulary.
 _IN_GIN = ("activation", "norm_eps", "max_distance", "dropout_rate", "eos_ids")
+_UNSEEN = ("router", "decoder_router", "balance_weight", "z_weight")
 _MODEL = "--gin_file=models/NAME.gin --gin.convert.model=%MODEL"
 
 
@@ -22,18 +23,14 @@ def assumed(config: T5Config, stated: Mapping[str, Any]) -> str:
     """
     names = [name for name in _IN_GIN if name not in stated and (name != "max_distance" or config.num_buckets)]
     found = [_typed(name, getattr(config, name)) for name in names]
-    if config.moe is not None and "moe" not in stated:
-        moe = config.moe
-        found += [
-            f"router={moe.router}",
-            f"decoder_router={moe.decoder_router}",
-            f"balance_weight={moe.balance_weight}",
-            f"z_weight={moe.z_weight}",
-        ]
     example = _typed("activation", "silu" if config.gated else "gelu")
+    if config.moe is not None and "moe" not in stated:
+        names = [f"moe.{name}" for name in _UNSEEN if not any(given.startswith(f"moe.{name}") for given in stated)]
+        found += [_typed(name, getattr(config.moe, name.removeprefix("moe."))) for name in names]
+        example += ",moe.router.k=2"
     return (
         f"assumed, as T5X's directories don't say it: {', '.join(found)}. To change it: --overrides NAME=VALUE "
-        f"(as {example}), or the whole policy, its router too: {_MODEL}."
+        f"(as {example}), or the whole policy: {_MODEL}."
     )
 
 
@@ -45,7 +42,8 @@ def untold(config: T5Config, scan_axis: int | None) -> dict[str, Any]:
         scan_axis: of its layers in the directory; None for single ones.
 
     Returns:
-        Those whose values are not the ones that reading assumes.
+        Those whose values are not the ones that reading assumes, as overrides (`clp_jax.interop.overrides`): fields of experts
+        and of their routers by names with dots.
 
     Raises:
         ValueError: naming fields of what T5X does not compute.
@@ -63,11 +61,29 @@ def untold(config: T5Config, scan_axis: int | None) -> dict[str, Any]:
         raise ValueError(
             f"T5X can't express T5Config with {asked}: keep the policy's own checkpoint, or write another format."
         )
+    told_by_shapes: dict[str, Any] = {
+        name: stated[name] for name in ("num_heads", "num_buckets", "mlp_dim") if name in stated
+    }
+    default = infer(shapes, told_by_shapes, axis)
+    found = {name: value for name, value in stated.items() if name != "moe" and value != getattr(default, name)}
     if not config.num_buckets:
-        return stated
-    default = infer(shapes, {name: value for name, value in stated.items() if name == "mlp_dim"}, axis)
-    found = {name: stated[name] for name in _IN_GIN if stated[name] != getattr(default, name)}
-    return found | ({"moe": config.moe} if _experts(config) != _experts(default) else {})
+        found |= {name: stated[name] for name in ("num_heads", "num_buckets")}
+    return found | _differences("moe", _experts(config), _experts(default))
+
+
+def _differences(name: str, value: Any, assumed: Any) -> dict[str, Any]:
+    """The overrides that make of an assumed value another one."""
+    if value == assumed:
+        return {}
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return {name: value}
+    found, base = {}, {f.name: getattr(assumed, f.name, None) for f in dataclasses.fields(value)}
+    if type(value) is not type(assumed):
+        found[name] = type(value).__name__
+        base = {f.name: f.default for f in dataclasses.fields(value)}
+    for field, before in base.items():
+        found |= _differences(f"{name}.{field}", getattr(value, field), before)
+    return found
 
 
 def told(fields: Mapping[str, Any]) -> str:
@@ -80,7 +96,7 @@ def told(fields: Mapping[str, Any]) -> str:
 
 
 def _is_typed(value: Any) -> bool:
-    return not isinstance(value, MoEConfig) and not (isinstance(value, tuple) and len(value) > 1)
+    return not (isinstance(value, tuple) and len(value) > 1)
 
 
 def _typed(name: str, value: Any) -> str:

@@ -49,7 +49,7 @@ def open_array(
 
     fill = functools.partial(_fill, store, chunk, where, _AT_ONCE_IN_STORES if in_store else 1)
     stacked = sum(1 for _ in itertools.takewhile(lambda size: size == 1, chunk))
-    return LazyArray(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), fill, stacked)
+    return LazyArray(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), fill, stacked, casts=True)
 
 
 def _fill(

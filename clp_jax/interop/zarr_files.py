@@ -60,22 +60,23 @@ def read(directory: Path | StorePath) -> LazyArray:
     if metadata.get("filters") or metadata.get("order") != "C" or compressor not in (None, "gzip", "zlib"):
         place, complete = tensorstore_files.files_of(directory), metadata.get("fill_value") is None
         return tensorstore_files.open_array(place, str(directory), complete=complete)
+    dtype = _dtype(metadata["dtype"], path)
     array = _Folder(
         directory,
         tuple(metadata["shape"]),
+        dtype,
         tuple(metadata["chunks"]),
         compressor,
         metadata.get("dimension_separator", "."),
         metadata.get("fill_value"),
     )
-    dtype = _dtype(metadata["dtype"], path)
     # A store is not asked for each: one that is missing is told when it is read.
     for key, _ in () if isinstance(directory, StorePath) else _grid(array.shape, array.chunks):
         if array.filler is None and not array.file(key).is_file():
             raise FileNotFoundError(
                 f"{array.file(key)} is missing: {array.shape} in chunks of {array.chunks} needs it; copy the folder again."
             )
-    return LazyArray(array.shape, dtype, array.fill)
+    return LazyArray(array.shape, dtype, array.fill, casts=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ class _Folder:
 
     directory: Path | StorePath
     shape: tuple[int, ...]
+    dtype: np.dtype
     chunks: tuple[int, ...]
     compressor: str | None
     separator: str
@@ -102,7 +104,7 @@ class _Folder:
             if self.filler is None or self.file(key).is_file():
                 # Chunks at the edge are stored whole, so a chunk's place may be smaller than what is stored.
                 stored = tuple(slice(i * n, (i + 1) * n) for i, n in zip(key, self.chunks, strict=True))
-                _read_chunk(self.file(key), self.compressor, self.chunks, target, within(shared, stored))
+                _read_chunk(self.file(key), self.compressor, self.chunks, self.dtype, target, within(shared, stored))
             else:
                 target[...] = self.filler
 
@@ -217,15 +219,20 @@ def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[tup
 
 
 def _read_chunk(
-    path: Path | StorePath, compressor: str | None, chunks: tuple[int, ...], out: np.ndarray, region: Region
+    path: Path | StorePath,
+    compressor: str | None,
+    chunks: tuple[int, ...],
+    dtype: np.dtype,
+    out: np.ndarray,
+    region: Region,
 ) -> None:
     try:
         with path.open("rb") as raw:
             file = _Zlib(raw) if compressor == "zlib" else gzip.GzipFile(fileobj=raw) if compressor else raw
-            read_stored(file, chunks, out, region)
+            read_stored(file, chunks, dtype, out, region)
             # The end holds the checksum, which is compared when it is reached.
             if shape_of(region) == chunks and file.read(1):
-                raise CheckpointFileError(f"{path} holds more than a chunk of {chunks} {out.dtype}: copy it again.")
+                raise CheckpointFileError(f"{path} holds more than a chunk of {chunks} {dtype}: copy it again.")
     except (OSError, EOFError, zlib.error) as error:
         raise CheckpointFileError(f"{path} can't be read: {error}. It is damaged; copy it again.") from error
 

@@ -113,7 +113,8 @@ def in_order(segments: Int[Array, "B S"]) -> Places:
     return Places(jnp.arange(segments.shape[1])[None], segments)
 
 
-# Loads of more experts than these are told by the largest and the smallest alone: each is a curve of its own.
+# Loads of more experts than these are told by the largest and the smallest alone. Each is a result of the step and a curve of
+# its own: of thousands, the compiler takes longer than of a model, and the host as long to fetch them as a step takes.
 MAX_LOADS = 128
 
 

@@ -133,7 +133,7 @@ def open_arrays(directory: Place, check: Callable[[str, np.ndarray, Region], Non
     arrays, tree = orbax_item.read(local), stored_tree(directory)
     structure: Any = jax.tree.structure(tree)
     return structure.unflatten(
-        dataclasses.replace(arrays[name], fill=functools.partial(fill, name, arrays[name]))
+        dataclasses.replace(arrays[name], fill=functools.partial(fill, name, arrays[name]), casts=False)
         for name in leaves_by_path(tree)
     )
 

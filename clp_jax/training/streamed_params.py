@@ -161,7 +161,7 @@ def _digested(leaf: ArrayLike | LazyArray, dtype: np.dtype) -> tuple[LazyArray, 
         source.fill(out, region)
         shards[",".join(f"{s.start}:{s.stop}" for s in region)] = _sha256(out, dtype)
 
-    return dataclasses.replace(source, fill=fill), shards
+    return dataclasses.replace(source, fill=fill, casts=False), shards
 
 
 def _sha256(array: np.ndarray, dtype: np.dtype) -> str:

@@ -24,7 +24,9 @@ def test_blocks_cover_an_array_once_in_order(shape, limit):
     assert all(0 < piece.size <= limit for piece in pieces)
 
 
-def test_every_part_of_an_array_is_read(monkeypatch):
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
+def test_every_part_of_an_array_is_read(monkeypatch, dtype):
+    """In its own type, and cast into another."""
     stored = np.arange(3 * 4 * 2, dtype=np.int16).reshape(3, 4, 2)
     file = io.BytesIO(b"??" + stored.tobytes() + b"??")
     file.name = "file"
@@ -32,9 +34,9 @@ def test_every_part_of_an_array_is_read(monkeypatch):
     for limit in (1, 6, 1000):
         monkeypatch.setattr(regions, "BLOCK_BYTES", limit)
         for region in itertools.product(*slices):
-            out = np.full(regions.shape_of(region), -1, np.int16)
+            out = np.full(regions.shape_of(region), -1, dtype)
             file.seek(2)
-            regions.read_stored(file, stored.shape, out, region)
+            regions.read_stored(file, stored.shape, stored.dtype, out, region)
             np.testing.assert_array_equal(out, stored[region])
 
 
@@ -43,7 +45,7 @@ def test_a_part_goes_into_any_view():
     out = np.zeros((4, 3), np.float32)
     file = io.BytesIO(stored.tobytes())
     file.name = "file"
-    regions.read_stored(file, stored.shape, out.T, regions.whole(stored.shape))
+    regions.read_stored(file, stored.shape, stored.dtype, out.T, regions.whole(stored.shape))
     np.testing.assert_array_equal(out, stored.T)
 
 

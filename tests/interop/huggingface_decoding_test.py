@@ -12,10 +12,11 @@ torch = pytest.importorskip("torch", reason="the parity reference needs the extr
 pytest.importorskip("transformers", reason="the parity reference needs the extra `hf` (transformers)")
 
 import torch_models
-from torch_models import BEAMS, COMPLETION, ENDS, FAMILIES, VOCAB
+from torch_cases import BEAMS, COMPLETION, ENDS, FAMILIES, LENGTH_PENALTY, VOCAB
 
 from clp_jax.interop import huggingface
 from clp_jax.models.policy import Policy
+from clp_jax.sampling.beam_policies import PowerPenalty
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
@@ -44,12 +45,11 @@ def read(model, directory):
 @pytest.mark.parametrize("case", FAMILIES)
 def test_beams_of_every_family(case, tmp_path):
     model, inputs = torch_models.make(case), torch_models.rows().inputs
-    expected = torch_models.write(
-        model, inputs, COMPLETION, num_beams=BEAMS, num_return_sequences=BEAMS, early_stopping=False
-    )
+    expected = torch_models.write_beams(model, inputs)
     assert np.isin(expected["tokens"][:, :-1], ENDS).any()  # Some end early, and lengths differ.
     policy, params = read(model, tmp_path)
-    tokens, scores = run(policy, params, jnp.asarray(inputs), BeamConfig(COMPLETION, BEAMS, BEAMS))
+    config = BeamConfig(COMPLETION, BEAMS, BEAMS, length_penalty=PowerPenalty(LENGTH_PENALTY))
+    tokens, scores = run(policy, params, jnp.asarray(inputs), config)
     np.testing.assert_array_equal(tokens, expected["tokens"])
     np.testing.assert_allclose(scores, expected["scores"], rtol=1e-5)
 

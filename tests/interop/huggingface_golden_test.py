@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from clp_jax.interop import huggingface
 from clp_jax.models.policy import Policy
+from clp_jax.sampling.beam_policies import PowerPenalty
 from clp_jax.sampling.beam_search import BeamConfig, beam_search
 from clp_jax.sampling.decoder import CachedDecoder
 
@@ -44,7 +45,6 @@ def test_logits_loss_gradients_auxiliary_losses_and_greedy_completions(recorded)
     huggingface_results.check(huggingface_results.compute(Policy(imported.config), imported.params, batch), expected)
 
 
-@pytest.mark.parametrize("recorded", [name for name in NAMES if f"{name}/beams" in RECORD], indirect=True)
 def test_beams(recorded):
     name, directory = recorded
     imported, inputs, beams = (
@@ -53,14 +53,16 @@ def test_beams(recorded):
         RECORD[f"{name}/beams"],
     )
     ending = Policy(dataclasses.replace(imported.config, eos_ids=tuple(RECORD["ends"].tolist())))
-    number = len(beams) // len(inputs)
+    number, penalty = len(beams) // len(inputs), PowerPenalty(float(RECORD["length_penalty"]))
+    config = BeamConfig(beams.shape[1], number, number, length_penalty=penalty)
+    inputs = jnp.where(inputs != 0, inputs, ending.config.pad_id)
 
     @jax.jit
     def search(params):
-        return beam_search(CachedDecoder(ending.bind(params)), inputs, BeamConfig(beams.shape[1], number, number))
+        return beam_search(CachedDecoder(ending.bind(params)), inputs, config)
 
     found = search(jax.tree.map(jnp.asarray, imported.params))
-    np.testing.assert_array_equal(found.completions.tokens, beams)
+    np.testing.assert_array_equal(jnp.where(found.completions.mask > 0, found.completions.tokens, 0), beams)
     np.testing.assert_allclose(found.scores, RECORD[f"{name}/scores"], rtol=1e-5)
 
 

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from whole_logits import loss_of_logits
 
+from clp_jax.data.batch import Batch
 from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
+from clp_jax.nn.vocabulary_loss import token_statistics
 from clp_jax.sampling.decoder import CachedDecoder
 from clp_jax.sampling.generate import SamplingConfig, generate, row_keys
 from clp_jax.sampling.score import score
 from clp_jax.sampling.strategies import Greedy
+from clp_jax.training.supervised import SupervisedLoss
 
 RECORD = dict(np.load(Path(__file__).parents[1] / "fixtures" / "t5x_policy.npz"))
 POLICY = Policy(
@@ -74,6 +77,7 @@ def results():
     def loss(params):
         logits = POLICY.bind(params)(example["encoder_input_tokens"], example["decoder_input_tokens"])
         total, _, sums = loss_of_logits(logits, example["decoder_target_tokens"], weights, z_loss=1e-4)
+        sums["z_loss"] = 1e-4 * (token_statistics(logits, example["decoder_target_tokens"]).log_z ** 2 * weights).sum()
         return total, (logits, sums)
 
     @jax.jit
@@ -98,11 +102,43 @@ def test_logits(results):
     np.testing.assert_allclose(results["logits"][seen], RECORD["logits"][seen], rtol=1e-5, atol=1e-5)
 
 
-def test_loss(results):
-    np.testing.assert_allclose(results["loss"], RECORD["loss"], rtol=1e-6)
-    np.testing.assert_allclose(results["sums"]["cross_entropy"], RECORD["metric_eval/cross_ent_loss"], rtol=1e-6)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_loss(results, mode):
+    """Without dropout both are the same."""
+    np.testing.assert_allclose(results["loss"], RECORD["loss" if mode == "eval" else "loss_train"], rtol=1e-6)
     tokens = RECORD["batch/decoder_loss_weights"].sum()
-    np.testing.assert_allclose(results["sums"]["accuracy"] / tokens, RECORD["metric_eval/accuracy"], rtol=1e-6)
+    found = {
+        "cross_ent_loss": results["sums"]["cross_entropy"],
+        "accuracy": results["sums"]["accuracy"] / tokens,
+        "z_loss": results["sums"]["z_loss"],
+    }
+    recorded = {name.rpartition("/")[2] for name in RECORD if name.startswith(f"metric_{mode}/")}
+    assert recorded == set(found)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, RECORD[f"metric_{mode}/{name}"], rtol=1e-6, err_msg=name)
+
+
+def test_the_loss_that_is_trained(results):
+    """`SupervisedLoss`, which tells padding by segments."""
+    example, present = batch(), {}
+    for side in ("encoder_input", "decoder_target"):
+        present[side] = (example[f"{side}_tokens"] != 0).astype(jnp.int32)
+    places = {side: jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape) * rows for side, rows in present.items()}
+    rows = Batch(
+        inputs=example["encoder_input_tokens"],
+        input_segments=present["encoder_input"],
+        input_positions=places["encoder_input"],
+        decoder_inputs=example["decoder_input_tokens"],
+        targets=example["decoder_target_tokens"],
+        target_segments=present["decoder_target"],
+        target_positions=places["decoder_target"],
+        loss_weights=example["decoder_loss_weights"].astype(jnp.float32),
+        example_ids=jnp.arange(2),
+    )
+    total, tokens, sums = jax.jit(lambda params: SupervisedLoss(POLICY, 1e-4).sums(params, rows, None))(tree("target"))
+    np.testing.assert_allclose(total, RECORD["loss_train"], rtol=1e-6)
+    np.testing.assert_allclose(sums["cross_entropy"], RECORD["metric_train/cross_ent_loss"], rtol=1e-6)
+    np.testing.assert_allclose(sums["accuracy"] / tokens, RECORD["metric_train/accuracy"], rtol=1e-6)
 
 
 def test_every_gradient(results):
@@ -111,6 +147,16 @@ def test_every_gradient(results):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(check, results["gradient"], tree("grad"))
+
+
+def test_what_every_gradient_comes_to(results):
+    """Sums of squares, layer by layer, as clipping and monitoring see them."""
+
+    def check(path, ours, theirs):
+        own = tuple(range(theirs.ndim, ours.ndim))
+        np.testing.assert_allclose(jnp.square(ours).sum(own), theirs, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, results["gradient"], tree("grad_sumsq"))
 
 
 def test_scores(results):

@@ -48,10 +48,10 @@ def nano(tmp_path_factory):
     return Nano(imported.config, imported.params, load_slots(directory / "run"), directory / "legacy")
 
 
-def gradients(imported):
-    """T5X's, of every parameter."""
+def recorded(imported, kind):
+    """What T5X's record has of every parameter, as a tree like the parameters."""
     found = links(imported.config, None)
-    source = {each.name: in_memory(RECORD[f"grad/{each.name}"]) for each in found}
+    source = {each.name: in_memory(RECORD[f"{kind}/{each.name}"]) for each in found}
     abstract = Policy(imported.config).abstract()
     return jax.tree.map(jnp.asarray, loaded(opened(found, source, abstract, "float32", where="the record")))
 
@@ -71,7 +71,7 @@ def test_the_next_step_is_t5xs(nano):
     state = take_over(learner.init_state(nano.params, 0), nano.slots)
     assert nano.slots.count == 2 and int(state.step) == 0
     batch = np.zeros((jax.device_count(), 1), np.float32)
-    state, _ = learner.update(state, learner.place_frozen(gradients(nano)), batch)
+    state, _ = learner.update(state, learner.place_frozen(recorded(nano, "grad")), batch)
     (slots,) = (part for part in state.opt_state if hasattr(part, "v_row"))
     assert int(slots.count) == 3
 
@@ -84,9 +84,13 @@ def test_the_next_step_is_t5xs(nano):
             "logits": tree["logits_head"]["kernel"],
         }
 
+    def check(path, ours, theirs):
+        np.testing.assert_allclose(ours, theirs, rtol=3e-7, atol=1e-8, err_msg=jax.tree_util.keystr(path))
+
+    assert float(RECORD["step/lr"]) == float(STEP["learning_rate"])
+    jax.tree_util.tree_map_with_path(check, state.params, recorded(nano, "step/target"))
     moments = chosen(slots.v)
-    for name, param in chosen(state.params).items():
-        np.testing.assert_allclose(param, STEP[f"{name}/new_param"], rtol=3e-7, atol=1e-8, err_msg=name)
+    for name in chosen(state.params):
         np.testing.assert_allclose(moments[name], STEP[f"{name}/new_v"], rtol=2e-6, err_msg=name)
 
 
