@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clp_jax import huge_pages
+from clp_jax import allocator
 from clp_jax.models.config import PaLMConfig, T5Config
 
 
@@ -102,7 +102,7 @@ def parse_arguments(
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
-    huge_pages.begin_again_with_them()  # As `clp` does.
+    allocator.begin_again()  # As `clp` does.
     if shares:
         jax.config.update("jax_num_cpu_devices", arguments.devices)
     return arguments

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clp_jax import __version__, huge_pages, processes
+from clp_jax import __version__, allocator, processes
 from clp_jax.command_line import SPANNING, EntryPoint, Invocation, parse, usage
 from clp_jax.compilation import libtpu
 from clp_jax.gin_utils.files import ConfigError, Header, SearchPath, all_files, bindings, read_file, suggest
@@ -35,6 +35,9 @@ COMMANDS = {
 BORROWED = {"compile": {"training": "train"}, "replay": {"training": "train"}}
 # Without gin files, the configuration of the run directory that this argument names.
 OF_A_RUN = {"replay": "run_dir"}
+
+# Those that compute, much the same again and again.
+COMPUTING = ("train", "evaluate", "sample", "score", "replay", "experiment")
 
 # Those that run commands elsewhere: they know command lines, and nothing of gin.
 LAUNCHING = {
@@ -77,8 +80,8 @@ def main(words: Sequence[str] | None = None) -> int:
             code = _launch(command, rest)
             sys.stdout.flush()
             return code
-        if is_program:
-            huge_pages.begin_again_with_them()
+        if is_program and command in COMPUTING:
+            allocator.begin_again()
         return processes.leave(_run(command, rest))
     except SystemExit as stop:
         processes.leave(stop.code if isinstance(stop.code, int) else processes.FAILURE)

@@ -223,10 +223,8 @@ class Learner:
         )
 
     def _update(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
-        loss_sum, weight, metric_sums, grad_sums = self._sums(state.params, frozen, batch, state.key(LOSS_KEY))
-        # A batch without a single target has weight 0 and sums 0: it must not turn parameters into NaN.
-        scale = 1 / jnp.where(weight > 0, weight, 1)
-        grads = jax.tree.map(lambda g: g * scale, grad_sums)
+        loss_sum, weight, metric_sums, grads = self._sums(state.params, frozen, batch, state.key(LOSS_KEY))
+        scale = _inverse(weight)
         updates, opt_state = self._transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         loss, grad_norm = loss_sum * scale, optax.tree.norm(grads)
@@ -253,32 +251,40 @@ class Learner:
     def _sums(
         self, params: Params, frozen: PyTree, batch: PyTree, key: PRNGKeyArray
     ) -> tuple[Array, Array, Metrics, Params]:
-        """Loss, weight, metrics and gradients, each summed over the examples, in float32."""
+        """Loss, weight and metrics, each summed over the examples, and the gradient of the mean, in float32."""
 
-        def one(part: PyTree, index: Array | int) -> tuple[Array, Array, Metrics, Params]:
+        def one(
+            part: PyTree, index: Array | int, scale: Callable[[Array], Array]
+        ) -> tuple[Array, Array, Metrics, Params]:
+            """Of a part of the batch; `scale` makes of its weight what its gradient is multiplied with."""
+
             def loss(params):
                 loss_sum, weight, metrics = self._loss_fn(params, frozen, part, jax.random.fold_in(key, index))
                 weight = jax.lax.stop_gradient(weight)
                 sums = {name: value.astype(jnp.float32) * weight for name, value in metrics.items()}
                 return loss_sum, (weight, jax.lax.stop_gradient(sums))
 
-            (loss_sum, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            loss_sum, pull_back, (weight, sums) = jax.vjp(loss, params, has_aux=True)
+            (grads,) = pull_back(scale(weight).astype(loss_sum.dtype))
             return jax.tree.map(lambda x: x.astype(jnp.float32), (loss_sum, weight, sums, grads))
 
         if self._accumulation == 1:
-            return one(batch, 0)
+            # The gradient comes scaled out of the backward pass: scaled after it, each of its readers would do so again.
+            return one(batch, 0, _inverse)
         # Leaves, because a batch of stacked micro-batches is not a valid batch: its dimensions are one too many.
         leaves, treedef = jax.tree.flatten(batch)
         structure: Any = treedef
         parts = [self._split(leaf) for leaf in leaves]
-        shapes = jax.eval_shape(lambda: one(structure.unflatten([part[0] for part in parts]), 0))
+        shapes = jax.eval_shape(lambda: one(structure.unflatten([part[0] for part in parts]), 0, jnp.ones_like))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(total, indexed):
             index, part = indexed
-            return jax.tree.map(jnp.add, total, one(structure.unflatten(part), index)), None
+            return jax.tree.map(jnp.add, total, one(structure.unflatten(part), index, jnp.ones_like)), None
 
-        return jax.lax.scan(add, zeros, (jnp.arange(self._accumulation), parts))[0]
+        *sums, grad_sums = jax.lax.scan(add, zeros, (jnp.arange(self._accumulation), parts))[0]
+        scale = _inverse(sums[1])
+        return *sums, jax.tree.map(lambda g: g * scale, grad_sums)
 
     def _split(self, leaf: Array) -> Array:
         # Slices of consecutive rows, so that rows which belong together (samples of a prompt) stay together.
@@ -326,6 +332,12 @@ def learner_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What of the arguments of `clp_jax.train.train` is the learner's, for `Learner.for_stage`."""
     own = inspect.signature(Learner).parameters
     return {name: value for name, value in arguments.items() if name in own}
+
+
+def _inverse(weight: Array) -> Array:
+    """``float32[]``. A batch without a single target has weight 0 and sums 0: it must not turn parameters into NaN."""
+    weight = weight.astype(jnp.float32)
+    return 1 / jnp.where(weight > 0, weight, 1)
 
 
 def _shards(sharding: NamedSharding) -> int:

@@ -178,14 +178,15 @@ def scale_by_factored_rms(
 
         def one(g: Array, v_row: Array, v_col: Array, v: Array, stacked: int) -> tuple[Array, Array, Array, Array]:
             g = g.astype(jnp.float32)
-            square = jnp.square(g) + epsilon
+            # Squares alone under a mean: XLA's CPU backend writes sums of other things before it takes theirs.
+            square = jnp.square(g)
             dims = _factored_dims(g.shape, stacked, min_dim_to_factor)
             if dims is None:
-                v = decay * v + (1 - decay) * square
+                v = decay * v + (1 - decay) * (square + epsilon)
                 return g * v**-0.5, v_row, v_col, v
             small, large = dims
-            v_row = decay * v_row + (1 - decay) * square.mean(large, keepdims=True)
-            v_col = decay * v_col + (1 - decay) * square.mean(small, keepdims=True)
+            v_row = decay * v_row + (1 - decay) * (square.mean(large, keepdims=True) + epsilon)
+            v_col = decay * v_col + (1 - decay) * (square.mean(small, keepdims=True) + epsilon)
             row_factor = (v_row / v_row.mean(small, keepdims=True)) ** -0.5
             return g * row_factor * v_col**-0.5, v_row, v_col, v
 

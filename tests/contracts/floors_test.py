@@ -33,7 +33,7 @@ FLOORS = (
         "checkpoints",
         "replay",
     ),
-    ("gin_utils", "command_line", "huge_pages", "main"),
+    ("gin_utils", "command_line", "allocator", "main"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TOP = len(FLOORS) - 1
