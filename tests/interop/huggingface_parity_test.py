@@ -53,9 +53,13 @@ def test_logits_loss_gradients_and_greedy_completions(saved):
 def test_switch_is_trained_as_transformers_trains_it(case, tmp_path):
     """The loss that the model itself returns, router losses and their weights included, of rows without padding, which it counts."""
     model, batch = torch_models.make(case), torch_models.rows()
-    inputs = np.random.default_rng(1).integers(3, torch_models.VOCAB, batch.inputs.shape).astype(np.int32)
+    rng = np.random.default_rng(1)
+    inputs, targets = (
+        rng.integers(3, torch_models.VOCAB, x.shape).astype(np.int32) for x in (batch.inputs, batch.targets)
+    )
+    shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
     torch_models.save(model, tmp_path / "model")
-    rows = {"input_ids": inputs, "decoder_input_ids": batch.decoder_inputs, "labels": batch.targets}
+    rows = {"input_ids": inputs, "decoder_input_ids": shifted, "labels": targets}
     loss = model(
         **{name: torch.tensor(x, dtype=torch.long) for name, x in rows.items()}, output_router_logits=True
     ).loss
@@ -64,12 +68,12 @@ def test_switch_is_trained_as_transformers_trains_it(case, tmp_path):
 
     imported = huggingface.open_checkpoint(tmp_path / "model").loaded()
     assert imported.config.moe.balance_by == "stack"
-    rows = huggingface_results.training_batch(inputs, batch.decoder_inputs, batch.targets)
+    rows = huggingface_results.training_batch(inputs, shifted, targets)
 
     @jax.jit
     @jax.value_and_grad
     def ours(params, config=imported.config):
-        return SupervisedLoss(Policy(config)).sums(params, rows, None)[0] / batch.targets.size
+        return SupervisedLoss(Policy(config)).sums(params, rows, None)[0] / targets.size
 
     value, gradient = ours(jax.tree.map(jnp.asarray, imported.params))
     np.testing.assert_allclose(value, loss.item(), rtol=1e-6)
