@@ -75,9 +75,7 @@ class CachedDecoder:
     def select(self, state: Any, rows: Int[Array, "R"]) -> Any:
         """See `Decoder`."""
         prompts = state.prompts.segments.shape[0]
-        samples = (rows - jnp.arange(prompts).repeat(len(rows) // prompts) * (len(rows) // prompts)).reshape(
-            prompts, -1
-        )
+        samples = (rows % (len(rows) // prompts)).reshape(prompts, -1)
         stacks = tuple(tuple(_select_samples(layer, samples) for layer in stack) for stack in state.stacks)
         return dataclasses.replace(state, stacks=stacks)
 

@@ -4,24 +4,16 @@ import dataclasses
 import re
 
 import pytest
-from tiny_policies import varied_params
+from tiny_policies import ST_MOE, varied_params
 
 from clp_jax.interop import t5x
-from clp_jax.models.config import MoEConfig, T5Config
+from clp_jax.models.config import T5Config
 from clp_jax.models.policy import Policy
 from clp_jax.nn.rope import LinearScaling, Rope
-from clp_jax.nn.routing import Dropless, ExpertChoice, TokenChoice
+from clp_jax.nn.routing import ExpertChoice, TokenChoice
 
 SIZES = dict(
     vocab_size=11, embed_dim=8, mlp_dim=12, num_heads=2, head_dim=4, num_encoder_layers=2, num_decoder_layers=2
-)
-ST_MOE = MoEConfig(
-    num_experts=2,
-    router=TokenChoice(k=2, min_capacity=4),
-    decoder_router=Dropless(k=2),
-    every=2,
-    extra_mlp=True,
-    dropout_rate=0.2,
 )
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_policies import varied_params
+from tiny_policies import ST_MOE, varied_params
 
 from clp_jax.interop import t5x, t5x_files, t5x_settings
 from clp_jax.interop.hf_families import canonical
 from clp_jax.interop.slots import flatten
 from clp_jax.models.config import MoEConfig, PaLMConfig, T5Config
 from clp_jax.models.policy import Policy
-from clp_jax.nn.routing import Dropless, TokenChoice
+from clp_jax.nn.routing import TokenChoice
 from clp_jax.training.optimizers import Adafactor
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -270,16 +270,6 @@ def check_blocks(config, scan_axis, stored, source, params):
 
 def flatten_names(tree):
     return {"/".join(path): leaf for path, leaf in flatten(tree)}.items()
-
-
-ST_MOE = MoEConfig(
-    num_experts=2,
-    router=TokenChoice(k=2, min_capacity=4),
-    decoder_router=Dropless(k=2),
-    every=2,
-    extra_mlp=True,
-    dropout_rate=0.2,
-)
 
 
 def test_a_stated_policy_is_what_is_read(tmp_path):
